@@ -1,0 +1,281 @@
+// MRA attention, in the order of the data, the same for every device:
+//
+//   pool -> plan -> coarse -> fine (-> order 1)
+//
+// A device gives its `Stages`; the functions here are what the dispatcher calls.
+#include <ATen/ATen.h>
+#include <ATen/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "common/budget.h"
+#include "common/checks.h"
+#include "order1.h"
+
+namespace mra {
+namespace {
+
+// Rows that a kernel can read: last stride 1 and, on a GPU, every row on a 16-byte boundary.
+Tensor readable(const Tensor& x) {
+  bool fits = x.stride(-1) == 1;
+  if (x.is_cuda()) {
+    const int64_t bytes = x.element_size();
+    fits = fits && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+    for (int64_t d = 0; d < 3; ++d) fits = fits && (x.size(d) == 1 || x.stride(d) * bytes % 16 == 0);
+  }
+  return fits ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+OptTensor readable(const OptTensor& mask) {
+  return mask ? OptTensor(mask->contiguous()) : std::nullopt;
+}
+
+Inputs readable(const Inputs& in) {
+  return {readable(in.query), readable(in.key), readable(in.value), readable(in.key_mask),
+          readable(in.query_mask)};
+}
+
+// Lists whose rows lie inside row_index. On a GPU that can't be looked at without a host sync: the
+// kernels skip what lies outside.
+BlockList given_plan(const PlanTensors& plan) {
+  BlockList rows{plan.row_start->contiguous(), plan.row_count->contiguous(),
+                 plan.row_index->contiguous()};
+  if (rows.start.is_cpu() && rows.start.numel() > 0) {
+    const Tensor end = rows.start.to(at::kLong) + rows.count;
+    TORCH_CHECK_VALUE(rows.start.min().item<int>() >= 0 && rows.count.min().item<int>() >= 0 &&
+                          end.max().item<int64_t>() <= rows.index.size(2),
+                      "row_start, row_count: got rows outside of row_index, which holds ",
+                      rows.index.size(2), " entries for each head");
+  }
+  return rows;
+}
+
+BlockList make_plan(const Stages& stages, const Pooled& query, const Pooled& key, int64_t N,
+                    const Options& o) {
+  const int64_t nq = ceil_div(N, o.block_q), nk = key.mean.size(2);
+  TORCH_CHECK_VALUE(nq * row_capacity(o, nk) <= std::numeric_limits<int32_t>::max(),
+                    "density, blocks_per_row, block_q, block_k: got a plan of up to ",
+                    nq * row_capacity(o, nk), " pairs of blocks for each head, expected at most ",
+                    std::numeric_limits<int32_t>::max());
+  return stages.plan(query, key, N, o);
+}
+
+// Gradient of each block's mean, shared by its valid rows; zeros for an empty block.
+Tensor over_count(const Tensor& mean_grad, const Tensor& count) {
+  const Tensor n = count.clamp_min(1).unsqueeze(1).unsqueeze(-1);
+  return mean_grad / n;
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+Forward run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
+                    const Options& o) {
+  const int64_t N = in.query.size(2);
+  const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
+
+  // pool: means over the valid rows of each block
+  Pooled query, key, value;
+  if (!has_plan || o.coarse == Coarse::block) {
+    query = stages.pool(in.query, in.query_mask, o.block_q);
+  }
+  if (!has_plan || has_coarse) key = stages.pool(in.key, in.key_mask, o.block_k);
+  if (has_coarse) value = stages.pool(in.value, in.key_mask, o.block_k);
+  const PooledInputs pooled{query.mean, key.mean, value.mean, key.count, query.count};
+
+  // plan: which pairs of blocks are exact
+  const BlockList rows = has_plan ? given_plan(plan) : make_plan(stages, query, key, N, o);
+
+  // coarse: the pairs that are not
+  std::optional<CoarseState> state;
+  std::optional<PooledInputs> coarse_keys;
+  if (o.coarse == Coarse::block) state = stages.coarse(pooled, rows, o);
+  if (o.coarse == Coarse::row) coarse_keys = pooled;
+
+  // fine: the pairs that are, and one softmax over both
+  FineResult result = stages.fine(in, rows, state, coarse_keys, o);
+
+  // order 1: what a block mean throws away
+  if (has_order1(o)) order1_apply(result, in, pooled, o);
+
+  const Tensor empty = at::empty({0}, rows.index.options());
+  const Tensor share = has_order1(o) ? result.share : at::empty({0}, result.lse.options());
+  if (has_plan) return {result.out, result.lse, share, empty, empty.clone(), empty.clone()};
+  return {result.out, result.lse, share, rows.start, rows.count, rows.index};
+}
+
+Backward run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
+                      const Inputs& in, const Tensor& out, const Tensor& lse, const Tensor& share,
+                      const BlockList& rows, const Options& o) {
+  const int64_t nk = ceil_div(in.key.size(2), o.block_k);
+  FineBackward grads{grad_out, lse, stages.delta(grad_out, out, grad_lse)};
+  grads.coarse_delta = grads.delta;
+
+  // pool
+  PooledInputs pooled;
+  if (o.coarse != Coarse::none) {
+    const Pooled key = stages.pool(in.key, in.key_mask, o.block_k);
+    pooled.key = key.mean;
+    pooled.key_count = key.count;
+    pooled.value = stages.pool(in.value, in.key_mask, o.block_k).mean;
+  }
+  if (o.coarse == Coarse::block) {
+    const Pooled query = stages.pool(in.query, in.query_mask, o.block_q);
+    pooled.query = query.mean;
+    pooled.query_count = query.count;
+  }
+
+  // plan, seen from the keys
+  const BlockList columns = stages.transpose(rows, nk);
+
+  // order 1
+  if (has_order1(o)) {
+    Order1Grads first = order1_backward(grad_out, share, in, pooled, o);
+    grads.coarse_delta = grads.delta - first.row;
+    grads.query_extra = first.query;
+    grads.key_extra = first.key;
+    grads.value_extra = first.value;
+  }
+
+  // coarse: gradients of the pooled inputs
+  std::optional<PooledInputs> coarse_keys;
+  if (o.coarse == Coarse::row) coarse_keys = pooled;  // inside fine_backward
+  if (o.coarse == Coarse::block) {
+    const BlockRows block_rows = stages.block_rows(grad_out, lse, grads.coarse_delta, o.block_q);
+    const Grads means = stages.coarse_backward(pooled, rows, columns, block_rows, o);
+    grads.query_block = over_count(means.query, pooled.query_count);
+    grads.key_block = over_count(means.key, pooled.key_count);
+    grads.value_block = over_count(means.value, pooled.key_count);
+  }
+
+  // fine
+  const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
+  return {result.query, result.key, result.value};
+}
+
+// Lists of a plan without a row: no batch, or no query.
+BlockList empty_plan(const Tensor& query, int64_t nk, const Options& o) {
+  const int64_t B = query.size(0), H = query.size(1), nq = ceil_div(query.size(2), o.block_q);
+  const auto ints = query.options().dtype(at::kInt);
+  const Tensor rows = at::zeros({B, H, nq}, ints);
+  return {rows, rows.clone(), at::zeros({B, H, nq * row_capacity(o, nk)}, ints)};
+}
+
+Forward empty_forward(const Inputs& in, const PlanTensors& plan, const Options& o) {
+  const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
+  const auto acc = in.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor out = at::zeros({B, N, H, in.query.size(3)}, in.query.options()).transpose(1, 2);
+  const Tensor lse = at::zeros({B, H, N}, in.query.options().dtype(acc));
+  const Tensor share = has_order1(o) ? lse.clone() : at::empty({0}, lse.options());
+  if (plan.given()) {
+    const Tensor none = at::empty({0}, plan.row_index->options());
+    return {out, lse, share, none, none.clone(), none.clone()};
+  }
+  const BlockList rows = empty_plan(in.query, ceil_div(in.key.size(2), o.block_k), o);
+  return {out, lse, share, rows.start, rows.count, rows.index};
+}
+
+// The operators of registration.cpp, for the device of `device_stages`.
+template <const Stages& (*device_stages)()>
+struct Operators {
+  static std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask,
+                                         int64_t block) {
+    check_pool(input, mask, block);
+    const at::DeviceGuard guard(input.device());
+    if (input.numel() == 0) {
+      const int64_t B = input.size(0), n = ceil_div(input.size(2), block);
+      const auto acc = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+      return {at::zeros({B, input.size(1), n, input.size(3)}, input.options().dtype(acc)),
+              at::zeros({B, n}, input.options().dtype(at::kInt))};
+    }
+    const Pooled pooled = device_stages().pool(readable(input), readable(mask), block);
+    return {pooled.mean, pooled.count};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> plan(
+      const Tensor& query, const Tensor& key, const OptTensor& key_mask,
+      const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
+      std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
+      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale) {
+    const Options o = check_plan(
+        query, key, key_mask, query_mask,
+        {blocks_per_row, density, block_q, block_k, "none", 0, selection, diagonal_blocks,
+         first_blocks, is_causal, scale});
+    const at::DeviceGuard guard(query.device());
+    const Stages& stages = device_stages();
+    BlockList rows;
+    if (query.numel() == 0) {
+      rows = empty_plan(query, ceil_div(key.size(2), block_k), o);
+    } else {
+      const Pooled q = stages.pool(readable(query), readable(query_mask), block_q);
+      const Pooled k = stages.pool(readable(key), readable(key_mask), block_k);
+      rows = make_plan(stages, q, k, query.size(2), o);
+    }
+    return {rows.start, rows.count, rows.index};
+  }
+
+  static Forward forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                         const OptTensor& key_mask, const OptTensor& query_mask,
+                         const OptTensor& row_start, const OptTensor& row_count,
+                         const OptTensor& row_index, std::optional<c10::SymInt> blocks_per_row,
+                         std::optional<double> density, int64_t block_q, int64_t block_k,
+                         std::string_view coarse, int64_t order, std::string_view selection,
+                         int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+                         std::optional<double> scale) {
+    Inputs in{query, key, value, key_mask, query_mask};
+    const PlanTensors plan{row_start, row_count, row_index};
+    const Options o =
+        check_forward(in, plan, {blocks_per_row, density, block_q, block_k, coarse, order,
+                                 selection, diagonal_blocks, first_blocks, is_causal, scale});
+    const at::DeviceGuard guard(query.device());
+    if (query.numel() == 0) return empty_forward(in, plan, o);
+    return run_forward(device_stages(), readable(in), plan, o);
+  }
+
+  static Backward backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
+                           const Tensor& key, const Tensor& value, const OptTensor& key_mask,
+                           const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
+                           const Tensor& coarse_share, const Tensor& row_start,
+                           const Tensor& row_count, const Tensor& row_index, int64_t block_q,
+                           int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
+                           std::optional<double> scale) {
+    Inputs in{query, key, value, key_mask, query_mask};
+    const PlanTensors plan{row_start, row_count, row_index};
+    const Options o =
+        check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan,
+                       {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
+                        is_causal, scale});
+    const at::DeviceGuard guard(query.device());
+    if (query.numel() == 0) {
+      const auto zeros = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };
+      return {zeros(query), zeros(key), zeros(value)};
+    }
+    return run_backward(device_stages(), readable(grad_out),
+                        grad_lse ? grad_lse->contiguous() : Tensor(), readable(in), readable(out),
+                        lse.contiguous(), coarse_share.contiguous(), given_plan(plan), o);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mra_attention, CPU, m) {
+  using Cpu = Operators<cpu_stages>;
+  m.impl("pool", Cpu::pool);
+  m.impl("plan", Cpu::plan);
+  m.impl("forward", Cpu::forward);
+  m.impl("backward", Cpu::backward);
+}
+
+#ifdef MRA_WITH_CUDA
+TORCH_LIBRARY_IMPL(mra_attention, CUDA, m) {
+  using Cuda = Operators<cuda_stages>;
+  m.impl("pool", Cuda::pool);
+  m.impl("plan", Cuda::plan);
+  m.impl("forward", Cuda::forward);
+  m.impl("backward", Cuda::backward);
+}
+#endif
+
+}  // namespace mra

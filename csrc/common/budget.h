@@ -1,0 +1,37 @@
+// How many blocks each query block may take: from shapes alone, the same on every device.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "stages.h"
+
+namespace mra {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Key blocks of query block x that are not wholly in its future.
+inline int64_t visible_blocks(const Options& o, int64_t N, int64_t nk, int64_t x) {
+  if (!o.causal) return nk;
+  const int64_t last = std::min((x + 1) * o.block_q, N) - 1;
+  return std::min(nk, last / o.block_k + 1);
+}
+
+// m of query block x: at least 1, at most its visible blocks.
+inline int64_t row_budget(const Options& o, int64_t N, int64_t nk, int64_t x) {
+  const int64_t seen = visible_blocks(o, N, nk, x);
+  if (o.blocks_per_row) return std::min(*o.blocks_per_row, seen);
+  return std::min(seen, std::max<int64_t>(1, static_cast<int64_t>(std::ceil(*o.density * seen))));
+}
+
+// Room for one query block's list: the largest budget, or all pairs that the diagonal can cross.
+inline int64_t row_capacity(const Options& o, int64_t nk) {
+  Options full = o;
+  full.causal = false;
+  const int64_t m = row_budget(full, 0, nk, 0);
+  const int64_t crossing = o.causal ? std::max<int64_t>(1, o.block_q / o.block_k) : 0;
+  return std::min(nk, std::max(m, crossing));
+}
+
+}  // namespace mra

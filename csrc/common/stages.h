@@ -1,0 +1,142 @@
+// The stages of MRA attention, one table of functions per device.
+//
+//   pool -> plan -> coarse -> fine
+//
+// csrc/attention.cpp runs them in that order and is the same for every device; csrc/cpu and
+// csrc/cuda each fill one `Stages`. Everything here is already checked: see common/checks.h.
+//
+// Symbols (docs/notation.md): B batch, H query heads, Hk key heads (H % Hk == 0; query head h reads
+// key head h / (H / Hk)), N queries, M keys, D head_dim (multiple of 8, at most 256),
+// nq = ceil(N / block_q), nk = ceil(M / block_k). T is the dtype of query, key and value; acc is
+// float64 for float64 and float32 for everything else.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace mra {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+enum class Coarse { none, block, row };
+enum class Selection { row, global };
+
+struct Options {
+  int64_t block_q, block_k;  // each of 16, 32, 64, 128
+  std::optional<int64_t> blocks_per_row;
+  std::optional<double> density;  // exactly one of the two budgets is set
+  Coarse coarse;
+  int64_t order;  // 0 or 1
+  Selection selection;
+  int64_t diagonal_blocks, first_blocks;
+  bool causal;   // then N == M
+  double scale;  // of q . k, natural units
+};
+
+// Means over the valid rows of each block, and how many there are.
+struct Pooled {
+  Tensor mean;   // [B, H or Hk, n, D] acc, contiguous; zeros for an empty block
+  Tensor count;  // [B, n] int32, contiguous
+};
+
+// Lists of blocks. As rows: for each query block its key blocks; as columns: for each key block
+// its query blocks. Entry t of list r of a head is index[start[r] + t], t < count[r], ascending.
+// What lies outside the lists is unspecified. An entry out of range is skipped, never followed.
+struct BlockList {
+  Tensor start;  // [B, H, n] int32
+  Tensor count;  // [B, H, n] int32
+  Tensor index;  // [B, H, capacity] int32
+};
+
+// Softmax state of the block-coarse part of one query block, the same for all of its rows.
+struct CoarseState {
+  Tensor mean;  // [B, H, nq, D] acc: sum_y exp(b_xy - lse_x) v_mean_y; zeros where lse is -inf
+  Tensor lse;   // [B, H, nq] acc: log sum_y exp(b_xy), b_xy = L_xy + log c_y, over y not in S_x
+};
+
+struct Inputs {
+  Tensor query;        // [B, H, N, D] T, any strides with the last one 1 (16-byte aligned rows)
+  Tensor key, value;   // [B, Hk, M, D] T, likewise
+  OptTensor key_mask;    // [B, M] bool, contiguous, true = takes part
+  OptTensor query_mask;  // [B, N] bool, contiguous
+};
+
+// What the coarse form needs of the pooled inputs; `query` is defined for coarse = block only.
+struct PooledInputs {
+  Tensor query;   // [B, H, nq, D] acc
+  Tensor key;     // [B, Hk, nk, D] acc
+  Tensor value;   // [B, Hk, nk, D] acc
+  Tensor key_count;  // [B, nk] int32
+  Tensor query_count;  // [B, nq] int32, defined for coarse = block only
+};
+
+struct FineResult {
+  Tensor out;    // [B, H, N, D] T, memory laid out as (B, N, H, D)
+  Tensor lse;    // [B, H, N] acc, natural log, -inf for a row without weight
+  Tensor share;  // [B, H, N] acc: coarse part of each row's mass; undefined unless order 1 applies
+};
+
+struct Grads {
+  Tensor query, key, value;
+};
+
+// Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
+// with M_x = min_i lse_i over rows of x that have weight,
+struct BlockRows {
+  Tensor lse;    // [B, H, nq] acc: M_x; +inf for a block without such a row
+  Tensor grad;   // [B, H, nq, D] acc: g_x = sum_i exp(M_x - lse_i) dO_i
+  Tensor delta;  // [B, H, nq] acc: e_x = sum_i exp(M_x - lse_i) delta_i
+};
+
+struct FineBackward {
+  Tensor grad_out;  // [B, H, N, D] T, any strides with the last one 1
+  Tensor lse;       // [B, H, N] acc
+  Tensor delta;     // [B, H, N] acc: dO_i . o_i - dlse_i, for exact keys
+  Tensor coarse_delta;  // [B, H, N] acc: for coarse keys (differs from delta under order 1)
+  // Added to the results where defined:
+  Tensor query_block;            // [B, H, nq, D] acc: added to every valid row of the block
+  Tensor key_block, value_block; // [B, Hk, nk, D] acc: added to every valid row of the block
+  Tensor query_extra;            // [B, H, N, D] T
+  Tensor key_extra, value_extra; // [B, Hk, M, D] T
+};
+
+struct Stages {
+  // x [B, H, L, D], mask [B, L] bool.
+  Pooled (*pool)(const Tensor& x, const OptTensor& mask, int64_t block);
+
+  // Selection of reference.py::plan. Budgets and capacity come from common/budget.h.
+  BlockList (*plan)(const Pooled& query, const Pooled& key, int64_t N, const Options&);
+
+  // Rows to columns (nk lists), deterministic.
+  BlockList (*transpose)(const BlockList& rows, int64_t nk);
+
+  // coarse = block only.
+  CoarseState (*coarse)(const PooledInputs&, const BlockList& rows, const Options&);
+  // Gradients of the pooled inputs, [B, H, nq, D], [B, Hk, nk, D] x2, acc.
+  Grads (*coarse_backward)(const PooledInputs&, const BlockList& rows, const BlockList& columns,
+                           const BlockRows&, const Options&);
+
+  // `state` is set for coarse = block, `pooled` for coarse = row; the order-1 term is not in it.
+  FineResult (*fine)(const Inputs&, const BlockList& rows, const std::optional<CoarseState>& state,
+                     const std::optional<PooledInputs>& pooled, const Options&);
+  // `pooled` is set for coarse = row: the gradients of the pooled keys and values are then spread
+  // over the rows of their blocks inside. Results have T, and the shapes of the inputs.
+  Grads (*fine_backward)(const Inputs&, const BlockList& rows, const BlockList& columns,
+                         const std::optional<PooledInputs>& pooled, const FineBackward&,
+                         const Options&);
+
+  // rowsum(dO * o) - dlse, [B, H, N] acc; grad_lse [B, H, N] acc or undefined.
+  Tensor (*delta)(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
+  BlockRows (*block_rows)(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
+                          int64_t block_q);
+};
+
+const Stages& cpu_stages();
+#ifdef MRA_WITH_CUDA
+const Stages& cuda_stages();
+#endif
+
+}  // namespace mra

@@ -1,0 +1,193 @@
+// Stage fine: one softmax over the exact keys and the coarse part, one query block at a time.
+//
+// The scores of a query block are made a chunk of columns at a time (tiles.h). Each row carries
+// its maximum, its exact and coarse mass and its sum of values; all are rescaled when the maximum
+// moves.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "stages_cpu.h"
+#include "tiles.h"
+
+namespace mra::cpu {
+namespace {
+
+template <typename T>
+class FineForward {
+ public:
+  using A = acc_t<T>;
+
+  FineForward(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
+              const std::optional<PooledInputs>& pooled, const Options& o, FineResult& result)
+      : o_(o),
+        H_(in.query.size(1)),
+        G_(H_ / in.key.size(1)),
+        N_(in.query.size(2)),
+        M_(in.key.size(2)),
+        D_(in.query.size(3)),
+        nq_(ceil_div(N_, o.block_q)),
+        nk_(ceil_div(M_, o.block_k)),
+        query_(in.query),
+        key_(in.key),
+        value_(in.value),
+        key_mask_(in.key_mask),
+        query_mask_(in.query_mask),
+        rows_(rows),
+        out_(result.out.mutable_data_ptr<T>()),
+        lse_(result.lse.mutable_data_ptr<A>()),
+        share_(result.share.defined() ? result.share.mutable_data_ptr<A>() : nullptr) {
+    if (state) {
+      state_mean_ = state->mean.contiguous();
+      state_lse_ = state->lse.contiguous();
+    }
+    if (pooled) {
+      coarse_key_.emplace(pooled->key);
+      coarse_value_.emplace(pooled->value);
+      log_count_ = log_counts<A>(pooled->key_count);
+    }
+  }
+
+  int64_t items(int64_t B) const { return B * H_ * nq_; }
+
+  void run(int64_t begin, int64_t end) const {
+    const SerialBlas serial;
+    KeyTiles<A> tiles(o_, M_, kMaxSegment<T>);
+    const int64_t bq = o_.block_q;
+    Scratch<A> scratch(bq * (tiles.ld() + 2 * D_ + 5) + tiles.max_segment() * D_, 9);
+    Block block{scratch.take(bq * tiles.ld()), scratch.take(bq * D_), scratch.take(bq * D_),
+                scratch.take(tiles.max_segment() * D_), scratch.take(bq), scratch.take(bq),
+                scratch.take(bq), scratch.take(bq), scratch.take(bq)};
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / nq_;
+      attend(head / H_, head % H_, balanced(item % nq_, nq_, o_.causal), tiles, block);
+    }
+  }
+
+ private:
+  struct Block {
+    A* scores;  // [bq, ld]
+    A* acc;     // [bq, D]
+    A* query;   // [bq, D], for half precision
+    A* keys;    // [max_segment, D], likewise, and values
+    A *top, *shift, *factor, *exact, *coarse;  // [bq]
+  };
+
+  void attend(int64_t b, int64_t h, int64_t x, KeyTiles<A>& tiles, const Block& t) const {
+    const int64_t first = x * o_.block_q, rows = std::min(o_.block_q, N_ - first), hk = h / G_;
+    const int64_t ld = tiles.ld();
+    const auto q = load_rows(query_.head(b, h), first, rows, t.query);
+    start(b, h, x, rows, t);
+    tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+    for (const Chunk& chunk : tiles.chunks()) {
+      if (chunk.columns == 0) continue;
+      for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
+        const auto k = keys(*s, key_, coarse_key_, b, hk, t.keys);
+        gemm(Op::none, Op::transpose, rows, s->count, D_, static_cast<A>(o_.scale), q.data, q.ld,
+             k.data, k.ld, A(0), t.scores + s->column, ld);
+        if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
+          mask_future(t.scores + s->column, ld, first, rows, s->first, s->count);
+        }
+      }
+      softmax(tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * nk_ : 0)),
+              chunk, ld, rows, t);
+      for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
+        const auto v = keys(*s, value_, coarse_value_, b, hk, t.keys);
+        gemm(Op::none, Op::none, rows, D_, s->count, A(1), t.scores + s->column, ld, v.data, v.ld,
+             A(1), t.acc, D_);
+      }
+    }
+    finish(b, h, first, rows, t);
+  }
+
+  // Rows of a segment, as acc.
+  AccRows<T> keys(const Segment& s, const Heads<T>& exact, const std::optional<Heads<A>>& coarse,
+                  int64_t b, int64_t hk, A* buffer) const {
+    if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
+    const Rows<A> rows = coarse->head(b, hk);
+    return {rows.row(s.first), rows.stride};
+  }
+
+  // Every row starts from the state of the block's coarse part, or from nothing.
+  void start(int64_t b, int64_t h, int64_t x, int64_t rows, const Block& t) const {
+    const int64_t item = (b * H_ + h) * nq_ + x;
+    const A lse = state_lse_.defined() ? state_lse_.const_data_ptr<A>()[item] : -kInf<A>;
+    const bool has_mass = lse != -kInf<A>;
+    std::fill_n(t.top, rows, lse);
+    std::fill_n(t.exact, rows, A(0));
+    std::fill_n(t.coarse, rows, has_mass ? A(1) : A(0));
+    for (int64_t r = 0; r < rows; ++r) {
+      if (has_mass) {
+        std::copy_n(state_mean_.const_data_ptr<A>() + item * D_, D_, t.acc + r * D_);
+      } else {
+        std::fill_n(t.acc + r * D_, D_, A(0));
+      }
+    }
+  }
+
+  // Scores of a chunk become weights. All that was summed before follows the new maximum.
+  void softmax(const A* bias, const Chunk& chunk, int64_t ld, int64_t rows, const Block& t) const {
+    std::copy_n(t.top, rows, t.factor);
+    add_bias_and_max(t.scores, ld, rows, chunk.columns, bias, t.top);
+    for (int64_t r = 0; r < rows; ++r) {
+      t.shift[r] = t.top[r] == -kInf<A> ? A(0) : t.top[r];
+      t.factor[r] = exp_one(t.factor[r] - t.shift[r]);
+      t.exact[r] *= t.factor[r];
+      t.coarse[r] *= t.factor[r];
+    }
+    scale_rows(t.acc, D_, rows, D_, t.factor);
+    exp_and_sum(t.scores, ld, rows, chunk.exact, t.shift, t.exact);
+    exp_and_sum(t.scores + chunk.exact, ld, rows, chunk.columns - chunk.exact, t.shift, t.coarse);
+  }
+
+  void finish(int64_t b, int64_t h, int64_t first, int64_t rows, const Block& t) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = first + r, at = (b * H_ + h) * N_ + i;
+      const A mass = t.exact[r] + t.coarse[r];
+      const bool empty = mass == 0 || !query_mask_(b, i);  // false for NaN, which goes on
+      A* acc = t.acc + r * D_;
+      if (empty) {
+        std::fill_n(acc, D_, A(0));
+      } else {
+        const A inverse = A(1) / mass;
+        for (int64_t d = 0; d < D_; ++d) acc[d] *= inverse;
+      }
+      store_row(acc, D_, out_ + ((b * N_ + i) * H_ + h) * D_);
+      lse_[at] = empty ? -kInf<A> : t.top[r] + std::log(mass);
+      if (share_) share_[at] = empty ? A(0) : t.coarse[r] / mass;
+    }
+  }
+
+  Options o_;
+  int64_t H_, G_, N_, M_, D_, nq_, nk_;
+  Heads<T> query_, key_, value_;
+  std::optional<Heads<A>> coarse_key_, coarse_value_;
+  Mask key_mask_, query_mask_;
+  Lists rows_;
+  Tensor state_mean_, state_lse_;
+  std::vector<A> log_count_;  // [B, nk]
+  T* out_;                    // [B, N, H, D]
+  A* lse_;                    // [B, H, N]
+  A* share_;                  // [B, H, N] or null
+};
+
+}  // namespace
+
+FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
+                const std::optional<PooledInputs>& pooled, const Options& o) {
+  const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
+  const auto acc = in.query.options().dtype(acc_type(in.query.scalar_type()));
+  FineResult result;
+  result.out = at::empty({B, N, H, in.query.size(3)}, in.query.options()).transpose(1, 2);
+  result.lse = at::empty({B, H, N}, acc);
+  if (o.order == 1 && o.coarse != Coarse::none) result.share = at::empty({B, H, N}, acc);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_fine", [&] {
+        const FineForward<scalar_t> forward(in, rows, state, pooled, o, result);
+        at::parallel_for(0, forward.items(B), 1,
+                         [&](int64_t begin, int64_t end) { forward.run(begin, end); });
+      });
+  return result;
+}
+
+}  // namespace mra::cpu

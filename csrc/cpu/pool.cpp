@@ -1,0 +1,51 @@
+// Stage pool: means over the valid rows of each block.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "../common/budget.h"
+#include "stages_cpu.h"
+#include "views.h"
+
+namespace mra::cpu {
+
+Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
+  const int64_t B = x.size(0), H = x.size(1), L = x.size(2), D = x.size(3);
+  const int64_t n = ceil_div(L, block);
+  Tensor mean = at::empty({B, H, n, D}, x.options().dtype(acc_type(x.scalar_type())));
+  Tensor count = at::empty({B, n}, x.options().dtype(at::kInt));
+  const Mask valid(mask);
+  int32_t* counts = count.mutable_data_ptr<int32_t>();
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t y = 0; y < n; ++y) {
+      const int64_t end = std::min(L, (y + 1) * block);
+      int32_t c = 0;
+      for (int64_t i = y * block; i < end; ++i) c += valid(b, i);
+      counts[b * n + y] = c;
+    }
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "mra_pool", [&] {
+    using A = acc_t<scalar_t>;
+    const Heads<scalar_t> heads(x);
+    A* means = mean.mutable_data_ptr<A>();
+    // Enough blocks for a thread to be worth waking: some 64K elements.
+    const int64_t grain = std::max<int64_t>(1, 65536 / (block * D));
+    at::parallel_for(0, B * H * n, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / n / H, h = item / n % H, y = item % n;
+        const Rows<scalar_t> rows = heads.head(b, h);
+        A* m = means + item * D;
+        std::fill_n(m, D, A(0));
+        const int64_t last = std::min(L, (y + 1) * block);
+        for (int64_t i = y * block; i < last; ++i) {
+          if (valid(b, i)) add_row(rows.row(i), D, m);
+        }
+        const A c = static_cast<A>(std::max<int32_t>(1, counts[b * n + y]));
+        for (int64_t d = 0; d < D; ++d) m[d] /= c;
+      }
+    });
+  });
+  return {mean, count};
+}
+
+}  // namespace mra::cpu

@@ -1,0 +1,14 @@
+// The CPU's table of stages.
+#include "stages_cpu.h"
+
+namespace mra {
+
+const Stages& cpu_stages() {
+  static const Stages stages = {
+      cpu::pool, cpu::plan,          cpu::transpose, cpu::coarse,     cpu::coarse_backward,
+      cpu::fine, cpu::fine_backward, cpu::delta,     cpu::block_rows,
+  };
+  return stages;
+}
+
+}  // namespace mra

@@ -1,0 +1,26 @@
+// The functions that fill the CPU's table of stages; what each does is said in common/stages.h.
+#pragma once
+
+#include "../common/stages.h"
+
+namespace mra::cpu {
+
+Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
+
+BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&);
+BlockList transpose(const BlockList& rows, int64_t nk);
+
+CoarseState coarse(const PooledInputs&, const BlockList& rows, const Options&);
+Grads coarse_backward(const PooledInputs&, const BlockList& rows, const BlockList& columns,
+                      const BlockRows&, const Options&);
+
+FineResult fine(const Inputs&, const BlockList& rows, const std::optional<CoarseState>&,
+                const std::optional<PooledInputs>&, const Options&);
+Grads fine_backward(const Inputs&, const BlockList& rows, const BlockList& columns,
+                    const std::optional<PooledInputs>&, const FineBackward&, const Options&);
+
+Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
+BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
+                     int64_t block_q);
+
+}  // namespace mra::cpu

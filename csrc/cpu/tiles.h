@@ -1,0 +1,146 @@
+// What a query block attends to, cut into chunks of score columns that fit a buffer.
+//
+// The exact keys come first: runs of consecutive keys of the selected blocks. Then the pooled keys
+// of coarse = row: all that are not in the future, those of selected or empty blocks with the log
+// weight -inf. One matrix product a segment fills its columns of the scores.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../common/budget.h"
+#include "views.h"
+
+namespace mra::cpu {
+
+template <typename A>
+constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// Elements of a tile of scores: several tiles together fit the second-level cache.
+constexpr int64_t kTileElements = 32768;
+
+struct Segment {
+  int64_t first, count;  // keys, or pooled keys
+  int64_t column;        // where they stand in the scores
+  bool coarse;
+};
+
+struct Chunk {
+  size_t begin, end;       // segments
+  int64_t exact, columns;  // columns of exact keys, of all
+};
+
+// log c_y, [B, nk]; -inf for an empty block.
+template <typename A>
+std::vector<A> log_counts(const Tensor& key_count) {
+  const Tensor counts = key_count.contiguous();
+  const int32_t* c = counts.const_data_ptr<int32_t>();
+  std::vector<A> logs(counts.numel());
+  for (size_t i = 0; i < logs.size(); ++i) logs[i] = c[i] > 0 ? std::log(A(c[i])) : -kInf<A>;
+  return logs;
+}
+
+template <typename A>
+class KeyTiles {
+ public:
+  // `max_segment` bounds the keys of one segment.
+  KeyTiles(const Options& o, int64_t M, int64_t max_segment)
+      : o_(o),
+        M_(M),
+        nk_(ceil_div(M, o.block_k)),
+        width_(std::max(o.block_k, std::min(kTileElements / o.block_q,
+                                            nk_ * o.block_k + ceil_div(nk_, 16) * 16))),
+        max_segment_(std::min(max_segment, width_)),
+        bias_(width_) {}
+
+  int64_t width() const { return width_; }
+  int64_t max_segment() const { return max_segment_; }
+  // Distance of two rows of scores: whole cache lines, and not a power of two.
+  int64_t ld() const { return ceil_div(width_, 16) * 16 + 16; }
+
+  // `coarse_keys` pooled keys, 0 without coarse = row.
+  void build(const Entries& selected, int64_t coarse_keys) {
+    segments_.clear();
+    chunks_.clear();
+    selected_ = selected;
+    chunks_.push_back({0, 0, 0, 0});
+    for (const int32_t y : selected) {
+      if (y < 0 || y >= nk_) continue;
+      const int64_t first = y * o_.block_k, count = std::min(o_.block_k, M_ - first);
+      if (chunks_.back().columns + count > width_) next_chunk();
+      Chunk& chunk = chunks_.back();
+      const bool extends = segments_.size() > chunk.begin &&
+                           segments_.back().first + segments_.back().count == first &&
+                           segments_.back().count + count <= max_segment_;
+      if (extends) {
+        segments_.back().count += count;
+      } else {
+        segments_.push_back({first, count, chunk.columns, false});
+      }
+      chunk.columns += count;
+      chunk.exact = chunk.columns;
+    }
+    for (int64_t first = 0; first < coarse_keys;) {
+      if (chunks_.back().columns == width_) next_chunk();
+      Chunk& chunk = chunks_.back();
+      const int64_t count = std::min(coarse_keys - first, width_ - chunk.columns);
+      segments_.push_back({first, count, chunk.columns, true});
+      chunk.columns += count;
+      first += count;
+    }
+    chunks_.back().end = segments_.size();
+  }
+
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  const Segment* begin(const Chunk& c) const { return segments_.data() + c.begin; }
+  const Segment* end(const Chunk& c) const { return segments_.data() + c.end; }
+
+  // What is added to every row of a chunk's scores, [columns], or null for nothing:
+  // -inf for a masked key, the log weight of a pooled key. log_count [nk].
+  const A* bias(const Chunk& chunk, const Mask& key_mask, int64_t b, const A* log_count) {
+    if (!key_mask.data && chunk.exact == chunk.columns) return nullptr;
+    for (const Segment* s = begin(chunk); s != end(chunk); ++s) {
+      A* bias = bias_.data() + s->column;
+      if (s->coarse) {
+        std::copy_n(log_count + s->first, s->count, bias);
+        for (const int32_t y : selected_) {
+          if (y >= s->first && y < s->first + s->count) bias[y - s->first] = -kInf<A>;
+        }
+      } else {
+        for (int64_t j = 0; j < s->count; ++j) bias[j] = key_mask(b, s->first + j) ? 0 : -kInf<A>;
+      }
+    }
+    return bias_.data();
+  }
+
+ private:
+  void next_chunk() {
+    chunks_.back().end = segments_.size();
+    chunks_.push_back({segments_.size(), segments_.size(), 0, 0});
+  }
+
+  Options o_;
+  int64_t M_, nk_, width_, max_segment_;
+  Entries selected_{nullptr, 0};
+  std::vector<Segment> segments_;
+  std::vector<Chunk> chunks_;
+  std::vector<A> bias_;
+};
+
+// -inf for keys in a row's future: scores [rows, count] of queries first_query.. and keys
+// first_key.. .
+template <typename A>
+void mask_future(A* s, int64_t ld, int64_t first_query, int64_t rows, int64_t first_key,
+                 int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t seen = std::clamp<int64_t>(first_query + r - first_key + 1, 0, count);
+    std::fill(s + r * ld + seen, s + r * ld + count, -kInf<A>);
+  }
+}
+
+// Keys that a product takes at once: a copy of half-precision keys should stay in cache.
+template <typename T>
+constexpr int64_t kMaxSegment = std::is_same_v<T, acc_t<T>> ? kTileElements : 128;
+
+}  // namespace mra::cpu

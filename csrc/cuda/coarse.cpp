@@ -1,0 +1,47 @@
+#include "coarse.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "problem.h"
+
+namespace mra::cuda {
+
+CoarseState coarse(const PooledInputs& in, const BlockList& rows, const Options& o) {
+  const Launch launch(in.query);
+  ForwardParams p{};
+  fill(p, in, rows, o);
+  CoarseState state{at::empty_like(in.query), at::empty({p.B, p.H, p.rows}, in.query.options())};
+  p.out = state.mean.mutable_data_ptr();
+  p.out_strides = strides_of(state.mean);
+  p.lse = state.lse.mutable_data_ptr<float>();
+  launch.check(forward(p, Dtype::f32, launch.device, launch.stream));
+  return state;
+}
+
+Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const BlockList& columns,
+                      const BlockRows& back, const Options& o) {
+  const Launch launch(in.query);
+  BackwardParams p{};
+  fill(p, in, rows, o);
+  p.column_lists = lists_of(columns);
+  p.grad_out = back.grad.const_data_ptr();
+  p.grad_out_strides = strides_of(back.grad);
+  p.lse = back.lse.const_data_ptr<float>();
+  p.delta = p.pooled_delta = back.delta.const_data_ptr<float>();
+
+  const Tensor grad_query = at::empty_like(in.query);
+  p.grad_q = grad_query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grad_query);
+  launch.check(backward_rows(p, Dtype::f32, launch.device, launch.stream));
+
+  p.splits = pooled_splits(p, launch.device);
+  const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, in.query.options());
+  p.pooled_grad_k = sums[0].mutable_data_ptr<float>();
+  p.pooled_grad_v = sums[1].mutable_data_ptr<float>();
+  launch.check(backward_pooled(p, Dtype::f32, launch.device, launch.stream));
+  const Tensor total = sums.sum(1);
+  return {grad_query, total[0], total[1]};
+}
+
+}  // namespace mra::cuda

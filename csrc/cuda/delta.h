@@ -1,0 +1,38 @@
+// Row sums that the backward pass starts from: what delta.cpp hands to delta_bwd.cu.
+#pragma once
+
+#include "types.h"
+
+namespace mra::cuda {
+
+struct DeltaParams {
+  const void* grad_out;  // [B, H, N, D], rows 16-byte aligned
+  const void* out;       // [B, H, N, D], likewise
+  Strides grad_stride, out_stride;
+  const float* grad_lse;  // [B, H, N] with strides lse_stride, or null
+  Strides lse_stride;
+  float* delta;  // [B, H, N]
+  int B, H;      // B * H * ceil(N / 32) < 2^31
+  int64_t N;
+  int D;
+  Dtype dtype;
+};
+
+struct BlockRowsParams {
+  const void* grad_out;  // [B, H, N, D], rows 16-byte aligned
+  Strides grad_stride;
+  const float* lse;    // [B, H, N] contiguous
+  const float* delta;  // [B, H, N] contiguous
+  float* block_lse;    // [B, H, nq]
+  float* block_grad;   // [B, H, nq, D]
+  float* block_delta;  // [B, H, nq]
+  int B, H, nq;        // B * H * nq < 2^31
+  int64_t N;
+  int D, block;
+  Dtype dtype;
+};
+
+cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream);
+cudaError_t block_rows_backward(const BlockRowsParams& params, cudaStream_t stream);
+
+}  // namespace mra::cuda

@@ -1,0 +1,180 @@
+// delta = rowsum(dO * o) - dlse, and the gradient state of whole query blocks.
+#include <cmath>
+
+#include "block_sum.cuh"
+#include "delta.h"
+
+namespace mra::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+
+// One warp per 32 rows of a head; neighbouring warps take neighbouring heads, which lie side by
+// side in memory when the tensors come from a (B, N, H, D) layout.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams p) {
+  constexpr int kRows = 32 / kLanes;
+  constexpr int kBatch = kLanes < 4 ? kLanes : 4;  // rows in flight for each lane
+  constexpr int kPasses = kLanes == 32 && sizeof(T) == 4 ? 2 : 1;
+  const int lane = threadIdx.x % 32;
+  const int tiles = static_cast<int>((p.N + 31) / 32);
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
+  const int h = static_cast<int>(unit) % p.H;
+  const int tile = static_cast<int>(unit) / p.H % tiles;
+  const int b = static_cast<int>(unit) / p.H / tiles;
+
+  const int row_lane = lane / kLanes;
+  const int64_t first = int64_t{tile} * 32 + row_lane;
+  const int chunks = p.D / kVec<T>;
+  const int64_t offset = lane % kLanes * kVec<T>;
+  const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_stride.b + h * p.grad_stride.h +
+                  first * p.grad_stride.l + offset;
+  const T* out = static_cast<const T*>(p.out) + b * p.out_stride.b + h * p.out_stride.h +
+                 first * p.out_stride.l + offset;
+
+  float mine = 0.f;  // of row (lane % kLanes) * kRows + row_lane of the tile
+#pragma unroll 1
+  for (int k = 0; k < kLanes; k += kBatch) {
+    float sum[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) sum[j] = 0.f;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      uint4 x[kBatch], y[kBatch];
+      const bool inside = lane % kLanes + pass * kLanes < chunks;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        x[j] = y[j] = make_uint4(0, 0, 0, 0);
+        if (inside && first + (k + j) * kRows < p.N) {
+          x[j] = load16(grad + j * kRows * p.grad_stride.l + pass * kLanes * kVec<T>);
+          y[j] = load16(out + j * kRows * p.out_stride.l + pass * kLanes * kVec<T>);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        float u[kVec<T>], v[kVec<T>];
+        unpack16<T>(x[j], u);
+        unpack16<T>(y[j], v);
+#pragma unroll
+        for (int e = 0; e < kVec<T>; ++e) sum[j] += u[e] * v[e];
+      }
+    }
+    grad += kBatch * kRows * p.grad_stride.l;
+    out += kBatch * kRows * p.out_stride.l;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) {
+        sum[j] += __shfl_xor_sync(kFullWarp, sum[j], step);
+      }
+      if (lane % kLanes == k + j) mine = sum[j];
+    }
+  }
+
+  const int64_t i = first + lane % kLanes * kRows;
+  if (i < p.N) {
+    if (p.grad_lse != nullptr) {
+      mine -= p.grad_lse[b * p.lse_stride.b + h * p.lse_stride.h + i * p.lse_stride.l];
+    }
+    p.delta[(int64_t{b} * p.H + h) * p.N + i] = mine;
+  }
+}
+
+// One warp per query block: M = min lse over rows that have weight (lse > -inf), then the sums of
+// dO and delta weighted by exp(M - lse), at most 1 each.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
+  const int lane = threadIdx.x % 32;
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
+  const int x = static_cast<int>(unit) % p.nq;
+  const int head = static_cast<int>(unit) / p.nq;
+  const int h = head % p.H;
+  const int b = head / p.H;
+  const int64_t first = int64_t{x} * p.block;
+
+  uint32_t live[kBlockWords];
+  float weight[kBlockWords];  // of row 32 g + lane; holds lse until the minimum is known
+  float lowest = INFINITY;
+#pragma unroll
+  for (int g = 0; g < kBlockWords; ++g) {
+    const int r = g * 32 + lane;
+    const bool inside = r < p.block && first + r < p.N;
+    weight[g] = inside ? p.lse[head * p.N + first + r] : -INFINITY;
+    live[g] = __ballot_sync(kFullWarp, inside && weight[g] != -INFINITY);
+    if (live[g] >> lane & 1) lowest = fminf(lowest, weight[g]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    lowest = fminf(lowest, __shfl_xor_sync(kFullWarp, lowest, step));
+  }
+
+  float delta = 0.f;
+#pragma unroll
+  for (int g = 0; g < kBlockWords; ++g) {
+    const bool mine = live[g] >> lane & 1;
+    weight[g] = mine ? expf(lowest - weight[g]) : 0.f;
+    if (mine) delta += weight[g] * p.delta[head * p.N + first + g * 32 + lane];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    delta += __shfl_xor_sync(kFullWarp, delta, step);
+  }
+  if (lane == 0) {
+    p.block_lse[unit] = lowest;
+    p.block_delta[unit] = delta;
+  }
+
+  const T* rows = static_cast<const T*>(p.grad_out) + b * p.grad_stride.b + h * p.grad_stride.h +
+                  first * p.grad_stride.l;
+  const int chunks = p.D / kVec<T>;
+  for (int c = 0; c < chunks; c += kLanes) {
+    const int chunk = c + lane % kLanes;
+    float sum[kVec<T>];
+    block_sum<T, kLanes>(
+        rows, p.grad_stride.l, live, chunk, chunks,
+        [&](int g, int r) { return __shfl_sync(kFullWarp, weight[g], r); }, sum);
+    if (lane < kLanes && chunk < chunks) {
+      store_floats(p.block_grad + unit * p.D + chunk * kVec<T>, sum);
+    }
+  }
+}
+
+unsigned grid_of(int64_t units) { return static_cast<unsigned>((units + kWarps - 1) / kWarps); }
+
+struct LaunchDelta {
+  const DeltaParams& p;
+  cudaStream_t stream;
+
+  template <typename T, int kLanes>
+  cudaError_t operator()() const {
+    const unsigned grid = grid_of((p.N + 31) / 32 * p.B * p.H);
+    delta_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(p);
+    return cudaGetLastError();
+  }
+};
+
+struct LaunchBlockRows {
+  const BlockRowsParams& p;
+  cudaStream_t stream;
+
+  template <typename T, int kLanes>
+  cudaError_t operator()() const {
+    const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
+    block_rows_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(p);
+    return cudaGetLastError();
+  }
+};
+
+}  // namespace
+
+cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {
+  return dispatch_rows(params.dtype, params.D, LaunchDelta{params, stream});
+}
+
+cudaError_t block_rows_backward(const BlockRowsParams& params, cudaStream_t stream) {
+  return dispatch_rows(params.dtype, params.D, LaunchBlockRows{params, stream});
+}
+
+}  // namespace mra::cuda

@@ -1,0 +1,105 @@
+#include "fine.h"
+
+#include <ATen/ops/empty.h>
+
+#include "../common/budget.h"
+#include "problem.h"
+
+namespace mra::cuda {
+namespace {
+
+// Means of key blocks in the dtype that the kernel multiplies.
+struct PooledKeys {
+  Tensor key, value, count;
+
+  PooledKeys(const std::optional<PooledInputs>& pooled, at::ScalarType dtype) {
+    if (!pooled) return;
+    key = pooled->key.to(dtype);
+    value = pooled->value.to(dtype);
+    count = pooled->key_count;
+  }
+};
+
+// (B, H, L, D), laid out as (B, L, H, D).
+Tensor empty_heads_last(const Tensor& like) {
+  const auto s = like.sizes();
+  return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
+}
+
+}  // namespace
+
+FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
+                const std::optional<PooledInputs>& pooled, const Options& o) {
+  const Launch launch(in.query);
+  const PooledKeys keys(pooled, in.query.scalar_type());
+  ForwardParams p{};
+  fill(p, in, rows, keys.key, keys.value, keys.count, o);
+
+  FineResult r;
+  const auto acc = in.query.options().dtype(at::kFloat);
+  r.out = empty_heads_last(in.query);
+  r.lse = at::empty({p.B, p.H, p.rows}, acc);
+  if (o.order == 1 && o.coarse != Coarse::none) r.share = at::empty({p.B, p.H, p.rows}, acc);
+  if (state) {
+    p.state_mean = state->mean.const_data_ptr<float>();
+    p.state_lse = state->lse.const_data_ptr<float>();
+  }
+  p.out = r.out.mutable_data_ptr();
+  p.out_strides = strides_of(r.out);
+  p.lse = data_of<float>(r.lse);
+  p.share = data_of<float>(r.share);
+  launch.check(forward(p, dtype_of(in.query), launch.device, launch.stream));
+  return r;
+}
+
+Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& columns,
+                    const std::optional<PooledInputs>& pooled, const FineBackward& back,
+                    const Options& o) {
+  const Launch launch(in.query);
+  const Dtype dtype = dtype_of(in.query);
+  const PooledKeys keys(pooled, in.query.scalar_type());
+  const Tensor grad_out = with_aligned_rows(back.grad_out);
+  BackwardParams p{};
+  fill(p, in, rows, keys.key, keys.value, keys.count, o);
+  p.column_lists = lists_of(columns);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.lse = back.lse.const_data_ptr<float>();
+  p.delta = back.delta.const_data_ptr<float>();
+  p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
+
+  Tensor key_block = back.key_block, value_block = back.value_block;
+  if (pooled) {
+    p.splits = pooled_splits(p, launch.device);
+    const auto acc = in.query.options().dtype(at::kFloat);
+    const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
+    p.pooled_grad_k = sums[0].mutable_data_ptr<float>();
+    p.pooled_grad_v = sums[1].mutable_data_ptr<float>();
+    launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
+    const Tensor count = pooled->key_count.clamp_min(1).view({p.B, 1, p.nk, 1});
+    const Tensor means = sums.sum(1).div_(count);
+    key_block = key_block.defined() ? key_block.add(means[0]) : means[0];
+    value_block = value_block.defined() ? value_block.add(means[1]) : means[1];
+  }
+
+  Grads g{empty_heads_last(in.query), empty_heads_last(in.key), empty_heads_last(in.value)};
+  auto set = [](const Tensor& grad, void*& to, Strides& strides, const Tensor& extra,
+                const void*& from, Strides& extra_strides) {
+    to = grad.mutable_data_ptr();
+    strides = strides_of(grad);
+    if (!extra.defined()) return;
+    from = extra.const_data_ptr();
+    extra_strides = strides_of(extra);
+  };
+  set(g.query, p.grad_q, p.grad_q_strides, back.query_extra, p.q_extra, p.q_extra_strides);
+  set(g.key, p.grad_k, p.grad_k_strides, back.key_extra, p.k_extra, p.k_extra_strides);
+  set(g.value, p.grad_v, p.grad_v_strides, back.value_extra, p.v_extra, p.v_extra_strides);
+  p.q_block = data_of<float>(back.query_block);
+  p.k_block = data_of<float>(key_block);
+  p.v_block = data_of<float>(value_block);
+  launch.check(backward_rows(p, dtype, launch.device, launch.stream));
+  launch.check(backward_columns(p, dtype, launch.device, launch.stream));
+  return g;
+}
+
+}  // namespace mra::cuda

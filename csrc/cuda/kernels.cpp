@@ -1,0 +1,78 @@
+#include "kernels.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+namespace mra::cuda {
+namespace {
+
+// Calls f(T{}, integral_constant<int, padded head_dim>).
+template <class F>
+cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
+  auto by_dim = [&](auto t) {
+    if (head_dim <= 32) return f(t, std::integral_constant<int, 32>{});
+    if (head_dim <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (head_dim <= 128) return f(t, std::integral_constant<int, 128>{});
+    if (head_dim <= 256) return f(t, std::integral_constant<int, 256>{});
+    return cudaErrorInvalidValue;
+  };
+  switch (dtype) {
+    case Dtype::f32:
+      return by_dim(float{});
+    case Dtype::f16:
+      return by_dim(__half{});
+    case Dtype::bf16:
+      return by_dim(__nv_bfloat16{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_forward<decltype(t), d()>(p, device.max_smem, stream);
+  });
+}
+
+cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& device,
+                          cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_backward_rows<decltype(t), d()>(p, device.max_smem, stream);
+  });
+}
+
+cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device& device,
+                             cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_backward_columns<decltype(t), d()>(p, device.max_smem, stream);
+  });
+}
+
+cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& device,
+                            cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_backward_pooled<decltype(t), d()>(p, device.max_smem, stream);
+  });
+}
+
+std::vector<KernelInfo> kernel_table() {
+  constexpr const char* all = "float32, float16, bfloat16";
+  constexpr const char* dims = "8..256 (32, 64, 128, 256)";
+  return {
+      {"pool", "pool_forward", "csrc/cuda/pool_fwd.cu", "sm_80+", all, "8..256"},
+      {"plan", "plan_row", "csrc/cuda/plan_row.cu", "sm_80+", "float32 means", "8..256"},
+      {"plan", "plan_global", "csrc/cuda/plan_global.cu", "sm_80+", "float32 means", "8..256"},
+      {"plan", "transpose", "csrc/cuda/plan_transpose.cu", "sm_80+", "-", "-"},
+      {"coarse", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", "float32 means", dims},
+      {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means", dims},
+      {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
+      {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
+      {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
+      {"fine", "backward_columns", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
+  };
+}
+
+}  // namespace mra::cuda

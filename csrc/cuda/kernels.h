@@ -1,0 +1,23 @@
+// The one door to the attention kernels: picks the kernel for a dtype, head_dim and device. A
+// faster path for one architecture goes in its own folder beside sm80/ and is chosen here.
+#pragma once
+
+#include <vector>
+
+#include "sm80/params.h"
+
+namespace mra::cuda {
+
+// Every kernel takes head dims of multiples of 8 up to 256, padded to the next compiled size.
+cudaError_t forward(const ForwardParams&, Dtype, const Device&, cudaStream_t);
+cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+
+// A row of the table that info() prints.
+struct KernelInfo {
+  const char *stage, *kernel, *file, *arch, *dtypes, *head_dims;
+};
+std::vector<KernelInfo> kernel_table();
+
+}  // namespace mra::cuda

@@ -1,0 +1,117 @@
+// Stage plan on CUDA, and the transpose of its lists: allocate and launch plan_row.cu,
+// plan_global.cu and plan_transpose.cu.
+#include "plan.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "../common/budget.h"
+#include "launch.h"
+
+namespace mra::cuda {
+namespace {
+
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+PlanParams plan_params(const Pooled& query, const Pooled& key, int64_t N, const Options& o) {
+  PlanParams p{};
+  p.q_mean = query.mean.const_data_ptr<float>();
+  p.k_mean = key.mean.const_data_ptr<float>();
+  p.q_count = query.count.const_data_ptr<int32_t>();
+  p.k_count = key.count.const_data_ptr<int32_t>();
+  p.B = static_cast<int>(query.mean.size(0));
+  p.H = static_cast<int>(query.mean.size(1));
+  p.Hk = static_cast<int>(key.mean.size(1));
+  p.nq = static_cast<int>(query.mean.size(2));
+  p.nk = static_cast<int>(key.mean.size(2));
+  p.D = static_cast<int>(query.mean.size(3));
+  p.N = N;
+  p.block_q = static_cast<int>(o.block_q);
+  p.block_k = static_cast<int>(o.block_k);
+  p.scale = static_cast<float>(o.scale);
+  p.causal = o.causal;
+  p.blocks_per_row = o.blocks_per_row.value_or(0);
+  p.density = o.density.value_or(0);
+  // Beyond the whole map nothing changes; clamped before the product can overflow.
+  const int64_t side = std::min<int64_t>(o.diagonal_blocks / 2, (p.nq + int64_t{p.nk}) * 128);
+  p.diagonal_reach = o.diagonal_blocks > 0 ? side * std::max(o.block_q, o.block_k) : -1;
+  p.first_blocks = static_cast<int>(std::min<int64_t>(o.first_blocks, std::max(p.nq, p.nk)));
+  p.row_capacity = static_cast<int>(row_capacity(o, p.nk));
+  return p;
+}
+
+}  // namespace
+
+// query.mean [B, H, nq, D], key.mean [B, Hk, nk, D] -> row lists, as reference.py::plan selects.
+// Row selection keeps scores on chip; global selection takes a workspace of B * H * nq * nk floats.
+BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& options) {
+  const Launch launch(query.mean);
+  const int64_t B = query.mean.size(0), H = query.mean.size(1), nq = query.mean.size(2);
+  const int64_t nk = key.mean.size(2);
+  const int64_t capacity = nq * row_capacity(options, nk);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      capacity <= kMaxInt && B * H * nq <= kMaxInt,
+      "mra_attention on CUDA takes plans of at most 2^31 - 1 entries a head, got room for ",
+      capacity, "; lower density or blocks_per_row, or use larger blocks");
+  const auto ints = query.mean.options().dtype(at::kInt);
+  BlockList rows{at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
+                 at::empty({B, H, capacity}, ints)};
+  if (rows.start.numel() == 0) return rows;
+
+  PlanParams p = plan_params(query, key, N, options);
+  p.start = rows.start.mutable_data_ptr<int32_t>();
+  p.count = rows.count.mutable_data_ptr<int32_t>();
+  p.index = rows.index.mutable_data_ptr<int32_t>();
+  if (options.selection == Selection::row) {
+    const PlanRowConfig config = plan_row_config(p, launch.device);
+    const Tensor workspace = at::empty({config.workspace_bytes()}, ints.dtype(at::kByte));
+    launch.check(plan_row(p, config, workspace.mutable_data_ptr(), launch.stream));
+    return rows;
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(nq * nk <= int64_t{1} << 30,
+                              "mra_attention on CUDA: selection=\"global\" takes maps of at most "
+                              "2^30 pairs of blocks, got ",
+                              nq, " x ", nk, "; use selection=\"row\" or larger blocks");
+  int64_t budget = 0;
+  for (int64_t x = 0; x < nq; ++x) budget += row_budget(options, N, nk, x);
+  const Tensor map = at::empty({B, H, nq, nk}, ints);
+  launch.check(plan_global(p, budget, reinterpret_cast<uint32_t*>(map.mutable_data_ptr<int32_t>()),
+                           launch.stream));
+  return rows;
+}
+
+// Row lists of nq query blocks -> column lists of nk key blocks, ascending; entries out of range
+// are left out. O(entries) memory.
+BlockList transpose(const BlockList& rows, int64_t nk) {
+  const Launch launch(rows.index);
+  const int64_t B = rows.start.size(0), H = rows.start.size(1), nq = rows.start.size(2);
+  const int64_t capacity = rows.index.size(2);
+  TORCH_CHECK_NOT_IMPLEMENTED(capacity <= kMaxInt && B * H * std::max(nq, nk) <= kMaxInt,
+                              "mra_attention on CUDA takes plans of at most 2^31 - 1 entries a "
+                              "head, got room for ",
+                              capacity);
+  const Tensor row_start = rows.start.contiguous(), row_count = rows.count.contiguous(),
+               row_index = rows.index.contiguous();
+  const auto ints = rows.index.options();
+  BlockList columns{at::empty({B, H, nk}, ints), at::empty({B, H, nk}, ints),
+                    at::empty({B, H, capacity}, ints)};
+  if (columns.start.numel() == 0) return columns;
+
+  TransposeParams p{};
+  p.row_start = row_start.const_data_ptr<int32_t>();
+  p.row_count = row_count.const_data_ptr<int32_t>();
+  p.row_index = row_index.const_data_ptr<int32_t>();
+  p.start = columns.start.mutable_data_ptr<int32_t>();
+  p.count = columns.count.mutable_data_ptr<int32_t>();
+  p.index = columns.index.mutable_data_ptr<int32_t>();
+  p.heads = static_cast<int>(B * H);
+  p.nq = static_cast<int>(nq);
+  p.nk = static_cast<int>(nk);
+  p.capacity = capacity;
+  launch.check(plan_transpose(p, launch.device, launch.stream));
+  return columns;
+}
+
+}  // namespace mra::cuda

@@ -1,0 +1,151 @@
+// What plan_row.cu and plan_global.cu share of the selection: order-preserving keys, which pairs
+// exist, in which tier they are, and the search for the cut.
+#pragma once
+
+#include <cfloat>
+#include <climits>
+
+#include "plan.h"
+
+namespace mra::cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Keys order like the scores. Of no score: kAbsent, a pair that does not exist, and kForced, one
+// that is taken before any score is looked at.
+constexpr uint32_t kAbsent = 0u;
+constexpr uint32_t kForced = 0xffffffffu;
+
+// -0 counts as +0 and every NaN as one value above +inf, so that keys lie in
+// [0x007fffff, 0xffc00000].
+__device__ __forceinline__ uint32_t key_of(float score) {
+  uint32_t bits = __float_as_uint(score);
+  if (score == 0.f) bits = 0;
+  if (score != score) bits = 0x7fc00000u;
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float score_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// common/budget.h, in the same arithmetic.
+__device__ __forceinline__ int visible_blocks(const PlanParams& p, int x) {
+  if (!p.causal) return p.nk;
+  const int64_t last = min((int64_t{x} + 1) * p.block_q, p.N) - 1;
+  return static_cast<int>(min(int64_t{p.nk}, last / p.block_k + 1));
+}
+
+__device__ __forceinline__ int row_budget(const PlanParams& p, int x) {
+  const int64_t seen = visible_blocks(p, x);
+  if (p.blocks_per_row > 0) return static_cast<int>(min(p.blocks_per_row, seen));
+  const auto m = static_cast<int64_t>(ceil(p.density * static_cast<double>(seen)));
+  return static_cast<int>(min(seen, max(int64_t{1}, m)));
+}
+
+constexpr int kTiers = 5;
+
+__device__ __forceinline__ bool has_tiers(const PlanParams& p) {
+  return p.causal || p.diagonal_reach >= 0 || p.first_blocks > 0;
+}
+
+// Of a pair that exists: 4 where the diagonal crosses it, else how many forcing conditions it
+// meets.
+template <bool kGlobal>
+__device__ __forceinline__ int tier_of(const PlanParams& p, int x, int y) {
+  const int64_t q_begin = int64_t{x} * p.block_q, k_begin = int64_t{y} * p.block_k;
+  const int64_t q_end = q_begin + p.block_q, k_end = k_begin + p.block_k;
+  if (p.causal && k_end > q_begin) return 4;
+  int tier = y < p.first_blocks;
+  if (p.diagonal_reach >= 0) {
+    tier += k_begin < q_end + p.diagonal_reach && k_end > q_begin - p.diagonal_reach;
+  }
+  if (kGlobal) tier += x < p.first_blocks;
+  return tier;
+}
+
+// From how many pairs each tier has to the tier in which the budget ends.
+struct Boundary {
+  int take;    // pairs to take in all
+  int tier;    // every pair of the higher tiers is taken, and none of the lower ones
+  int forced;  // pairs in the higher tiers
+  int within;  // pairs in this tier
+};
+
+__device__ __forceinline__ Boundary find_boundary(const int (&pairs)[kTiers], int64_t budget) {
+  int existing = 0;
+#pragma unroll
+  for (int t = 0; t < kTiers; ++t) existing += pairs[t];
+  Boundary b;
+  b.take = static_cast<int>(min(max(budget, int64_t{pairs[4]}), int64_t{existing}));
+  b.tier = kTiers;
+  b.forced = 0;
+  b.within = 0;
+#pragma unroll
+  for (int t = kTiers - 1; t >= 0; --t) {
+    if (b.forced + b.within < b.take) {
+      b.forced += b.within;
+      b.within = pairs[t];
+      b.tier = t;
+    }
+  }
+  return b;
+}
+
+// The key under the boundary: higher tiers are forced, lower ones absent.
+__device__ __forceinline__ uint32_t key_in_tier(uint32_t key, int tier, int boundary) {
+  return tier == boundary ? key : tier > boundary ? kForced : kAbsent;
+}
+
+// All keys above `key` are taken, and of those equal to it the first `ties`.
+struct Cut {
+  uint32_t key;
+  int ties;
+};
+
+// Bisection for the m-th largest key, first between scores, which is quick for scores that spread
+// evenly, then between keys, which ends after 32 rounds whatever they are. It stops as soon as
+// exactly m keys are at or above the pivot.
+struct Search {
+  uint32_t lo, hi;  // count(key >= lo) >= m > count(key > hi)
+  int at_least;     // count(key >= lo)
+  int above;        // count(key > hi)
+  int m;
+  int rounds = 0;
+
+  __device__ bool done() const { return lo >= hi || at_least == m; }
+
+  __device__ uint32_t pivot() {
+    uint32_t mid = lo;
+    if (rounds++ < 16) mid = key_of(0.5f * score_of(lo) + 0.5f * score_of(hi));
+    if (mid <= lo || mid > hi) mid = lo + (hi - lo + 1) / 2;
+    return mid;
+  }
+
+  __device__ void report(uint32_t pivot, int count) {
+    if (count >= m) {
+      lo = pivot;
+      at_least = count;
+    } else {
+      hi = pivot - 1;
+      above = count;
+    }
+  }
+
+  __device__ Cut cut() const { return at_least == m ? Cut{lo, INT_MAX} : Cut{lo, m - above}; }
+};
+
+// Which lanes' keys are taken; `ties` is what is left of the cut's, and goes down.
+__device__ __forceinline__ unsigned take_lanes(uint32_t key, uint32_t cut, int& ties) {
+  unsigned taken = __ballot_sync(kFullWarp, key > cut);
+  const unsigned equal = __ballot_sync(kFullWarp, key == cut);
+  if (equal != 0 && ties > 0) {  // the same for the whole warp
+    const int lane = threadIdx.x % 32;
+    const bool mine = (equal >> lane & 1) != 0 && __popc(equal & ((1u << lane) - 1)) < ties;
+    taken |= __ballot_sync(kFullWarp, mine);
+    if (ties != INT_MAX) ties -= min(ties, __popc(equal));
+  }
+  return taken;
+}
+
+}  // namespace mra::cuda

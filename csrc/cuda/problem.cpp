@@ -1,0 +1,78 @@
+#include "problem.h"
+
+#include <ATen/Context.h>
+
+#include <algorithm>
+
+#include "../common/budget.h"
+
+namespace mra::cuda {
+namespace {
+
+int log2_of(int64_t power) {
+  int n = 0;
+  while (power >>= 1) ++n;
+  return n;
+}
+
+void fill_common(Problem& p, const Tensor& q, int64_t key_heads, const BlockList& rows,
+                 const Options& o) {
+  check_supported(o);
+  p.B = q.size(0);
+  p.H = q.size(1);
+  p.Hk = key_heads;
+  p.rows = q.size(2);
+  p.D = q.size(3);
+  p.block_q = o.block_q;
+  p.block_k = o.block_k;
+  p.log2_block_k = log2_of(o.block_k);
+  p.scale = o.scale;
+  p.causal = o.causal;
+  p.q = q.const_data_ptr();
+  p.q_strides = strides_of(q);
+  p.row_lists = lists_of(rows);
+}
+
+}  // namespace
+
+void check_supported(const Options& o) {
+  TORCH_CHECK_NOT_IMPLEMENTED(o.block_q >= 32,
+                              "block_size: the query block is ", o.block_q,
+                              "; on CUDA it is 32, 64 or 128 (16 is available for keys)");
+}
+
+void fill(Problem& p, const Inputs& in, const BlockList& rows, const Tensor& pooled_key,
+          const Tensor& pooled_value, const Tensor& key_count, const Options& o) {
+  fill_common(p, in.query, in.key.size(1), rows, o);
+  p.M = in.key.size(2);
+  p.nk = ceil_div(p.M, o.block_k);
+  p.list_rows = o.block_q;
+  p.exact = true;
+  p.tf32 = at::globalContext().allowTF32CuBLAS();
+  p.k = in.key.const_data_ptr();
+  p.v = in.value.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.v_strides = strides_of(in.value);
+  p.key_mask = mask_of(in.key_mask);
+  p.row_mask = mask_of(in.query_mask);
+  p.pooled_k = const_bytes_of(pooled_key);
+  p.pooled_v = const_bytes_of(pooled_value);
+  p.key_count = data_of<int>(key_count);
+}
+
+void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Options& o) {
+  fill_common(p, in.query, in.key.size(1), rows, o);
+  p.nk = in.key.size(2);
+  p.list_rows = 1;
+  p.pooled_k = in.key.const_data_ptr();
+  p.pooled_v = in.value.const_data_ptr();
+  p.key_count = in.key_count.const_data_ptr<int>();
+}
+
+int pooled_splits(const Problem& p, const Device& device) {
+  const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
+  const int64_t wanted = ceil_div(4 * device.sms, std::max<int64_t>(1, tiles));
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, ceil_div(p.rows, 64)));
+}
+
+}  // namespace mra::cuda

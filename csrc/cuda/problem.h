@@ -1,0 +1,34 @@
+// Tensors of the stages -> the plain parameters of the attention kernels.
+#pragma once
+
+#include "../common/stages.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace mra::cuda {
+
+inline Lists lists_of(const BlockList& l) {
+  return {l.start.const_data_ptr<int>(), l.count.const_data_ptr<int>(),
+          l.index.const_data_ptr<int>(), l.index.size(2), static_cast<int>(l.start.size(2))};
+}
+
+inline const uint8_t* mask_of(const OptTensor& mask) {
+  return mask ? reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>()) : nullptr;
+}
+
+// Raises NotImplementedError for what the kernels can't do.
+void check_supported(const Options& o);
+
+// The fine stage: tokens against tokens. `pooled_key` and `pooled_value` have the dtype of the
+// inputs and are undefined unless coarse = row.
+void fill(Problem& p, const Inputs& in, const BlockList& rows, const Tensor& pooled_key,
+          const Tensor& pooled_value, const Tensor& key_count, const Options& o);
+
+// The block-coarse stage: means of query blocks against means of key blocks, float32.
+void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Options& o);
+
+// How many parts the rows are cut into for the gradients of pooled keys, so that the device is
+// full; the parts' sums take O(multiprocessors) memory.
+int pooled_splits(const Problem& p, const Device& device);
+
+}  // namespace mra::cuda

@@ -1,0 +1,7 @@
+// Made by sm80/generate.py.
+#include "../backward_columns.cuh"
+
+namespace mra::cuda {
+template cudaError_t launch_backward_columns<__half, 256>(const BackwardParams&, int,
+                                                     cudaStream_t);
+}  // namespace mra::cuda

@@ -1,0 +1,7 @@
+// Made by sm80/generate.py.
+#include "../backward_columns.cuh"
+
+namespace mra::cuda {
+template cudaError_t launch_backward_pooled<__half, 64>(const BackwardParams&, int,
+                                                     cudaStream_t);
+}  // namespace mra::cuda

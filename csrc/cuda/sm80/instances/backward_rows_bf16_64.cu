@@ -1,0 +1,7 @@
+// Made by sm80/generate.py.
+#include "../backward_rows.cuh"
+
+namespace mra::cuda {
+template cudaError_t launch_backward_rows<__nv_bfloat16, 64>(const BackwardParams&, int,
+                                                     cudaStream_t);
+}  // namespace mra::cuda

@@ -1,0 +1,7 @@
+// Made by sm80/generate.py.
+#include "../forward.cuh"
+
+namespace mra::cuda {
+template cudaError_t launch_forward<float, 32>(const ForwardParams&, int,
+                                                     cudaStream_t);
+}  // namespace mra::cuda

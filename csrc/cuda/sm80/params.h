@@ -1,0 +1,94 @@
+// What the attention kernels of sm80/ get: plain pointers and strides. No torch header here, so
+// that nvcc takes seconds a file.
+#pragma once
+
+#include "../types.h"
+
+namespace mra::cuda {
+
+// Lists of blocks of each head (BlockList of common/stages.h).
+struct Lists {
+  const int* start;  // [B, H, lists]
+  const int* count;  // [B, H, lists]
+  const int* index;  // [B, H, capacity]
+  int64_t capacity;
+  int lists;
+};
+
+// Shared by every kernel. "Rows" are queries and "keys" are keys, or, for the block-coarse part,
+// the means of query blocks and of key blocks: then list_rows is 1, exact is false and T is float.
+struct Problem {
+  int B, H, Hk;
+  int rows;             // N, or nq
+  int M, D;
+  int nk;               // key blocks
+  int block_q, block_k;
+  int log2_block_k;
+  int list_rows;        // rows that share one row list: block_q, or 1
+  float scale;
+  bool causal;
+  bool exact;           // attend the listed key blocks, key by key
+  bool tf32;            // float32 only: one TF32 product instead of three
+
+  const void* q;        // [B, H, rows, D] T
+  const void* k;        // [B, Hk, M, D] T
+  const void* v;        // [B, Hk, M, D] T
+  Strides q_strides, k_strides, v_strides;
+  const uint8_t* key_mask;  // [B, M] or null
+  const uint8_t* row_mask;  // [B, rows] or null
+
+  const void* pooled_k;  // [B, Hk, nk, D] T, contiguous, or null: no pooled keys
+  const void* pooled_v;  // [B, Hk, nk, D] T, contiguous
+  const int* key_count;  // [B, nk]
+
+  Lists row_lists;  // for each row list its key blocks
+};
+
+struct ForwardParams : Problem {
+  const float* state_mean;  // [B, H, lists, D] or null: softmax starts empty
+  const float* state_lse;   // [B, H, lists]
+  void* out;                // [B, H, rows, D] T
+  Strides out_strides;
+  float* lse;    // [B, H, rows]
+  float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
+};
+
+struct BackwardParams : Problem {
+  Lists column_lists;    // for each key block its row lists
+  const void* grad_out;  // [B, H, rows, D] T
+  Strides grad_out_strides;
+  const float* lse;           // [B, H, rows]
+  const float* delta;         // [B, H, rows]
+  const float* pooled_delta;  // [B, H, rows]
+
+  // rows: grad_q [B, H, rows, D] T, plus what is defined of [B, H, lists, D] and of its own shape
+  void* grad_q;
+  Strides grad_q_strides;
+  const float* q_block;
+  const void* q_extra;  // T
+  Strides q_extra_strides;
+
+  // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] and of their own shape
+  void *grad_k, *grad_v;
+  Strides grad_k_strides, grad_v_strides;
+  const float *k_block, *v_block;
+  const void *k_extra, *v_extra;  // T
+  Strides k_extra_strides, v_extra_strides;
+
+  // pooled columns: partial sums [splits, B, Hk, nk, D]
+  float *pooled_grad_k, *pooled_grad_v;
+  int splits;
+};
+
+// One function per dtype and padded head_dim, defined in sm80/instances/. `warps` of 16 rows (keys
+// for the columns) a block of threads; 0 lets the kernel choose from what fits shared memory.
+template <typename T, int DP>
+cudaError_t launch_forward(const ForwardParams&, int smem_limit, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_rows(const BackwardParams&, int smem_limit, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_columns(const BackwardParams&, int smem_limit, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_pooled(const BackwardParams&, int smem_limit, cudaStream_t);
+
+}  // namespace mra::cuda

@@ -1,0 +1,118 @@
+// Shapes, dtypes and strides of the operators' results, from shapes alone. SymInt clean: sizes may
+// be symbols while torch.compile or torch.export traces.
+#include <ATen/ATen.h>
+#include <c10/core/SymFloat.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "common/checks.h"
+#include "order1.h"
+
+namespace mra {
+namespace {
+
+using c10::SymInt;
+
+SymInt ceil_div(const SymInt& a, int64_t b) { return (a + (b - 1)) / b; }
+
+// ceil(factor * n)
+SymInt ceil_of(double factor, const SymInt& n) {
+  if (const auto known = n.maybe_as_int()) {
+    return static_cast<int64_t>(std::ceil(factor * static_cast<double>(*known)));
+  }
+  const c10::SymFloat product = c10::SymFloat(factor) * c10::SymFloat(n);
+  return SymInt(product.toSymNodeImpl()->ceil());
+}
+
+// nq * row_capacity of common/budget.h.
+SymInt capacity(const CallOptions& call, const SymInt& nq, const SymInt& nk) {
+  SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*call.density, nk).max(1);
+  if (call.is_causal) m = m.max(std::max<int64_t>(1, call.block_q / call.block_k));
+  return nq * nk.min(m);
+}
+
+Tensor empty(c10::SymIntArrayRef shape, const Tensor& like, c10::ScalarType dtype) {
+  return at::empty_symint(shape, like.options().dtype(dtype).layout(c10::kStrided));
+}
+
+c10::ScalarType acc_dtype(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<Tensor, Tensor, Tensor> empty_plan(const Tensor& query, const Tensor& key,
+                                              const CallOptions& call) {
+  const SymInt B = query.sym_size(0), H = query.sym_size(1);
+  const SymInt nq = ceil_div(query.sym_size(2), call.block_q);
+  const SymInt nk = ceil_div(key.sym_size(2), call.block_k);
+  return {empty({B, H, nq}, query, at::kInt), empty({B, H, nq}, query, at::kInt),
+          empty({B, H, capacity(call, nq, nk)}, query, at::kInt)};
+}
+
+std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int64_t block) {
+  check_pool(input, mask, block);
+  const SymInt n = ceil_div(input.sym_size(2), block);
+  return {empty({input.sym_size(0), input.sym_size(1), n, input.sym_size(3)}, input,
+                acc_dtype(input)),
+          empty({input.sym_size(0), n}, input, at::kInt)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
+    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
+    bool is_causal, std::optional<double> scale) {
+  const CallOptions call{blocks_per_row, density,         block_q,      block_k,   "none", 0,
+                         selection,      diagonal_blocks, first_blocks, is_causal, scale};
+  check_plan(query, key, key_mask, query_mask, call);
+  return empty_plan(query, key, call);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& key_mask,
+    const OptTensor& query_mask, const OptTensor& row_start, const OptTensor& row_count,
+    const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
+    std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view coarse,
+    int64_t order, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
+    bool is_causal, std::optional<double> scale) {
+  const CallOptions call{blocks_per_row,  density,      block_q,   block_k, coarse, order, selection,
+                         diagonal_blocks, first_blocks, is_causal, scale};
+  const PlanTensors plan{row_start, row_count, row_index};
+  const Options o = check_forward({query, key, value, key_mask, query_mask}, plan, call);
+  const SymInt B = query.sym_size(0), H = query.sym_size(1), N = query.sym_size(2);
+  const auto acc = acc_dtype(query);
+  const Tensor out =
+      empty({B, N, H, query.sym_size(3)}, query, query.scalar_type()).transpose(1, 2);
+  const Tensor lse = empty({B, H, N}, query, acc);
+  const Tensor share = has_order1(o) ? empty({B, H, N}, query, acc) : empty({0}, query, acc);
+  const auto none = [&] { return empty({0}, query, at::kInt); };
+  if (plan.given()) return {out, lse, share, none(), none(), none()};
+  auto [start, count, index] = empty_plan(query, key, call);
+  return {out, lse, share, start, count, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask, const Tensor& out,
+    const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
+    const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
+    std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale) {
+  check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
+                 coarse_share, {row_start, row_count, row_index},
+                 {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
+                  is_causal, scale});
+  const auto like = [](const Tensor& x) { return empty(x.sym_sizes(), x, x.scalar_type()); };
+  return {like(query), like(key), like(value)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mra_attention, Meta, m) {
+  m.impl("pool", pool);
+  m.impl("plan", plan);
+  m.impl("forward", forward);
+  m.impl("backward", backward);
+}
+
+}  // namespace mra

@@ -1,0 +1,32 @@
+// Every operator schema of the namespace mra_attention. Implementations register themselves:
+// cpu/stages.cpp and cuda/stages.cpp (kernels), meta.cpp, autograd.cpp, autocast.cpp.
+#include <torch/library.h>
+
+TORCH_LIBRARY(mra_attention, m) {
+  // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
+  m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");
+
+  // Selection: the row lists of a plan. row_start, row_count (B, H, nq), row_index (B, H, capacity).
+  m.def(
+      "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? blocks_per_row, "
+      "float? density, int block_q, int block_k, str selection, int diagonal_blocks, "
+      "int first_blocks, bool is_causal, float? scale) "
+      "-> (Tensor row_start, Tensor row_count, Tensor row_index)");
+
+  // Attention, with a given plan (all three row tensors) or one made here (none of them). The row
+  // lists come back when they were made here, and are empty otherwise.
+  m.def(
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
+      "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
+      "float? density, int block_q, int block_k, str coarse, int order, str selection, "
+      "int diagonal_blocks, int first_blocks, bool is_causal, float? scale) "
+      "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
+      "Tensor row_index)");
+
+  m.def(
+      "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor? key_mask, Tensor? query_mask, Tensor out, Tensor lse, Tensor coarse_share, "
+      "Tensor row_start, Tensor row_count, Tensor row_index, int block_q, int block_k, str coarse, "
+      "int order, bool is_causal, float? scale) "
+      "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+}

@@ -1,0 +1,19 @@
+"""Multi-resolution attention (MRA) for PyTorch: exact where it matters, pooled everywhere else."""
+
+from . import _load  # noqa: F401  (registers the operators)
+from . import transformers  # noqa: F401  (imports Hugging Face's package only when it is used)
+from .config import MRAConfig
+from .functional import make_plan, mra_attention
+from .info import info
+from .modules import MRAMultiheadAttention, replace_attention
+from .plan import Plan
+
+__all__ = [
+    "MRAConfig",
+    "MRAMultiheadAttention",
+    "Plan",
+    "info",
+    "make_plan",
+    "mra_attention",
+    "replace_attention",
+]

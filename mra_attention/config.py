@@ -1,0 +1,145 @@
+"""Options of MRA attention: one frozen object, and the one place where Python checks their values."""
+
+import dataclasses
+import math
+
+import torch
+
+__all__ = ["MRAConfig"]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+COARSE = ("none", "block", "row")
+SELECTION = ("row", "global")
+DEFAULT_DENSITY = 1 / 8  # when neither budget is given
+
+
+@dataclasses.dataclass(frozen=True)
+class MRAConfig:
+    """What :func:`mra_attention.mra_attention` takes from ``density`` on, as one object.
+
+    It says how to approximate; what belongs to one call (masks, ``is_causal``, ``scale``) isn't in it.
+
+    density: share of the key blocks that each query block may take, in (0, 1].
+    blocks_per_row: that number itself, at least 1. Give one of the two, or neither: density 1/8.
+    block_size: rows in a block, 16, 32, 64 or 128; an int, or (query block, key block).
+    coarse: what a block outside the plan contributes: "row" its pooled keys and values to each
+        query, "block" (MRA-2) one weight for the whole query block, "none" (MRA-2-s) nothing.
+    order: 1 adds the damped first-order term of the coarse part, 0 leaves it out.
+    selection: "row" gives every query block its own budget, "global" ranks the head's whole map.
+    diagonal_blocks, first_blocks: blocks taken first, inside the budget.
+
+    Raises TypeError or ValueError that names the option. Hashable; equal by value.
+    """
+
+    density: float | None = None
+    blocks_per_row: int | None = None
+    block_size: int | tuple[int, int] = 64
+    coarse: str = "row"
+    order: int = 1
+    selection: str = "row"
+    diagonal_blocks: int = 0
+    first_blocks: int = 0
+
+    def __post_init__(self):
+        if isinstance(self.block_size, list):
+            object.__setattr__(self, "block_size", tuple(self.block_size))
+        check_budget(self.density, self.blocks_per_row)
+        check_block_size(self.block_size)
+        check_choice("coarse", self.coarse, COARSE)
+        check_order(self.order)
+        check_choice("selection", self.selection, SELECTION)
+        check_int("diagonal_blocks", self.diagonal_blocks, 0)
+        check_int("first_blocks", self.first_blocks, 0)
+
+    @classmethod
+    def mra2(cls, blocks_per_row=4, **options):
+        """The paper's MRA-2: blocks of 32, global selection, block means for the rest, order 0.
+
+        ``options`` overrides any field; ``density=`` takes the place of ``blocks_per_row``."""
+        return cls(**_preset(blocks_per_row, options, coarse="block"))
+
+    @classmethod
+    def mra2_s(cls, blocks_per_row=4, **options):
+        """The paper's MRA-2-s: as :meth:`mra2`, but what isn't selected is dropped."""
+        return cls(**_preset(blocks_per_row, options, coarse="none"))
+
+    def replace(self, **options):
+        """A copy with these fields changed. Setting one budget clears the other."""
+        if options.get("density") is not None:
+            options.setdefault("blocks_per_row", None)
+        if options.get("blocks_per_row") is not None:
+            options.setdefault("density", None)
+        return dataclasses.replace(self, **options)
+
+
+def _preset(blocks_per_row, options, **fields):
+    fields.update(block_size=32, selection="global", order=0)
+    if options.get("density") is None:
+        fields["blocks_per_row"] = blocks_per_row
+    return {**fields, **options}
+
+
+# Checks. Each returns nothing and raises "name: got ..., expected ...", as the C++ checks do.
+
+
+def check_budget(density, blocks_per_row):
+    """At most one budget; density in (0, 1], blocks_per_row at least 1."""
+    if density is not None:
+        if blocks_per_row is not None:
+            raise ValueError(
+                f"density and blocks_per_row: got both ({density!r} and {blocks_per_row!r}), "
+                "expected at most one"
+            )
+        check_number("density", density)
+        if not 0 < density <= 1:  # written so that NaN fails too
+            raise ValueError(f"density: got {density!r}, expected a number in (0, 1]")
+    if blocks_per_row is not None:
+        check_int("blocks_per_row", blocks_per_row, 1)
+
+
+def check_block_size(block_size):
+    """An int of BLOCK_SIZES, or a pair of them."""
+    pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    accepted = "expected 16, 32, 64 or 128, or a pair (query block, key block) of them"
+    if not all(isinstance(b, int) and not isinstance(b, bool) for b in pair):
+        raise TypeError(f"block_size: got {block_size!r}, {accepted}")
+    if len(pair) != 2 or not all(b in BLOCK_SIZES for b in pair):
+        raise ValueError(f"block_size: got {block_size!r}, {accepted}")
+
+
+def check_choice(name, value, accepted):
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, expected one of {accepted}")
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, expected one of {accepted}")
+
+
+def check_order(order):
+    check_int("order", order, 0)
+    if order > 1:
+        raise ValueError(f"order: got {order!r}, expected 0 or 1")
+
+
+def check_int(name, value, least):
+    # A SymInt stands for an int while a program is traced.
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an int")
+    if value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an int of at least {least}")
+
+
+def check_number(name, value):
+    if not isinstance(value, (int, float, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+
+
+def check_scale(scale):
+    if scale is not None:
+        check_number("scale", scale)
+        if not -math.inf < scale < math.inf:
+            raise ValueError(f"scale: got {scale!r}, expected a finite number")
+
+
+def check_flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")

@@ -1,0 +1,195 @@
+"""The two functions: attention, and the plan alone. Thin over the operators of csrc/registration.cpp.
+
+The operators check tensors and numbers; what they can't see (types, a plan made for another call,
+options that contradict each other) is checked here. Nothing here reads a tensor's data, so both
+functions trace under ``torch.compile(fullgraph=True)`` with dynamic shapes.
+"""
+
+import dataclasses
+
+import torch
+
+from .config import DEFAULT_DENSITY, MRAConfig, check_flag, check_scale
+from .plan import Plan, as_pair
+
+__all__ = ["mra_attention", "make_plan"]
+
+
+class _Default:
+    """An option that the caller left out; prints as the value it stands for."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __repr__(self):
+        return repr(self.value)
+
+
+_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS = (
+    _Default(field.default) for field in dataclasses.fields(MRAConfig)[2:]
+)
+
+
+def mra_attention(
+    query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
+    block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, is_causal=False, scale=None,
+    plan=None, return_lse=False, config=None,
+):  # fmt: skip
+    """Multi-resolution attention: exact on the selected pairs of blocks, coarse on the rest.
+
+    With all logits under one softmax, for query i of block x and its selected key blocks S_x::
+
+        o_i = (sum_{y in S_x} sum_{j in y} e^{s q_i.k_j} v_j  +  sum_{y not in S_x} e^{b_iy} v~_y) / Z_i
+
+    where b_iy is ``log c_y + s q_i.k~_y`` (coarse="row") or ``log c_y + s q~_x.k~_y`` ("block"), and
+    ``order=1`` adds a damped first-order correction of the coarse part. At density 1 it is softmax
+    attention. See docs/notation.md.
+
+    query: (B, H, N, D); key, value: (B, Hk, M, D) with H % Hk == 0, any strides, one dtype (float64,
+        float32, bfloat16, float16; float64 on the CPU only); D a multiple of 8, at most 256.
+    key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
+        no valid key, gives zeros.
+    density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks: see
+        :class:`MRAConfig`. Neither budget given: density 1/8.
+    config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; a variant is
+        ``config.replace(...)``.
+    is_causal: query i sees keys j <= i; needs N == M.
+    scale: factor of q.k, 1/sqrt(D) when None.
+    plan: a :class:`Plan` to use instead of selecting. Budget and selection options beside it are a
+        ValueError; ``block_size`` (its own when left out) and ``is_causal`` must be the plan's. A
+        ``config`` beside it gives ``coarse`` and ``order``; its selection was spent on the plan.
+    return_lse: also return the natural log of each row's whole mass, (B, H, N), float32 (float64
+        for float64); -inf for a row of zeros.
+
+    Returns out (B, H, N, D) in the dtype of query, a transposed view of (B, N, H, D) memory; with
+    ``return_lse`` the pair (out, lse). Differentiable in query, key and value; the plan is constant.
+
+    Raises TypeError, ValueError or NotImplementedError that names the argument.
+    """
+    _check_tensors(query=query, key=key, value=value)
+    _check_tensors(optional=True, key_mask=key_mask, query_mask=query_mask)
+    check_flag("return_lse", return_lse)
+    options = _resolve(
+        config, plan, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
+        block_size=block_size, coarse=coarse, order=order, selection=selection,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks,
+    )  # fmt: skip
+    if plan is None:
+        row_start = row_count = row_index = None
+        budget = _budget(options)
+        block_q, block_k = as_pair(options.block_size)
+    else:
+        _check_plan(plan, query, key)
+        row_start, row_count, row_index = plan.row_start, plan.row_count, plan.row_index
+        budget = (None, None)
+        block_q, block_k = plan.block_size
+    out, lse, _, _, _, _ = torch.ops.mra_attention.forward(
+        query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
+        block_q, block_k, options.coarse, options.order, options.selection,
+        options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def make_plan(
+    query, key, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
+    block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, is_causal=False, scale=None,
+    config=None,
+):  # fmt: skip
+    """The plan that :func:`mra_attention` would make of these arguments.
+
+    Selects by the scores of pairs of blocks, ``s q~_x.k~_y``: forced pairs first, then the higher
+    score, ties to the lower index. ``coarse`` and ``order`` are checked and don't change it.
+    Arguments, errors and ``config`` as :func:`mra_attention`. Returns a :class:`Plan`; no gradient.
+    """
+    _check_tensors(query=query, key=key)
+    _check_tensors(optional=True, key_mask=key_mask, query_mask=query_mask)
+    options = _resolve(
+        config, None, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
+        block_size=block_size, coarse=coarse, order=order, selection=selection,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks,
+    )  # fmt: skip
+    block_q, block_k = as_pair(options.block_size)
+    lists = torch.ops.mra_attention.plan(
+        query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
+        options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
+    )  # fmt: skip
+    return Plan(*lists, query.shape[2], key.shape[2], (block_q, block_k), is_causal)
+
+
+def _resolve(config, plan, is_causal, scale, **options):
+    """The options of one call as an MRAConfig, with every contradiction refused."""
+    check_flag("is_causal", is_causal)
+    check_scale(scale)
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None or name not in ("density", "blocks_per_row")
+        if not isinstance(value, _Default)
+    }
+    if config is not None:
+        if not isinstance(config, MRAConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
+        if given:
+            raise ValueError(
+                f"config: got together with {', '.join(given)}, expected the options in one place "
+                "only; config.replace(...) makes a variant"
+            )
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                f"plan: got {type(plan).__name__}, expected a Plan (make_plan or Plan.from_dense)"
+            )
+        spent = [name for name in given if name not in ("block_size", "coarse", "order")]
+        if spent:
+            raise ValueError(
+                f"plan: got together with {', '.join(spent)}, expected no budget and no selection "
+                "options beside a plan that is already made"
+            )
+        if plan.is_causal != is_causal:
+            raise ValueError(
+                f"plan: made with is_causal={plan.is_causal}, the call has is_causal={is_causal}"
+            )
+        wanted = config.block_size if config is not None else given.get("block_size")
+        if wanted is not None and as_pair(wanted) != plan.block_size:
+            raise ValueError(
+                f"plan: made with block_size={plan.block_size}, the call has block_size={wanted}"
+            )
+    return MRAConfig(**given) if config is None else config
+
+
+def _budget(options):
+    """(blocks_per_row, density), exactly one of them set."""
+    if options.blocks_per_row is not None:
+        return options.blocks_per_row, None
+    return None, float(DEFAULT_DENSITY if options.density is None else options.density)
+
+
+def _float(scale):
+    return None if scale is None else float(scale)
+
+
+def _check_tensors(optional=False, **tensors):
+    for name, x in tensors.items():
+        if x is None and optional:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name}: got {type(x).__name__}, expected a tensor{' or None' * optional}"
+            )
+        if x.is_nested:
+            raise TypeError(f"{name}: got a nested tensor, expected a dense one with a mask")
+
+
+def _check_plan(plan, query, key):
+    if query.dim() != 4 or key.dim() != 4:
+        return  # the operator says what is wrong with them
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if plan.shape != shape:
+        raise ValueError(
+            f"plan: made for (B, H, N, M) = {tuple(plan.shape)}, the call has {tuple(shape)}"
+        )
+    if plan.device != query.device:
+        raise ValueError(f"plan: is on {plan.device}, query is on {query.device}")

@@ -1,0 +1,174 @@
+"""The plan: which pairs of blocks are exact, chosen once and used everywhere."""
+
+import dataclasses
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .config import check_block_size, check_flag, check_int
+
+__all__ = ["Plan"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Row lists (CSR) of the exact pairs of blocks, per batch and query head.
+
+    Query block x of a head attends exactly to the key blocks
+    ``row_index[row_start[x] : row_start[x] + row_count[x]]``, ascending; what lies between the
+    lists means nothing. Made by :func:`mra_attention.make_plan` or :meth:`from_dense`; passed to
+    ``mra_attention(..., plan=plan)``. Works inside ``torch.compile`` and is a pytree node.
+
+    row_start, row_count: int32 (B, H, nq). row_index: int32 (B, H, capacity).
+    N, M: numbers of queries and keys. block_size: (bq, bk). nq = ceil(N / bq), nk = ceil(M / bk).
+    """
+
+    row_start: torch.Tensor
+    row_count: torch.Tensor
+    row_index: torch.Tensor
+    N: int
+    M: int
+    block_size: tuple[int, int]
+    is_causal: bool = False
+
+    @classmethod
+    def from_dense(cls, mask, N, M, block_size=64, is_causal=False):
+        """Plan of a block mask. mask: bool (B, H, nq, nk), True = exact; block_size: int or (bq, bk).
+
+        With ``is_causal``, pairs that the diagonal crosses are added and pairs wholly in the future
+        left out: the first are always exact, the second don't exist.
+
+        Raises TypeError or ValueError that names the argument."""
+        block_size = as_pair(block_size)
+        check_int("N", N, 1)
+        check_int("M", M, 1)
+        check_flag("is_causal", is_causal)
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(f"mask: got {kind}, expected a bool tensor (B, H, nq, nk)")
+        nq, nk = blocks(N, block_size[0]), blocks(M, block_size[1])
+        if mask.dim() != 4 or mask.shape[2] != nq or mask.shape[3] != nk:
+            raise ValueError(
+                f"mask: got shape {tuple(mask.shape)}, expected (B, H, {nq}, {nk}) for N={N}, "
+                f"M={M} and block_size={block_size}"
+            )
+        y = torch.arange(nk, dtype=torch.int32, device=mask.device)
+        if is_causal:
+            if N != M:
+                raise ValueError(f"is_causal: got True with N={N}, M={M}, expected N == M")
+            x = torch.arange(nq, dtype=torch.int32, device=mask.device)[:, None]
+            past = (y + 1) * block_size[1] <= x * block_size[0]
+            exists = y * block_size[1] < ((x + 1) * block_size[0]).clamp(max=N)
+            mask = (mask | ~past) & exists
+        count = mask.sum(-1, dtype=torch.int32)
+        # One slot of nk entries per row: no size depends on data. Sorting moves the rest behind.
+        index = torch.where(mask, y, nk).sort(-1).values.flatten(2)
+        start = torch.arange(0, nq * nk, nk, dtype=torch.int32, device=mask.device)
+        start = start.expand(count.shape).contiguous()
+        return cls(start, count, index, N, M, block_size, is_causal)
+
+    @property
+    def B(self):
+        return self.row_start.shape[0]
+
+    @property
+    def H(self):
+        return self.row_start.shape[1]
+
+    @property
+    def nq(self):
+        return blocks(self.N, self.block_size[0])
+
+    @property
+    def nk(self):
+        return blocks(self.M, self.block_size[1])
+
+    @property
+    def shape(self):
+        """(B, H, N, M)"""
+        return (self.B, self.H, self.N, self.M)
+
+    @property
+    def device(self):
+        return self.row_start.device
+
+    def density(self):
+        """Exact pairs of blocks over all B * H * nq * nk pairs, a float. Waits for the device."""
+        pairs = self.B * self.H * self.nq * self.nk
+        return self.row_count.sum(dtype=torch.int64).item() / max(pairs, 1)
+
+    def to_dense(self):
+        """bool (B, H, nq, nk), True where a pair of blocks is exact. No wait for the device."""
+        t = torch.arange(self.nk, dtype=torch.int32, device=self.device)
+        at = self.row_start.unsqueeze(-1) + t  # a row has at most nk entries
+        capacity = self.row_index.shape[-1]
+        at = at.clamp(0, max(capacity - 1, 0)).flatten(2).long()
+        y = self.row_index.gather(-1, at).view(self.B, self.H, self.nq, self.nk)
+        live = (t < self.row_count.unsqueeze(-1)) & (y >= 0) & (y < self.nk)
+        # Column nk takes what isn't in a list.
+        y = torch.where(live, y, self.nk).long()
+        dense = torch.zeros(
+            self.B, self.H, self.nq, self.nk + 1, dtype=torch.bool, device=self.device
+        )
+        return dense.scatter(-1, y, True)[..., : self.nk]
+
+    def to(self, device):
+        """The same plan on another device."""
+        lists = (self.row_start, self.row_count, self.row_index)
+        return dataclasses.replace(
+            self,
+            **{f.name: t.to(device) for f, t in zip(dataclasses.fields(self), lists, strict=False)},
+        )
+
+    def plot(self, batch=0, head=0, ax=None):
+        """Draws one head's plan with matplotlib; returns the axes."""
+        from .plot import plot_plan
+
+        return plot_plan(self, batch=batch, head=head, ax=ax)
+
+    def __repr__(self):
+        return (
+            f"Plan(shape={self.shape}, block_size={self.block_size}, is_causal={self.is_causal}, "
+            f"blocks=({self.nq}, {self.nk}))"
+        )
+
+    def __str__(self):
+        if self.B * self.H == 0 or self.row_start.is_meta:
+            return repr(self)
+        head = f"{repr(self)[:-1]}, density={self.density():.2%}\n"
+        return f"{head}(0, 0)\n{_picture(self.to_dense()[0, 0])}\n)"
+
+
+def _picture(dense, most=32):
+    """Text picture of a bool (nq, nk): two characters a cell, darker for a larger exact share."""
+    nq, nk = dense.shape
+    rows, columns = min(nq, most), min(nk, most)
+    share = torch.nn.functional.adaptive_avg_pool2d(dense[None].float().cpu(), (rows, columns))[0]
+    shade = lambda p: "██" if p >= 1 else "▓▓" if p > 0.5 else "░░" if p > 0 else "··"  # noqa: E731
+    return "\n".join("".join(shade(p) for p in row) for row in share.tolist())
+
+
+def blocks(length, block):
+    """How many blocks ``length`` rows make; the last may be short."""
+    return -(-length // block)
+
+
+def as_pair(block_size):
+    """block_size as (block_q, block_k), checked."""
+    if isinstance(block_size, list):
+        block_size = tuple(block_size)
+    check_block_size(block_size)
+    return block_size if isinstance(block_size, tuple) else (block_size, block_size)
+
+
+def _flatten(plan):
+    lists = [plan.row_start, plan.row_count, plan.row_index]
+    return lists, (plan.N, plan.M, plan.block_size, plan.is_causal)
+
+
+pytree.register_pytree_node(
+    Plan,
+    _flatten,
+    lambda lists, rest: Plan(*lists, *rest),
+    serialized_type_name="mra_attention.Plan",
+)

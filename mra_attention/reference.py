@@ -1,0 +1,177 @@
+"""Dense MRA attention in plain PyTorch: the specification, and the oracle of every test.
+
+Reads in the order of the data: ``pool -> plan -> coarse -> fine``. Any floating dtype, clean in
+float64, differentiable by autograd. Memory is O(N * M): use it to check, not to compute.
+
+Symbols as in docs/notation.md: B batch, H query heads, Hk key heads, N queries, M keys, D head_dim,
+``bq``/``bk`` block sizes, ``nq = ceil(N / bq)``, ``nk = ceil(M / bk)``.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import pad
+
+__all__ = ["mra_attention_reference", "pool", "plan", "coarse", "fine", "row_budgets"]
+
+
+def mra_attention_reference(
+    query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
+    block_size=64, coarse="row", order=1, selection="row", diagonal_blocks=0, first_blocks=0,
+    is_causal=False, scale=None, plan=None, return_lse=False,
+):  # fmt: skip
+    """MRA attention, dense. Arguments and result as :func:`mra_attention.mra_attention`, except
+    that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact."""
+    bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    N, D, M, G = query.shape[2], query.shape[3], key.shape[2], query.shape[1] // key.shape[1]
+    s = D**-0.5 if scale is None else scale
+    key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
+
+    # pool: means over the valid rows of each block
+    q_mean, q_count = pool(query, query_mask, bq)
+    k_mean, k_count = pool(key, key_mask, bk)
+    v_mean, _ = pool(value, key_mask, bk)
+
+    # plan: which pairs of blocks are exact
+    L = s * q_mean @ k_mean.mT
+    if plan is None:
+        m = row_budgets(nq_nk=L.shape[-2:], bq=bq, bk=bk, density=density, blocks_per_row=blocks_per_row, is_causal=is_causal)  # fmt: skip
+        plan = _plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_blocks, is_causal)  # fmt: skip
+    x = torch.arange(N, device=query.device) // bq  # block of each query
+    y = torch.arange(M, device=query.device) // bk  # block of each key
+    past = _past(L.shape[-2:], bq, bk, is_causal, query.device)
+
+    # coarse: log weights of the blocks that are not exact, (B, H, N, nk)
+    b = _coarse(coarse, s, query, k_mean, L, k_count, (past & ~plan)[:, :, x], x)
+
+    # fine: log weights of the keys of the exact blocks, (B, H, N, M); one softmax over both
+    live = plan[:, :, x][..., y] & _or_ones(key_mask, query, M)[:, None, None, :]
+    if is_causal:
+        live = live & torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
+    out, lse, share = fine(s, query, key, value, v_mean, live, b, _or_ones(query_mask, query, N))
+
+    # order 1: what a block mean throws away, damped
+    if order == 1 and coarse != "none":
+        C, S = _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past)
+        q = query.to(C.dtype)
+        u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
+        t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
+        out = out + ((share / (1 + t / 4)).unsqueeze(-1) * u).to(out.dtype)
+    return (out, lse) if return_lse else out
+
+
+def pool(x, mask, block):
+    """Means over the valid rows of each block. x (B, H, L, D), mask (B, L) or None.
+
+    Returns mean (B, H, n, D), float32 or wider, zeros for an empty block, and count (B, n)."""
+    B, H, L, D = x.shape
+    tail = -L % block
+    ones = pad(_or_ones(mask, x, L), (0, tail)).view(B, 1, -1, block, 1)
+    x = pad(x.to(_acc(x)), (0, 0, 0, tail)).view(B, H, -1, block, D)
+    count = ones.sum(-2)
+    mean = x.masked_fill(~ones, 0).sum(-2) / count.clamp(min=1)
+    return mean, count.view(B, -1)
+
+
+def row_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal):
+    """Blocks that each query block may take: a list of nq integers, from shapes alone."""
+    nq, nk = nq_nk
+    seen = [min(nk, (x * bq + bq - 1) // bk + 1) if is_causal else nk for x in range(nq)]
+    if blocks_per_row is not None:
+        return [min(blocks_per_row, n) for n in seen]
+    density = 1 / 8 if density is None else density
+    return [min(n, max(1, math.ceil(density * n))) for n in seen]
+
+
+def plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_blocks, is_causal):
+    """Selection from the scores L (B, H, nq, nk): bool (B, H, nq, nk), True = exact.
+
+    Order of choice: pairs that the diagonal crosses, then pairs that meet more of the forcing
+    conditions, then the higher score, then the lower index."""
+    B, H, nq, nk = L.shape
+    x = torch.arange(nq, device=L.device)[:, None]
+    y = torch.arange(nk, device=L.device)[None, :]
+    exists = (q_count[:, None, :, None] > 0) & (k_count[:, None, None, :] > 0)
+    tier = torch.zeros(nq, nk, dtype=torch.long, device=L.device)
+    if diagonal_blocks > 0:
+        reach = diagonal_blocks // 2 * max(bq, bk)
+        tier += (y * bk < (x + 1) * bq + reach) & ((y + 1) * bk > x * bq - reach)
+    tier += y < first_blocks
+    if selection == "global":
+        tier += x < first_blocks
+    crossing = torch.zeros_like(exists)
+    if is_causal:
+        exists = exists & (y * bk <= torch.clamp((x + 1) * bq, max=N) - 1)
+        crossing = exists & ~_past((nq, nk), bq, bk, True, L.device)
+    tier = torch.where(crossing, 4, tier).masked_fill(~exists, -1).expand(B, H, nq, nk)
+    m = torch.tensor(m, device=L.device)
+    if selection == "global":
+        L = L - L.masked_fill(~exists, -math.inf).amax(-1, keepdim=True).clamp(min=torch.finfo(L.dtype).min)  # fmt: skip
+        L, tier, m, crossing = L.flatten(2), tier.flatten(2), m.sum(), crossing.flatten(2)
+    order = L.sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(L.shape[-1], device=L.device).expand_as(order))
+    budget = torch.maximum(m, crossing.sum(-1)).unsqueeze(-1)
+    return ((rank < budget) & (tier >= 0)).view(B, H, nq, nk)
+
+
+def coarse(form, s, query, k_mean, L, k_count, unselected, x):
+    """Log weight of each unselected block for each query, (B, H, N, nk): ``log c_y`` plus
+    ``L_xy`` (form "block", MRA-2) or ``s q_i . k_mean_y`` (form "row"); -inf where it has none."""
+    if form == "block":
+        b = L[:, :, x]
+    else:
+        b = (s * query @ k_mean.mT.to(query.dtype)).to(L.dtype)
+    live = unselected & (k_count > 0)[:, None, None, :] & (form != "none")
+    b = b + k_count.clamp(min=1).to(L.dtype).log()[:, None, None, :]
+    return b.masked_fill(~live, -math.inf)
+
+
+def fine(s, query, key, value, v_mean, live, b, query_mask):
+    """One softmax over exact keys and coarse blocks. Returns out (B, H, N, D), lse (B, H, N) and
+    the coarse share of each row's mass (B, H, N); zeros, -inf and zeros for a row without weight."""
+    a = (s * query @ key.mT).to(b.dtype).masked_fill(~live, -math.inf)
+    logits = torch.cat([a, b], -1).masked_fill(~query_mask[:, None, :, None], -math.inf)
+    empty = (logits == -math.inf).all(-1)
+    lse = logits.masked_fill(empty.unsqueeze(-1), 0).logsumexp(-1).masked_fill(empty, -math.inf)
+    p = (logits - lse.masked_fill(empty, 0).unsqueeze(-1)).exp()
+    p, w = p.split([key.shape[2], v_mean.shape[2]], -1)
+    out = p.to(value.dtype) @ value + w.to(value.dtype) @ v_mean.to(value.dtype)
+    return out, lse, w.sum(-1)
+
+
+def _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past):
+    """C and Sigma of each query block, (B, H, nq, D, D): within-block cross moments of key and
+    value, and of key with itself, averaged over the valid keys of the blocks that it may see."""
+    B, H, M, D = key.shape
+    valid = pad(_or_ones(key_mask, key, M), (0, -M % bk)).view(B, 1, -1, bk, 1)
+
+    def centred(t, mean):
+        t = pad(t.to(mean.dtype), (0, 0, 0, -M % bk)).view(B, H, -1, bk, D)
+        return (t - mean.unsqueeze(-2)).masked_fill(~valid, 0)
+
+    k, v = centred(key, k_mean), centred(value, v_mean)
+    past = past.to(k.dtype)
+    n = (k_count.to(k.dtype) @ past.mT).clamp(min=1)[:, None, :, None, None]
+    over = lambda t: torch.einsum("xy,bhyde->bhxde", past, t) / n  # noqa: E731
+    return over(k.mT @ v), over(k.mT @ k)
+
+
+def _past(nq_nk, bq, bk, is_causal, device):
+    """(nq, nk): True where the coarse part of query block x may see key block y."""
+    x = torch.arange(nq_nk[0], device=device)[:, None]
+    y = torch.arange(nq_nk[1], device=device)[None, :]
+    return (y + 1) * bk <= x * bq if is_causal else torch.ones_like(x + y, dtype=torch.bool)
+
+
+def _acc(x):
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def _or_ones(mask, like, length):
+    if mask is not None:
+        return mask
+    return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
+
+
+_plan, _coarse = plan, coarse  # the options of the main function hide these names

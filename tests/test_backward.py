@@ -1,0 +1,184 @@
+"""Backward: gradients of query, key and value, through out and lse, against the references."""
+
+import pytest
+import torch
+from helpers import BEST, CUDA_DTYPES, DEVICE_DTYPES, Case
+
+import mra_attention as mra
+
+FORMS = [("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1)]
+SIZES = (16, 32, 64, 128)
+
+
+@pytest.mark.parametrize("masks", ["none", "both"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("selection", ["row", "global"])
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_every_mode(device, dtype, coarse, order, selection, is_causal, masks):
+    Case(
+        device, dtype, coarse=coarse, order=order, selection=selection, is_causal=is_causal,
+        masks=masks, N=331, D=32,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [(q, k) for q in SIZES for k in SIZES])
+@pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:2])
+def test_every_block_size(device, dtype, block):
+    if device == "cuda" and block[0] < 32:
+        pytest.skip("CUDA takes block_q from 32 on")
+    for coarse, is_causal in [("none", True), ("block", False), ("row", False), ("row", True)]:
+        Case(
+            device, dtype, block_size=block, coarse=coarse, is_causal=is_causal, masks="both",
+            N=397, density=0.35,
+        ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", ["key", "query", "padding"])
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_masks(device, dtype, masks):
+    for coarse, order in FORMS:
+        Case(device, dtype, coarse=coarse, order=order, masks=masks, N=222, M=301).check()
+
+
+@pytest.mark.parametrize("N, M", [(1, 300), (300, 1), (31, 33), (32, 32), (129, 64), (257, 511)])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_lengths(device, dtype, N, M):
+    for coarse, order in FORMS:
+        for selection in ("row", "global"):
+            Case(device, dtype, N=N, M=M, coarse=coarse, order=order, selection=selection).check()
+
+
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_one_query_one_key(device, dtype):
+    """N = M = 1: out = v, lse = s q.k, so dv = dO, dq = dlse s k, dk = dlse s q."""
+    for coarse, order in FORMS:
+        for is_causal in (False, True):
+            case = Case(
+                device, dtype, N=1, M=1, H=2, Hk=2, coarse=coarse, order=order, is_causal=is_causal
+            )  # fmt: skip
+            result = case.ours()
+            s = 16**-0.5
+            q, k = case.q.double(), case.k.double()
+            g = case.grad_lse.double().unsqueeze(-1) * s
+            tight = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+            for name, expected in [
+                ("out", case.v), ("lse", s * (q * k).sum(-1)), ("dv", case.grad_out),
+                ("dq", g * k), ("dk", g * q),
+            ]:  # fmt: skip
+                torch.testing.assert_close(result[name].double(), expected.double(), **tight)
+
+
+@pytest.mark.parametrize("H, Hk", [(1, 1), (6, 3), (6, 2), (8, 1)])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_grouped_heads(device, dtype, H, Hk):
+    for coarse in ("none", "block", "row"):
+        Case(device, dtype, B=3, H=H, Hk=Hk, coarse=coarse, masks="key").check()
+
+
+@pytest.mark.parametrize("D", [8, 24, 40, 64, 72, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:2])
+def test_head_dims(device, dtype, D):
+    for coarse, order in [("none", 0), ("block", 1), ("row", 1)]:
+        Case(device, dtype, D=D, coarse=coarse, order=order).check()
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_forced_blocks_and_rows_without_a_pair(device, dtype):
+    for coarse, order in FORMS:
+        case = Case(
+            device, dtype, N=400, M=400, selection="global", first_blocks=1, blocks_per_row=1,
+            coarse=coarse, order=order,
+        )  # fmt: skip
+        assert (case.plan().to_dense().sum(-1) == 0).any()
+        case.check()
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_logits_that_vary_much_inside_blocks(device, dtype):
+    """Where the damping of order 1 is far from 1, and the softmax near one key."""
+    for coarse in ("block", "row"):
+        Case(device, dtype, coarse=coarse, order=1, spread=12.0, D=32).check()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("coarse, order", FORMS)
+def test_gradcheck(coarse, order, is_causal):
+    """Analytic against numerical gradients. The plan is fixed: its gradient is zero by definition,
+    and a numerical step must not change it."""
+    case = Case(
+        "cpu", torch.float64, B=1, H=2, Hk=1, N=35, M=None if is_causal else 41, D=8,
+        block_size=(16, 16), density=0.4, coarse=coarse, order=order, is_causal=is_causal,
+        masks="key",
+    )  # fmt: skip
+    plan = case.plan()
+
+    def function(q, k, v):
+        return mra.mra_attention(
+            q, k, v, case.key_mask, plan=plan, **case.values, return_lse=True
+        )  # fmt: skip
+
+    def finite(q, k, v):  # rows without weight have lse -inf, whose difference is NaN
+        out, lse = function(q, k, v)
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    inputs = [t.detach().clone().requires_grad_() for t in (case.q, case.k, case.v)]
+    assert torch.autograd.gradcheck(finite, inputs, fast_mode=False)
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_one_input_needs_a_gradient(device, dtype, coarse, order, needed):
+    case = Case(device, dtype, coarse=coarse, order=order)
+    full = case.ours()
+    inputs = [t.detach().requires_grad_(r) for t, r in zip((case.q, case.k, case.v), needed)]
+    out, lse = mra.mra_attention(*inputs, **case.options, return_lse=True)
+    loss = (out * case.grad_out).sum() + (lse * case.grad_lse).sum()
+    loss.backward()
+    for t, r, name in zip(inputs, needed, ("dq", "dk", "dv"), strict=True):
+        assert (t.grad is not None) == r
+        if r:
+            torch.testing.assert_close(t.grad, full[name])
+
+
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_layouts_of_the_gradient(device, dtype, coarse, order):
+    """The gradient of out comes as a transposed view, expanded (out.sum()), or strided."""
+    case = Case(device, dtype, coarse=coarse, order=order)
+    q, k, v = (t.detach().requires_grad_() for t in (case.q, case.k, case.v))
+    out = mra.mra_attention(q, k, v, **case.options)
+    g = case.grad_out
+    plain = torch.autograd.grad(out, (q, k, v), g, retain_graph=True)
+    for other in (
+        g.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([g, g], -1)[..., 0],
+        g.mT.contiguous().mT,
+    ):  # fmt: skip
+        for a, b in zip(plain, torch.autograd.grad(out, (q, k, v), other, retain_graph=True)):
+            assert torch.equal(a, b)
+    ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+    for a, b in zip(ones, torch.autograd.grad(out.sum(), (q, k, v))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_only_lse_has_a_gradient(device, dtype):
+    case = Case(device, dtype)
+    case.grad_out = torch.zeros_like(case.grad_out)
+    q, k, v = (t.detach().requires_grad_() for t in (case.q, case.k, case.v))
+    _, lse = mra.mra_attention(q, k, v, **case.options, return_lse=True)
+    lse.backward(case.grad_lse)
+    assert v.grad is None or not v.grad.any()
+    expected = case.ours()
+    torch.testing.assert_close(q.grad, expected["dq"])
+    torch.testing.assert_close(k.grad, expected["dk"])
+
+
+def test_second_derivative_is_refused():
+    case = Case("cpu", torch.float64)
+    q = case.q.detach().requires_grad_()
+    out = mra.mra_attention(q, case.k, case.v, **case.options)
+    with pytest.raises(RuntimeError):
+        (g,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+        g.sum().backward()

@@ -1,0 +1,142 @@
+"""Coarse: what the pairs that are not exact contribute, seen where it can be known otherwise."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import BEST, Case, new_seed, relative_error
+
+import mra_attention as mra
+
+TIGHT = {"cpu": 1e-12, "cuda": 1e-5}
+
+
+def constant_blocks(x, block):
+    """Every row replaced by the mean of its block."""
+    x = x.clone()
+    for start in range(0, x.shape[2], block):
+        part = x[:, :, start : start + block]
+        part.copy_(part.mean(2, keepdim=True).expand_as(part))
+    return x
+
+
+@pytest.mark.parametrize("coarse, order", [("block", 0), ("block", 1), ("row", 0), ("row", 1)])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_constant_blocks_are_exact_attention(device, dtype, coarse, order):
+    """Keys and values (for "block" queries too) that are constant within blocks lose nothing by
+    pooling: the smallest budget already gives softmax attention. Short last blocks included."""
+    case = Case(device, dtype, H=4, Hk=2, N=150, M=203, coarse=coarse, order=order, density=1e-6)
+    k, v = constant_blocks(case.k, 32), constant_blocks(case.v, 32)
+    q = constant_blocks(case.q, 32) if coarse == "block" else case.q
+    out, lse = mra.mra_attention(q, k, v, **case.options, return_lse=True)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    logits = q.double() @ k.double().repeat_interleave(2, 1).mT / math.sqrt(q.shape[-1])
+    assert relative_error(out, exact) <= TIGHT[device]
+    assert relative_error(lse, logits.logsumexp(-1)) <= TIGHT[device]
+
+
+@pytest.mark.parametrize("coarse", ["block", "row"])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_nothing_selected_is_attention_to_pooled_keys(device, dtype, coarse):
+    """A plan without a pair: softmax attention over block means with the bias log c_y, of the
+    rows themselves ("row") or of their block's mean ("block"). Gradients through torch's autograd."""
+    g = torch.Generator().manual_seed(new_seed())
+    N, M, D, b = 128, 300, 16, 32
+    q, k, v = (torch.randn(1, 2, L, D, generator=g).to(device, dtype) for L in (N, M, M))
+    key_mask = (torch.rand(1, M, generator=g) < 0.7).to(device)
+    key_mask[:, 64:96] = False
+    dense = torch.zeros(1, 2, 4, 10, dtype=torch.bool, device=device)
+    plan = mra.Plan.from_dense(dense, N, M, block_size=b)
+    grad = torch.randn(1, 2, N, D, generator=g).to(device, dtype)
+
+    def pooled(q, k, v):
+        ones = F.pad(key_mask, (0, -M % b)).view(1, 1, -1, b, 1).double()
+        count = ones.sum(-2)
+        k, v = (
+            (F.pad(t, (0, 0, 0, -M % b)).view(1, 2, -1, b, D) * ones).sum(-2) / count.clamp(min=1)
+            for t in (k, v)
+        )
+        if coarse == "block":
+            q = q.view(1, 2, -1, b, D).mean(-2, keepdim=True).expand(-1, -1, -1, b, -1).flatten(2, 3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=count[..., 0].log().unsqueeze(-2))
+
+    def ours(q, k, v):
+        return mra.mra_attention(q, k, v, key_mask, plan=plan, coarse=coarse, order=0)
+
+    results = []
+    for function, inputs in ((ours, (q, k, v)), (pooled, (q.double(), k.double(), v.double()))):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        out = function(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, grad.to(out.dtype))])
+    for name, got, exact in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        assert relative_error(got, exact) <= TIGHT[device], name
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_none_drops_what_is_not_selected(device, dtype):
+    """coarse="none" is softmax attention under the element mask that the plan spells out."""
+    case = Case(device, dtype, coarse="none", order=1, masks="key")
+    plan = case.plan()
+    mask = plan.to_dense().repeat_interleave(32, -2)[..., : case.q.shape[2], :]
+    mask = mask.repeat_interleave(32, -1)[..., : case.k.shape[2]] & case.key_mask[:, None, None]
+    out = case.ours(plan, backward=False)["out"]
+    exact = F.scaled_dot_product_attention(
+        case.q.double(), case.k.double(), case.v.double(), attn_mask=mask, enable_gqa=True
+    )
+    assert relative_error(out, exact) <= TIGHT[device]
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_order_is_without_effect_when_nothing_is_coarse(device, dtype):
+    for options in ({"coarse": "none"}, {"coarse": "row", "density": 1.0}):
+        case = Case(device, dtype, **options)
+        case.options["order"] = 0
+        zero = case.ours()
+        case.options["order"] = 1
+        one = case.ours()
+        for name in zero:
+            assert relative_error(one[name], zero[name]) <= TIGHT[device], name
+
+
+@pytest.mark.parametrize("coarse", ["block", "row"])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_first_order_term_is_first_order(device, dtype, coarse):
+    """Values linear in the keys within each block, logits small: the error of order 0 is almost
+    wholly first order, and order 1 takes it away (its one moment for all blocks is nearly each
+    block's own here)."""
+    g = torch.Generator().manual_seed(new_seed())
+    D, b, M = 16, 32, 256
+    center_k, center_v = (torch.randn(1, 2, M // b, 1, D, generator=g) for _ in range(2))
+    spread = torch.randn(1, 2, M // b, b, D, generator=g)
+    spread = spread - spread.mean(-2, keepdim=True)
+    q = torch.randn(1, 2, M // b, 1, D, generator=g).expand(-1, -1, -1, b, -1).reshape(1, 2, M, D)
+    matrix = torch.randn(D, D, generator=g)
+
+    k = (center_k + spread).reshape(1, 2, M, D)
+    v = (center_v + spread @ matrix).reshape(1, 2, M, D)
+    q, k, v = (t.to(device, dtype) for t in (q, k, v))
+    options = {"block_size": b, "blocks_per_row": 1, "coarse": coarse, "scale": 1e-3}
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1e-3)
+    error = [
+        relative_error(mra.mra_attention(q, k, v, order=order, **options), exact)
+        for order in (0, 1)
+    ]
+    assert error[1] < 0.3 * error[0]
+
+
+@pytest.mark.parametrize("coarse", ["block", "row"])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_coarse_part_helps(device, dtype, coarse):
+    """On smooth sequences the coarse part brings the result nearer to exact attention."""
+    g = torch.Generator().manual_seed(new_seed())
+    q, k, v = (
+        torch.randn(1, 4, 512, 16, generator=g).cumsum(2).mul(0.1).to(device, dtype)
+        for _ in range(3)
+    )
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    error = {
+        form: relative_error(mra.mra_attention(q, k, v, block_size=32, coarse=form, order=0), exact)
+        for form in ("none", coarse)
+    }
+    assert error[coarse] < error["none"]
