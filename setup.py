@@ -54,7 +54,7 @@ def extension():
     sources = glob("csrc/*.cpp") + glob("csrc/common/*.cpp") + glob("csrc/cpu/*.cpp")
     include_dirs = [os.path.abspath("csrc")]
     # -fopenmp at compile time only: the OpenMP runtime is the one that libtorch carries.
-    cxx = ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-sign-compare"]
     problem = cuda_problem()
     if problem:
         print(f"mra_attention: CPU-only build, {problem}.", file=sys.stderr)
@@ -77,7 +77,7 @@ def extension():
             ("MRA_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("MRA_CUDA_ARCHS", f'"{archs}"'),
         ],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo"]},
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
     )
 
 

@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 
+from . import _load
 from .config import DEFAULT_DENSITY, MRAConfig, check_flag, check_scale
 from .plan import Plan, as_pair
 
@@ -121,6 +122,8 @@ def make_plan(
 
 def _resolve(config, plan, is_causal, scale, **options):
     """The options of one call as an MRAConfig, with every contradiction refused."""
+    if _load.extension is None:
+        _load.require()  # says what to do
     check_flag("is_causal", is_causal)
     check_scale(scale)
     given = {

@@ -2,6 +2,8 @@
 
 import torch
 
+from . import _load
+
 __all__ = ["info"]
 
 
@@ -23,15 +25,10 @@ def info():
     report = Info(torch=torch.__version__, torch_cuda=torch.version.cuda or "")
     report.update(built_for_torch="", compiler="", cuda="", cuda_archs="", device=_device())
     report.update(kernels=[], problem=None)
-    try:
-        from . import _C
-    except ImportError as error:
-        report["problem"] = (
-            f"the operators aren't loaded ({error}): build them with "
-            "'pip install --no-build-isolation .' in an environment that has torch"
-        )
+    if _load.extension is None:
+        report["problem"] = _load.problem
         return report
-    build = _C.build_info()
+    build = _load.extension.build_info()
     report.update(
         built_for_torch=build["torch_version"],
         compiler=build["compiler"],
@@ -41,7 +38,7 @@ def info():
     report["problem"] = _cuda_problem(build)
     report["kernels"] = [
         kernel
-        for kernel in _C.kernels()
+        for kernel in _load.extension.kernels()
         if kernel["device"] == "cpu" or (report["problem"] is None and torch.cuda.is_available())
     ]
     return report
@@ -59,7 +56,10 @@ def _cuda_problem(build):
     if not torch.cuda.is_available():
         return None
     if not build["with_cuda"]:
-        return "a GPU is here, but only the CPU operators were built: nvcc wasn't found or didn't fit torch"
+        return (
+            "a GPU is here, but only the CPU operators were built (the build said why: no nvcc, or "
+            "one that doesn't fit torch); build again to use it"
+        )
     have = torch.cuda.get_device_capability()
     if not any(_serves(arch, have) for arch in _split(build["cuda_archs"])):
         return (
@@ -91,6 +91,8 @@ def _text(value):
     if value is None or value == "" or value == []:
         return "none"
     if isinstance(value, list):
-        rows = [f"{k['device']} {k['stage']}: {k['kernel']} ({k['arch']}; {k['dtypes']})" for k in value]
+        rows = [
+            f"{k['device']} {k['stage']}: {k['kernel']} ({k['arch']}; {k['dtypes']})" for k in value
+        ]
         return "".join("\n  " + row for row in rows)
     return str(value)

@@ -11,8 +11,8 @@
 namespace mra::cpu {
 namespace {
 
-constexpr int64_t kStrip = 16;       // query blocks at a time
-constexpr int64_t kKeyTile = 64;     // key blocks at a time, for the gradients of keys
+constexpr int64_t kStrip = 16;    // query blocks at a time
+constexpr int64_t kKeyTile = 64;  // key blocks at a time, for the gradients of keys
 
 template <typename A>
 class CoarseBlocks {
@@ -167,9 +167,8 @@ CoarseState coarse(const PooledInputs& pooled, const BlockList& rows, const Opti
   const auto sizes = pooled.query.sizes();
   CoarseState state{at::empty(sizes, pooled.query.options()),
                     at::empty(sizes.slice(0, 3), pooled.query.options())};
-  AT_DISPATCH_FLOATING_TYPES(pooled.query.scalar_type(), "mra_coarse", [&] {
-    CoarseBlocks<scalar_t>(pooled, rows, o).forward(state);
-  });
+  AT_DISPATCH_FLOATING_TYPES(pooled.query.scalar_type(), "mra_coarse",
+                             [&] { CoarseBlocks<scalar_t>(pooled, rows, o).forward(state); });
   return state;
 }
 

@@ -19,8 +19,7 @@ Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse) 
     const Heads<scalar_t> g(grad_out), o(out);
     const A* dlse = lse_grad.defined() ? lse_grad.const_data_ptr<A>() : nullptr;
     A* sums = result.mutable_data_ptr<A>();
-    at::parallel_for(0, B * H * N, std::max<int64_t>(1, 65536 / D), [&](int64_t begin,
-                                                                        int64_t end) {
+    at::parallel_for(0, B * H * N, grain(D), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t b = at / N / H, h = at / N % H, i = at % N;
         sums[at] = dot_row(g.head(b, h).row(i), o.head(b, h).row(i), D) - (dlse ? dlse[at] : A(0));
@@ -44,8 +43,7 @@ BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& de
         A* block_lse = result.lse.mutable_data_ptr<A>();
         A* block_grad = result.grad.mutable_data_ptr<A>();
         A* block_delta = result.delta.mutable_data_ptr<A>();
-        const int64_t grain = std::max<int64_t>(1, 65536 / (block_q * D));
-        at::parallel_for(0, B * H * nq, grain, [&](int64_t begin, int64_t end) {
+        at::parallel_for(0, B * H * nq, grain(block_q * D), [&](int64_t begin, int64_t end) {
           std::vector<A> row(D);
           for (int64_t item = begin; item < end; ++item) {
             const int64_t head = item / nq, first = item % nq * block_q;

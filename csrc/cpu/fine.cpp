@@ -55,9 +55,15 @@ class FineForward {
     KeyTiles<A> tiles(o_, M_, kMaxSegment<T>);
     const int64_t bq = o_.block_q;
     Scratch<A> scratch(bq * (tiles.ld() + 2 * D_ + 5) + tiles.max_segment() * D_, 9);
-    Block block{scratch.take(bq * tiles.ld()), scratch.take(bq * D_), scratch.take(bq * D_),
-                scratch.take(tiles.max_segment() * D_), scratch.take(bq), scratch.take(bq),
-                scratch.take(bq), scratch.take(bq), scratch.take(bq)};
+    Block block{scratch.take(bq * tiles.ld()),
+                scratch.take(bq * D_),
+                scratch.take(bq * D_),
+                scratch.take(tiles.max_segment() * D_),
+                scratch.take(bq),
+                scratch.take(bq),
+                scratch.take(bq),
+                scratch.take(bq),
+                scratch.take(bq)};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / nq_;
       attend(head / H_, head % H_, balanced(item % nq_, nq_, o_.causal), tiles, block);
@@ -66,10 +72,10 @@ class FineForward {
 
  private:
   struct Block {
-    A* scores;  // [bq, ld]
-    A* acc;     // [bq, D]
-    A* query;   // [bq, D], for half precision
-    A* keys;    // [max_segment, D], likewise, and values
+    A* scores;                                 // [bq, ld]
+    A* acc;                                    // [bq, D]
+    A* query;                                  // [bq, D], for half precision
+    A* keys;                                   // [max_segment, D], likewise, and values
     A *top, *shift, *factor, *exact, *coarse;  // [bq]
   };
 

@@ -8,7 +8,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "stages_cpu.h"
 #include "tiles.h"
@@ -70,7 +69,7 @@ class FineGradients {
       key_count_ = pooled->key_count.contiguous();
       log_count_ = log_counts<A>(key_count_);
       const auto options = pooled->key.options();
-      coarse_grads_ = at::zeros({2, B_ * H_, slices_, nk_, D_}, options);
+      coarse_grads_ = at::empty({2, B_ * H_, slices_, nk_, D_}, options);
     }
   }
 
@@ -86,6 +85,9 @@ class FineGradients {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / slices_, slice = balanced(item % slices_, slices_, o_.causal);
         const int64_t last = (slice + 1) * nq_ / slices_;
+        for (const int64_t which : {0, 1}) {
+          if (coarse_key_) std::fill_n(coarse_grad(which, head, slice, 0), nk_ * D_, A(0));
+        }
         for (int64_t x = slice * nq_ / slices_; x < last; ++x) {
           row_block(head / H_, head % H_, slice, x, tiles, t, grad_query);
         }
@@ -98,11 +100,16 @@ class FineGradients {
       const SerialBlas serial;
       const int64_t bk = o_.block_k;
       Scratch<A> scratch(2 * kRunRows * bk + 4 * bk * D_ + 2 * kRunRows * D_ + 2 * D_ + bk, 11);
-      const ColumnTile t{scratch.take(kRunRows * bk), scratch.take(kRunRows * bk),
-                         scratch.take(bk * D_),       scratch.take(bk * D_),
-                         scratch.take(bk * D_),       scratch.take(bk * D_),
-                         scratch.take(kRunRows * D_), scratch.take(kRunRows * D_),
-                         scratch.take(D_),            scratch.take(D_),
+      const ColumnTile t{scratch.take(kRunRows * bk),
+                         scratch.take(kRunRows * bk),
+                         scratch.take(bk * D_),
+                         scratch.take(bk * D_),
+                         scratch.take(bk * D_),
+                         scratch.take(bk * D_),
+                         scratch.take(kRunRows * D_),
+                         scratch.take(kRunRows * D_),
+                         scratch.take(D_),
+                         scratch.take(D_),
                          scratch.take(bk)};
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / nk_;
@@ -114,17 +121,17 @@ class FineGradients {
 
  private:
   struct RowTile {
-    A *p, *ds;                        // [bq, ld]
+    A *p, *ds;                         // [bq, ld]
     A *query, *grad_out, *grad_query;  // [bq, D]
-    A* keys;                          // [max_segment, D]
+    A* keys;                           // [max_segment, D]
   };
 
   struct ColumnTile {
-    A *p, *ds;                                  // [run, bk]
-    A *key, *value, *grad_key, *grad_value;     // [bk, D]
-    A *query, *grad_out;                        // [run, D]
-    A *coarse_key, *coarse_value;               // [D]: gradients of the block's means
-    A* bias;                                    // [bk]
+    A *p, *ds;                               // [run, bk]
+    A *key, *value, *grad_key, *grad_value;  // [bk, D]
+    A *query, *grad_out;                     // [run, D]
+    A *coarse_key, *coarse_value;            // [D]: gradients of the block's means
+    A* bias;                                 // [bk]
   };
 
   A scale() const { return static_cast<A>(o_.scale); }
@@ -154,8 +161,8 @@ class FineGradients {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
         const auto k = keys(*s, key_, coarse_key_, b, hk, t.keys);
-        gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld,
-             A(0), t.p + s->column, ld);
+        gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld, A(0),
+             t.p + s->column, ld);
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.p + s->column, ld, first, rows, s->first, s->count);
         }
@@ -235,8 +242,8 @@ class FineGradients {
          ld);
     if (o_.causal && key + count - 1 > query) mask_future(t.p, ld, query, rows, key, count);
     exp_shifted(t.p, ld, rows, count, key_mask_.data ? t.bias : nullptr, shift_.data() + at);
-    gemm(Op::transpose, Op::none, count, D_, rows, A(1), t.p, ld, g.data, g.ld, A(1),
-         t.grad_value, D_);
+    gemm(Op::transpose, Op::none, count, D_, rows, A(1), t.p, ld, g.data, g.ld, A(1), t.grad_value,
+         D_);
     gemm(Op::none, Op::transpose, rows, count, D_, A(1), g.data, g.ld, v.data, v.ld, A(0), t.ds,
          ld);
     softmax_grad(t.p, t.ds, ld, rows, count, delta_.const_data_ptr<A>() + at);

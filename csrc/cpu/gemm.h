@@ -16,8 +16,8 @@
 extern "C" {
 __attribute__((weak)) void sgemm_(const char* transa, const char* transb, const int* m,
                                   const int* n, const int* k, const float* alpha, const float* a,
-                                  const int* lda, const float* b, const int* ldb,
-                                  const float* beta, float* c, const int* ldc);
+                                  const int* lda, const float* b, const int* ldb, const float* beta,
+                                  float* c, const int* ldc);
 __attribute__((weak)) void dgemm_(const char* transa, const char* transb, const int* m,
                                   const int* n, const int* k, const double* alpha, const double* a,
                                   const int* lda, const double* b, const int* ldb,
@@ -79,8 +79,8 @@ void gemm(Op op_a, Op op_b, int64_t m, int64_t n, int64_t k, A alpha, const A* a
   }
   const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value);
   const auto view = [&](const A* p, Op op, int64_t rows, int64_t cols, int64_t ld) {
-    const auto strides = op == Op::none ? std::array<int64_t, 2>{ld, 1}
-                                        : std::array<int64_t, 2>{1, ld};
+    const auto strides =
+        op == Op::none ? std::array<int64_t, 2>{ld, 1} : std::array<int64_t, 2>{1, ld};
     return at::from_blob(const_cast<A*>(p), {rows, cols}, strides, options);
   };
   at::Tensor out = view(c, Op::none, m, n, ldc);

@@ -57,7 +57,8 @@ int32_t tier_of(const Options& o, int64_t nk, int64_t x, int64_t y) {
   int32_t tier = 0;
   if (o.diagonal_blocks > 0) {
     const int64_t reach = o.diagonal_blocks / 2 * std::max(o.block_q, o.block_k);
-    tier += y * o.block_k < (x + 1) * o.block_q + reach && (y + 1) * o.block_k > x * o.block_q - reach;
+    tier +=
+        y * o.block_k < (x + 1) * o.block_q + reach && (y + 1) * o.block_k > x * o.block_q - reach;
   }
   tier += y < o.first_blocks;
   if (o.selection == Selection::global) tier += x < o.first_blocks;
@@ -69,8 +70,12 @@ template <typename A>
 class RowScores {
  public:
   RowScores(const Pooled& query, const Pooled& key, const Shape& s, const Options& o)
-      : q_mean_(query.mean.contiguous()), q_count_(query.count.contiguous()),
-        k_mean_(key.mean.contiguous()), k_count_(key.count.contiguous()), shape_(s), options_(o) {}
+      : q_mean_(query.mean.contiguous()),
+        q_count_(query.count.contiguous()),
+        k_mean_(key.mean.contiguous()),
+        k_count_(key.count.contiguous()),
+        shape_(s),
+        options_(o) {}
 
   // k_t [D, ld]: the pooled keys of a head with one key a column.
   void load_keys(int64_t b, int64_t hk, A* k_t, int64_t ld) const {
@@ -119,8 +124,7 @@ template <typename A>
 void select_rows(const RowScores<A>& rows, const Shape& s, const Options& o, int64_t stride,
                  int32_t* start, int32_t* count, int32_t* index) {
   const int64_t capacity = s.nq * stride;
-  const int64_t grain = std::max<int64_t>(1, 16384 / (s.nk * s.D));
-  at::parallel_for(0, s.B * s.H * s.nq, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.H * s.nq, grain(s.nk * s.D), [&](int64_t begin, int64_t end) {
     const int64_t ld = ceil_div(s.nk, 16) * 16;
     std::vector<A> k_t(s.D * ld), scores(s.nk);
     std::vector<Candidate<A>> all;
@@ -149,7 +153,7 @@ void select_global(const RowScores<A>& rows, const Shape& s, const Options& o, i
   const int64_t capacity = s.nq * stride;
   int64_t budget = 0;
   for (int64_t x = 0; x < s.nq; ++x) budget += row_budget(o, s.N, s.nk, x);
-  at::parallel_for(0, s.B * s.H, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.B * s.H, grain(s.nq * s.nk * s.D), [&](int64_t begin, int64_t end) {
     const int64_t ld = ceil_div(s.nk, 16) * 16;
     std::vector<A> k_t(s.D * ld), scores(s.nk);
     std::vector<Candidate<A>> all;
@@ -178,10 +182,15 @@ void select_global(const RowScores<A>& rows, const Shape& s, const Options& o, i
 }  // namespace
 
 BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& o) {
-  const Shape s{query.mean.size(0), query.mean.size(1), key.mean.size(1), query.mean.size(2),
-                key.mean.size(2),   query.mean.size(3), N};
-  TORCH_CHECK_NOT_IMPLEMENTED(s.nq * s.nk <= std::numeric_limits<int32_t>::max(),
-                              "plan: ", s.nq, " x ", s.nk, " pairs of blocks are more than 2^31");
+  const Shape s{query.mean.size(0),
+                query.mean.size(1),
+                key.mean.size(1),
+                query.mean.size(2),
+                key.mean.size(2),
+                query.mean.size(3),
+                N};
+  TORCH_CHECK_NOT_IMPLEMENTED(s.nq * s.nk <= std::numeric_limits<int32_t>::max(), "plan: ", s.nq,
+                              " x ", s.nk, " pairs of blocks are more than 2^31");
   const int64_t stride = row_capacity(o, s.nk);
   const auto ints = query.count.options();
   BlockList list{at::empty({s.B, s.H, s.nq}, ints), at::empty({s.B, s.H, s.nq}, ints),
@@ -191,8 +200,8 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
   int32_t* index = list.index.mutable_data_ptr<int32_t>();
   AT_DISPATCH_FLOATING_TYPES(query.mean.scalar_type(), "mra_plan", [&] {
     const RowScores<scalar_t> rows(query, key, s, o);
-    const auto select = o.selection == Selection::row ? select_rows<scalar_t>
-                                                      : select_global<scalar_t>;
+    const auto select =
+        o.selection == Selection::row ? select_rows<scalar_t> : select_global<scalar_t>;
     select(rows, s, o, stride, start, count, index);
   });
   return list;
@@ -222,7 +231,7 @@ BlockList transpose(const BlockList& rows, int64_t nk) {
   }
   columns.index = at::zeros({B, H, capacity}, ints);
   int32_t* index = columns.index.mutable_data_ptr<int32_t>();
-  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B * H, grain(16 * (capacity + nk)), [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
       std::vector<int32_t> next(start + head * nk, start + (head + 1) * nk);
       for (int64_t x = 0; x < nq; ++x) {  // ascending, so every column is

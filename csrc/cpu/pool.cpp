@@ -28,9 +28,7 @@ Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
     using A = acc_t<scalar_t>;
     const Heads<scalar_t> heads(x);
     A* means = mean.mutable_data_ptr<A>();
-    // Enough blocks for a thread to be worth waking: some 64K elements.
-    const int64_t grain = std::max<int64_t>(1, 65536 / (block * D));
-    at::parallel_for(0, B * H * n, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, B * H * n, grain(block * D), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t b = item / n / H, h = item / n % H, y = item % n;
         const Rows<scalar_t> rows = heads.head(b, h);

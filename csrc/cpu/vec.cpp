@@ -172,50 +172,48 @@ MRA_BODY acc_t<T> dot_row_body(const T* x, const T* y, int64_t n) {
 
 }  // namespace
 
-#define MRA_DEFINE_TILES(A)                                                                       \
-  MRA_CLONES void add_bias_and_max(A* s, int64_t ld, int64_t rows, int64_t cols, const A* bias,   \
-                                   A* row_max) {                                                  \
-    add_bias_and_max_body(s, ld, rows, cols, bias, row_max);                                      \
-  }                                                                                               \
-  MRA_CLONES void exp_and_sum(A* s, int64_t ld, int64_t rows, int64_t cols, const A* shift,       \
-                              A* row_sum) {                                                       \
-    exp_and_sum_body(s, ld, rows, cols, shift, row_sum);                                          \
-  }                                                                                               \
-  MRA_CLONES void exp_shifted(A* s, int64_t ld, int64_t rows, int64_t cols, const A* bias,        \
-                              const A* shift) {                                                   \
-    exp_shifted_body(s, ld, rows, cols, bias, shift);                                             \
-  }                                                                                               \
-  MRA_CLONES void softmax_grad(const A* p, A* dp, int64_t ld, int64_t rows, int64_t cols,         \
-                               const A* delta) {                                                  \
-    softmax_grad_body(p, dp, ld, rows, cols, delta);                                              \
-  }                                                                                               \
-  MRA_CLONES void scale_rows(A* s, int64_t ld, int64_t rows, int64_t cols, const A* factor) {     \
-    scale_rows_body(s, ld, rows, cols, factor);                                                   \
-  }                                                                                               \
-  MRA_CLONES void add_scaled(A* y, const A* x, A a, int64_t n) {                                  \
-    for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];                                             \
-  }                                                                                               \
-  MRA_CLONES void score_row(const A* q, const A* k_t, int64_t ld, int64_t dim, int64_t n, A a,    \
-                            A* out) {                                                             \
-    score_row_body(q, k_t, ld, dim, n, a, out);                                                   \
-  }                                                                                               \
+#define MRA_DEFINE_TILES(A)                                                                     \
+  MRA_CLONES void add_bias_and_max(A* s, int64_t ld, int64_t rows, int64_t cols, const A* bias, \
+                                   A* row_max) {                                                \
+    add_bias_and_max_body(s, ld, rows, cols, bias, row_max);                                    \
+  }                                                                                             \
+  MRA_CLONES void exp_and_sum(A* s, int64_t ld, int64_t rows, int64_t cols, const A* shift,     \
+                              A* row_sum) {                                                     \
+    exp_and_sum_body(s, ld, rows, cols, shift, row_sum);                                        \
+  }                                                                                             \
+  MRA_CLONES void exp_shifted(A* s, int64_t ld, int64_t rows, int64_t cols, const A* bias,      \
+                              const A* shift) {                                                 \
+    exp_shifted_body(s, ld, rows, cols, bias, shift);                                           \
+  }                                                                                             \
+  MRA_CLONES void softmax_grad(const A* p, A* dp, int64_t ld, int64_t rows, int64_t cols,       \
+                               const A* delta) {                                                \
+    softmax_grad_body(p, dp, ld, rows, cols, delta);                                            \
+  }                                                                                             \
+  MRA_CLONES void scale_rows(A* s, int64_t ld, int64_t rows, int64_t cols, const A* factor) {   \
+    scale_rows_body(s, ld, rows, cols, factor);                                                 \
+  }                                                                                             \
+  MRA_CLONES void add_scaled(A* y, const A* x, A a, int64_t n) {                                \
+    for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];                                           \
+  }                                                                                             \
+  MRA_CLONES void score_row(const A* q, const A* k_t, int64_t ld, int64_t dim, int64_t n, A a,  \
+                            A* out) {                                                           \
+    score_row_body(q, k_t, ld, dim, n, a, out);                                                 \
+  }                                                                                             \
   A exp_one(A x) { return exp_body(x); }
 MRA_DEFINE_TILES(float)
 MRA_DEFINE_TILES(double)
 
-#define MRA_DEFINE_ROWS(T)                                                            \
-  MRA_CLONES void load_row(const T* x, int64_t n, acc_t<T>* y) {                      \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<acc_t<T>>(x[i]);               \
-  }                                                                                   \
-  MRA_CLONES void store_row(const acc_t<T>* x, int64_t n, T* y) {                     \
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);                      \
-  }                                                                                   \
-  MRA_CLONES void add_row(const T* x, int64_t n, acc_t<T>* y) {                       \
-    for (int64_t i = 0; i < n; ++i) y[i] += static_cast<acc_t<T>>(x[i]);              \
-  }                                                                                   \
-  MRA_CLONES acc_t<T> dot_row(const T* x, const T* y, int64_t n) {                    \
-    return dot_row_body(x, y, n);                                                     \
-  }
+#define MRA_DEFINE_ROWS(T)                                               \
+  MRA_CLONES void load_row(const T* x, int64_t n, acc_t<T>* y) {         \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<acc_t<T>>(x[i]);  \
+  }                                                                      \
+  MRA_CLONES void store_row(const acc_t<T>* x, int64_t n, T* y) {        \
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);         \
+  }                                                                      \
+  MRA_CLONES void add_row(const T* x, int64_t n, acc_t<T>* y) {          \
+    for (int64_t i = 0; i < n; ++i) y[i] += static_cast<acc_t<T>>(x[i]); \
+  }                                                                      \
+  MRA_CLONES acc_t<T> dot_row(const T* x, const T* y, int64_t n) { return dot_row_body(x, y, n); }
 MRA_DEFINE_ROWS(float)
 MRA_DEFINE_ROWS(double)
 MRA_DEFINE_ROWS(c10::BFloat16)

@@ -35,9 +35,9 @@ template <typename T>
 class Heads {
  public:
   explicit Heads(const Tensor& t) : tensor_(t) {
-    const bool readable = (t.stride(3) == 1 || t.size(3) == 1) &&
-                          ((t.stride(2) >= t.size(3) && t.stride(2) <= kMaxLeadingDim) ||
-                           t.size(2) <= 1);
+    const bool readable =
+        (t.stride(3) == 1 || t.size(3) == 1) &&
+        ((t.stride(2) >= t.size(3) && t.stride(2) <= kMaxLeadingDim) || t.size(2) <= 1);
     if (!readable) tensor_ = t.contiguous();
     // The stride of a single row may be anything, and a product checks it all the same.
     row_stride_ = std::max(tensor_.stride(2), tensor_.size(3));
@@ -109,10 +109,10 @@ class Lists {
 
   Entries operator()(int64_t b, int64_t h, int64_t r) const {
     const int64_t head = b * heads_ + h;
-    const int64_t start = std::clamp<int64_t>(start_.const_data_ptr<int32_t>()[head * n_ + r], 0,
-                                              capacity_);
-    const int64_t count = std::clamp<int64_t>(count_.const_data_ptr<int32_t>()[head * n_ + r], 0,
-                                              capacity_ - start);
+    const int64_t start =
+        std::clamp<int64_t>(start_.const_data_ptr<int32_t>()[head * n_ + r], 0, capacity_);
+    const int64_t count =
+        std::clamp<int64_t>(count_.const_data_ptr<int32_t>()[head * n_ + r], 0, capacity_ - start);
     return {index_.const_data_ptr<int32_t>() + head * capacity_ + start, count};
   }
 
@@ -140,6 +140,13 @@ class Scratch {
   c10::DataPtr memory_;
   A* next_;
 };
+
+// Elements that are worth waking a thread for. Short inputs run a light stage on one thread: on a
+// busy machine each parallel region may wait for a time slice.
+constexpr int64_t kGrain = 1 << 19;
+
+// Items of `elements` elements each that one thread should take, at least.
+inline int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / elements); }
 
 // Key blocks [0, n) are wholly in the past of query block x.
 inline int64_t past_blocks(const Options& o, int64_t nk, int64_t x) {

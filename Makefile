@@ -1,0 +1,22 @@
+# Each target does its own set-up: a bare python3, a C++ compiler and a package registry are enough.
+# nvcc, where there is one, compiles the CUDA kernels too.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: test build clean
+
+test: build
+	$(PY) -m pytest tests
+
+build: $(VENV)/installed
+	$(PY) setup.py build_ext --inplace
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "torch>=2.11" numpy "pytest>=8" expecttest ninja "setuptools>=70"
+	touch $@
+
+clean:
+	rm -rf build mra_attention/*.so *.egg-info $(VENV)

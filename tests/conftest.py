@@ -1,0 +1,35 @@
+"""Fresh inputs by default, `--seed N` repeats a run; GPU tests skip, and are counted, without one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=None, help="seed of every random input")
+
+
+def pytest_configure(config):
+    import helpers
+
+    helpers.FIXED_SEED = config.getoption("--seed")
+
+
+def pytest_collection_modifyitems(config, items):
+    config.gpu_skipped = 0
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+            config.gpu_skipped += 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if getattr(config, "gpu_skipped", 0):
+        terminalreporter.write_line(f"GPU tests skipped: {config.gpu_skipped}, no CUDA device")
