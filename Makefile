@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 .PHONY: test build clean
 
 test: build
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests $(PYTEST_ARGS)
 
 build: $(VENV)/installed
 	$(PY) setup.py build_ext --inplace

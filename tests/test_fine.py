@@ -126,7 +126,10 @@ def test_layouts(device, dtype, coarse, order):
     }
     for name, (q, k, v) in layouts.items():
         out, lse = mra.mra_attention(q, k, v, plan=plan, **case.values, return_lse=True)
-        assert torch.equal(out, plain["out"]) and torch.equal(lse, plain["lse"]), name
+        # The CPU's matrix products round by the alignment of their operands.
+        bound = 4 * torch.finfo(dtype).eps if device == "cpu" else 0.0
+        assert relative_error(out, plain["out"].double()) <= bound, name
+        assert relative_error(lse, plain["lse"].double()) <= bound, name
 
 
 @pytest.mark.parametrize("device, dtype", BEST)
