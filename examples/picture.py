@@ -4,7 +4,6 @@ import torch
 from matplotlib import rc_context
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 COLORS = {
@@ -96,10 +95,8 @@ def _maps(figure, head):
     plan = ListedColormap(["#E8EEF4", COLORS["row + order 1"]])
     two.imshow(head["plan"].to(torch.uint8), cmap=plan, vmin=0, vmax=1, interpolation="nearest")
     one.set_title("true attention map", fontsize=11)
-    two.set_title(f"its plan, density {density}", fontsize=11)
+    two.set_title(f"its plan, density {density} (blue: exact)", fontsize=11)
     three.set_title(f"the map that MRA applies, error {head['error']:.2f}", fontsize=11)
-    key = [Patch(color=plan(1), label="exact"), Patch(color=plan(0), label="coarse")]
-    two.legend(handles=key, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     for axes in (one, two, three):
         axes.set_xlabel("key")
         axes.set_xticks([0, N // 2, N])

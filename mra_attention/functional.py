@@ -184,6 +184,8 @@ def _check_tensors(optional=False, **tensors):
             )
         if x.is_nested:
             raise TypeError(f"{name}: got a nested tensor, expected a dense one with a mask")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {x.layout}, expected a dense (strided) tensor")
 
 
 def _check_plan(plan, query, key):

@@ -32,8 +32,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
     - ``is_causal=True`` alone is enough for causal attention; with ``attn_mask`` it is, as ever,
       the promise that this mask is the causal one.
     - Any other ``attn_mask``, ``add_bias_kv`` and ``add_zero_attn`` have no block structure: these
-      calls compute exact attention, and ``exact_calls`` counts them (in eager mode; a compiled
-      program counts when it is traced).
+      calls compute exact attention, and ``exact_calls`` counts them (eager calls; inside a
+      compiled program nothing is counted).
     - ``dropout`` isn't applied to the weights of MRA attention; training with a nonzero value warns
       once. (Exact calls apply it.)
     - head_dim needn't be a multiple of 8; others are padded with zeros.
@@ -138,7 +138,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             or self.bias_k is not None
             or self.add_zero_attn
         ):
-            self.exact_calls += 1
+            if not torch.compiler.is_compiling():  # a counter that a graph reads recompiles it
+                self.exact_calls += 1
             mask = _additive_mask(q, M, key_padding_mask, attn_mask, is_causal)
             out, weights = self._exact(q, k, v, mask, need_weights)
         else:
@@ -149,11 +150,9 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
 
     def _approximate(self, q, k, v, key_mask, query_mask, is_causal, need_weights):
         if self.training and self.dropout > 0 and not self._warned_dropout:
-            self._warned_dropout = True
-            warnings.warn(
-                f"dropout={self.dropout} isn't applied to the weights of MRA attention",
-                stacklevel=2,
-            )
+            _warn_dropout()
+            if not torch.compiler.is_compiling():  # changing it would recompile once more
+                self._warned_dropout = True
         D = q.shape[-1]
         if D % 8:
             # Zeros change neither scores nor the kept part of the output.
@@ -269,6 +268,11 @@ def _is_plain(module):
         and type(module).forward is nn.MultiheadAttention.forward
         and not nn.utils.parametrize.is_parametrized(module)
     )
+
+
+@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+def _warn_dropout():
+    warnings.warn("dropout: isn't applied to the weights of MRA attention", stacklevel=3)
 
 
 def _check_config(config):

@@ -101,9 +101,9 @@ def _attention(config, module, query, key, value, mask, scaling, dropout, is_cau
         for name in _SCORE_ARGUMENTS:
             if kwargs.get(name) is not None:
                 reason = name
-    _calls["mra" if reason is None else f"exact: {reason}"] += 1
+    _count("mra" if reason is None else f"exact: {reason}")
     if kwargs.get("output_attentions"):
-        warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=2)
+        _warn_weights()
     if reason is not None:
         out = _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs)
         return out.transpose(1, 2).contiguous(), None
@@ -139,6 +139,17 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         logits = torch.cat([logits, sinks.to(logits.dtype)], -1)
     weights = logits.softmax(-1)[..., :M].to(query.dtype)
     return F.dropout(weights, dropout) @ value
+
+
+@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no guard
+def _count(kind):
+    _calls[kind] += 1
+
+
+@torch.compiler.assume_constant_result
+@functools.cache  # once
+def _warn_weights():
+    warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)
 
 
 def _padded(x):
