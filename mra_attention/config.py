@@ -1,4 +1,4 @@
-"""Options of MRA attention: one frozen object, and the one place where Python checks their values."""
+"""Options of MRA attention: one frozen object, and the one place where Python checks them."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ DEFAULT_DENSITY = 1 / 8  # when neither budget is given
 class MRAConfig:
     """What :func:`mra_attention.mra_attention` takes from ``density`` on, as one object.
 
-    It says how to approximate; what belongs to one call (masks, ``is_causal``, ``scale``) isn't in it.
+    It says how to approximate. What belongs to one call isn't in it: masks, is_causal, scale.
 
     density: share of the key blocks that each query block may take, in (0, 1].
     blocks_per_row: that number itself, at least 1. Give one of the two, or neither: density 1/8.

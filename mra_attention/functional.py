@@ -1,4 +1,4 @@
-"""The two functions: attention, and the plan alone. Thin over the operators of csrc/registration.cpp.
+"""The two functions: attention, and the plan alone. Thin over the operators (csrc/).
 
 The operators check tensors and numbers; what they can't see (types, a plan made for another call,
 options that contradict each other) is checked here. Nothing here reads a tensor's data, so both
@@ -39,22 +39,22 @@ def mra_attention(
 ):  # fmt: skip
     """Multi-resolution attention: exact on the selected pairs of blocks, coarse on the rest.
 
-    With all logits under one softmax, for query i of block x and its selected key blocks S_x::
+    For query i of block x with the selected key blocks S_x, Z_i the sum of all weights::
 
-        o_i = (sum_{y in S_x} sum_{j in y} e^{s q_i.k_j} v_j  +  sum_{y not in S_x} e^{b_iy} v~_y) / Z_i
+        Z_i o_i = sum_{y in S_x} sum_{j in y} e^{s q_i.k_j} v_j + sum_{y not in S_x} e^{b_iy} v~_y
 
-    where b_iy is ``log c_y + s q_i.k~_y`` (coarse="row") or ``log c_y + s q~_x.k~_y`` ("block"), and
+    b_iy is ``log c_y + s q_i.k~_y`` (coarse="row") or ``log c_y + s q~_x.k~_y`` ("block");
     ``order=1`` adds a damped first-order correction of the coarse part. At density 1 it is softmax
     attention. See docs/notation.md.
 
-    query: (B, H, N, D); key, value: (B, Hk, M, D) with H % Hk == 0, any strides, one dtype (float64,
-        float32, bfloat16, float16; float64 on the CPU only); D a multiple of 8, at most 256.
+    query: (B, H, N, D); key, value: (B, Hk, M, D) with H % Hk == 0, any strides, one dtype:
+        float64 (CPU only), float32, bfloat16 or float16; D a multiple of 8, at most 256.
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
-    density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks: see
-        :class:`MRAConfig`. Neither budget given: density 1/8.
-    config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; a variant is
-        ``config.replace(...)``.
+    density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks:
+        see :class:`MRAConfig`. Neither budget given: density 1/8.
+    config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; for a
+        variant, ``config.replace(...)``.
     is_causal: query i sees keys j <= i; needs N == M.
     scale: factor of q.k, 1/sqrt(D) when None.
     plan: a :class:`Plan` to use instead of selecting. Budget and selection options beside it are a
@@ -64,7 +64,7 @@ def mra_attention(
         for float64); -inf for a row of zeros.
 
     Returns out (B, H, N, D) in the dtype of query, a transposed view of (B, N, H, D) memory; with
-    ``return_lse`` the pair (out, lse). Differentiable in query, key and value; the plan is constant.
+    ``return_lse`` the pair (out, lse). Differentiable in query, key, value; the plan is constant.
 
     Raises TypeError, ValueError or NotImplementedError that names the argument.
     """

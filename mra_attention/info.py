@@ -19,8 +19,8 @@ def info():
     """Report of the installation as a dict; ``print(info())`` shows it.
 
     torch, torch_cuda: versions that run. built_for_torch, compiler, cuda, cuda_archs: what the
-    operators were compiled with ("" without CUDA). device: the GPU, or "cpu". kernels: list of dicts
-    (device, stage, kernel, file, arch, dtypes, head_dims) of those that can serve this machine.
+    operators were compiled with ("" without CUDA). device: the GPU, or "cpu". kernels: those that
+    can serve this machine, as dicts of device, stage, kernel, file, arch, dtypes and head_dims.
     problem: None, or one sentence that says what is missing and why. Never raises."""
     report = Info(torch=torch.__version__, torch_cuda=torch.version.cuda or "")
     report.update(built_for_torch="", compiler="", cuda="", cuda_archs="", device=_device())

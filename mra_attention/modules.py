@@ -1,4 +1,4 @@
-"""MRA attention in the place of ``nn.MultiheadAttention``: same constructor, forward, state_dict."""
+"""MRA attention in the place of ``nn.MultiheadAttention``."""
 
 import copy
 import warnings
@@ -23,8 +23,9 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
     Constructor and forward are those of ``nn.MultiheadAttention``, plus ``config``; parameters and
     state_dict are the same. Differences:
 
-    - A float ``key_padding_mask`` says 0 (takes part) or -inf (anything up to -1e4 counts as that);
-      other values are refused on the CPU and not looked at elsewhere. Biases belong in ``attn_mask``.
+    - A float ``key_padding_mask`` says 0 (takes part) or -inf (anything up to -1e4 counts as that).
+      Other values are refused on the CPU; elsewhere looking would wait for the device, and keys
+      with them take part unweighed. A bias on the scores belongs in ``attn_mask``.
     - A query without any key to see gives the bias of ``out_proj``, not NaN.
     - ``need_weights=True`` computes the dense matrix that the approximation stands for, so that
       weights @ value is the output: O(N * M) memory. Its rows sum to 1; with ``order=1`` single
@@ -195,7 +196,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         elif key is value:
             q_bias, kv_bias = (None, None) if bias is None else bias.split([E, 2 * E])
             q_weight, kv_weight = weight.split([E, 2 * E])
-            return F.linear(query, q_weight, q_bias), *F.linear(key, kv_weight, kv_bias).chunk(2, -1)
+            k, v = F.linear(key, kv_weight, kv_bias).chunk(2, -1)
+            return F.linear(query, q_weight, q_bias), k, v
         else:
             weights = weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
@@ -212,7 +214,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         padded = {}
         for x in (query, key, value):
             if not x.is_nested:
-                raise ValueError("query, key, value: got nested and dense tensors, expected one kind")
+                raise ValueError("query, key, value: got nested and dense, expected one kind")
             if id(x) not in padded:
                 lengths = _lengths(x)
                 dense = x.to_padded_tensor(0.0)

@@ -33,7 +33,7 @@ class Plan:
 
     @classmethod
     def from_dense(cls, mask, N, M, block_size=64, is_causal=False):
-        """Plan of a block mask. mask: bool (B, H, nq, nk), True = exact; block_size: int or (bq, bk).
+        """Plan of a block mask: bool (B, H, nq, nk), True = exact. block_size: int or (bq, bk).
 
         With ``is_causal``, pairs that the diagonal crosses are added and pairs wholly in the future
         left out: the first are always exact, the second don't exist.

@@ -40,8 +40,9 @@ def register(name="mra", config=MRAConfig()):  # noqa: B008
     masking = transformers.masking_utils
 
     def attention(
-        module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs
-    ):
+        module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None,
+        **kwargs,
+    ):  # fmt: skip
         return _attention(
             config, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs
         )
@@ -81,7 +82,7 @@ _SCORE_ARGUMENTS = ("sliding_window", "position_bias", "softcap", "s_aux")
 
 
 def _attention(config, module, query, key, value, mask, scaling, dropout, is_causal, kwargs):
-    """One call of a model: query (B, H, N, D), key and value (B, Hk, M, D); returns (B, N, H, D)."""
+    """One call of a model: query (B, H, N, D), key, value (B, Hk, M, D) to (B, N, H, D), None."""
     N, D = query.shape[2], query.shape[3]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -123,7 +124,7 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal, scale=scale
         )
-    logits = (scale * query @ key.mT).float()
+    logits = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     if bias is not None:
@@ -131,7 +132,7 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
     if is_causal:
         mask = torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, torch.finfo(query.dtype).min)
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     elif mask is not None:
         logits = logits + mask
     if sinks is not None:  # one more logit per head, whose weight goes nowhere

@@ -203,7 +203,8 @@ def test_what_cuda_has_no_kernel_for(device):
 @pytest.mark.parametrize("name", ["key", "value", "key_mask", "query_mask", "plan"])
 def test_two_devices(device, name):
     here, there = Inputs(device), Inputs("cpu")
-    other = there.plan() if name == "plan" else getattr(there, {"key": "k", "value": "v"}.get(name, name))
+    attribute = {"key": "k", "value": "v"}.get(name, name)
+    other = there.plan() if name == "plan" else getattr(there, attribute)
     with pytest.raises(ValueError, match=name):
         here.call(**{name: other})
 

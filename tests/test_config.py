@@ -84,6 +84,32 @@ def test_no_budget_is_density_one_eighth():
     assert mra.make_plan(q, k, block_size=16).density() == 3 / 20  # ceil(20 / 8) = 3 of 20 blocks
 
 
+def test_info_reports_and_prints():
+    report = mra.info()
+    assert report["torch"] == torch.__version__
+    assert {kernel["stage"] for kernel in report["kernels"]} == {"pool", "plan", "coarse", "fine"}
+    assert report["problem"] is None or isinstance(report["problem"], str)
+    assert all(name in str(report) for name in report)
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "serves"),
+    [
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("8.0", (8, 6), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0+PTX", (8, 0), False),
+    ],
+)
+def test_info_knows_which_architecture_serves(arch, capability, serves):
+    from mra_attention.info import _serves
+
+    assert _serves(arch, capability) is serves
+
+
 def test_config_names_the_bad_option():
     good = dict.fromkeys(OPTIONS)
     assert set(good) == {

@@ -40,9 +40,9 @@ def test_demo_quick(tmp_path):
     rows = re.findall(r"^ +(1/8|1) ([a-z(][\w +()-]*?) +([\d.]+) +([\d.]+) ", run.stdout, re.M)
     error = {(density, form): float(e) for density, form, e, _ in rows}
     assert len(error) == 8, run.stdout
-    assert all(error["1", form] < 1e-5 for _, form in error)
+    assert all(error["1", form] < 1e-5 for _, form in error), run.stdout
     order = [error["1/8", f] for f in ("row + order 1", "block + order 1", "block (MRA-2)", "none")]
-    assert order == sorted(order) and 0.1 < order[0] and order[-1] < 1
+    assert order == sorted(order) and 0.1 < order[0] and order[-1] < 1, run.stdout
     assert re.search(r"^ +1024( +[\d.]+x?){6}$", run.stdout, re.M), run.stdout
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 20_000
 

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 import warnings
 
 import pytest
@@ -233,100 +232,6 @@ def test_head_dim_is_padded(device):
     assert b[1].shape == a[1].shape
 
 
-def count_calls(module):
-    """Counts calls of every MRA module's forward inside."""
-    calls = []
-    for m in module.modules():
-        if isinstance(m, MRAMultiheadAttention):
-            m.register_forward_hook(lambda *_: calls.append(1))
-    return calls
-
-
-def encoder(config=EXACT, layers=2, **kwargs):
-    layer = nn.TransformerEncoderLayer(
-        E, HEADS, 64, dropout=0.0, batch_first=True, norm_first=False, **kwargs
-    )
-    model = nn.TransformerEncoder(layer, layers)
-    assert replace_attention(model, config) == layers
-    return model
-
-
-@pytest.mark.parametrize("mode", ["train", "eval with grad", "eval", "eval inference"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_forward_is_called_in_every_mode(mode, padded):
-    """nn's fused layer would bypass it."""
-    model = encoder()
-    model.train(mode == "train")
-    calls = count_calls(model)
-    context = {"eval": torch.no_grad, "eval inference": torch.inference_mode}.get(
-        mode, torch.enable_grad
-    )
-    with context():
-        model(torch.randn(B, N, E), src_key_padding_mask=padding(N) if padded else None)
-    assert len(calls) == 2
-
-
-def test_forward_is_traced_when_compiled():
-    model = encoder(MRAConfig(density=0.3, block_size=16)).eval()
-    x = torch.randn(B, N, E)
-    with torch.no_grad():
-        expected = model(x)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-5)
-        for layer in model.layers:
-            layer.self_attn.config = EXACT
-        assert (model(x) - expected).abs().max() > 1e-3  # so the compiled one ran MRA
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", ["key_padding_mask", "is_causal", "attn_mask", "need_weights"])
-def test_compiles_whole(device, kind):
-    m = MRAMultiheadAttention(E, HEADS, batch_first=True, config=SPARSE).to(device).eval()
-    compiled = torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (70, 41):
-        x = torch.randn(B, n, E, device=device)
-        kwargs = {
-            "key_padding_mask": dict(
-                key_padding_mask=torch.zeros(B, n, device=device).masked_fill(
-                    padding(n, device), -torch.inf
-                ),
-                need_weights=False,
-            ),
-            "is_causal": dict(is_causal=True, need_weights=False),
-            "attn_mask": dict(attn_mask=torch.randn(n, n, device=device)),
-            "need_weights": {},
-        }[kind]
-        for a, b in zip(compiled(x, x, x, **kwargs), m(x, x, x, **kwargs), strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_encoder_equals_the_original():
-    layer = nn.TransformerEncoderLayer(E, HEADS, 64, dropout=0.0, batch_first=True)
-    theirs = nn.TransformerEncoder(layer, 2).train()
-    ours = copy.deepcopy(theirs)
-    assert replace_attention(ours, EXACT) == 2 and not ours.use_nested_tensor
-    x, kpm = torch.randn(B, N, E), padding(N)
-    for mask in (None, nn.Transformer.generate_square_subsequent_mask(N)):
-        a = theirs(x, mask=mask, src_key_padding_mask=kpm)
-        b = ours(x, mask=mask, src_key_padding_mask=kpm)
-        torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
-    assert sum(layer.self_attn.exact_calls for layer in ours.layers) == 0  # nn gave the hint
-
-
-def test_transformer_with_cross_attention():
-    theirs = nn.Transformer(E, HEADS, 1, 1, 64, dropout=0.0, batch_first=True)
-    ours = copy.deepcopy(theirs)
-    assert replace_attention(ours, EXACT) == 3
-    calls = count_calls(ours)
-    source, target = torch.randn(B, M, E), torch.randn(B, N, E)
-    mask = nn.Transformer.generate_square_subsequent_mask(N)
-    kwargs = dict(tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padding(M))
-    torch.testing.assert_close(
-        ours(source, target, **kwargs), theirs(source, target, **kwargs), rtol=0, atol=1e-5
-    )
-    assert len(calls) == 3
-
-
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_input(layout):
     theirs, ours = pair(batch_first=True)
@@ -341,24 +246,6 @@ def test_nested_input(layout):
         ours(x, x, x, padding(45))
 
 
-def test_nested_from_an_encoder_built_before():
-    """An encoder may still hand nested tensors to a layer that was replaced by hand."""
-    layer = nn.TransformerEncoderLayer(E, HEADS, 64, dropout=0.0, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).eval()
-    expected = copy.deepcopy(model).train()
-    for layer in model.layers:
-        layer.self_attn = MRAMultiheadAttention.from_mha(layer.self_attn, EXACT)
-    calls, x, kpm = count_calls(model), torch.randn(B, N, E), padding(N)
-    with torch.no_grad():
-        out = model(x, src_key_padding_mask=kpm)
-    assert len(calls) == 2
-    length = out.shape[1]
-    live = ~kpm[:, :length]
-    torch.testing.assert_close(
-        out[live], expected(x, src_key_padding_mask=kpm)[:, :length][live], rtol=0, atol=1e-5
-    )
-
-
 def test_from_mha_shares_everything():
     mha = nn.MultiheadAttention(E, HEADS, batch_first=True).eval()
     mha.out_proj.weight.requires_grad_(False)
@@ -371,17 +258,6 @@ def test_from_mha_shares_everything():
     assert not hasattr(mha, "extra")
     with pytest.raises(TypeError, match="mha"):
         MRAMultiheadAttention.from_mha(nn.Linear(1, 1), EXACT)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_keep_working(copied):
-    model = encoder(SPARSE).eval()
-    again = copied(model)
-    calls, x = count_calls(again), torch.randn(B, N, E)
-    with torch.no_grad():
-        assert torch.equal(again(x), model(x))
-    assert len(calls) == 2
-    assert all(layer.self_attn.config == SPARSE for layer in again.layers)
 
 
 def test_out_proj_is_called_as_a_module():

@@ -65,7 +65,7 @@ def test_bert(padded):
     assert mra.transformers.stats(reset=True) == {"mra": 2}
     dense = run(model, EXACT, mask.bool(), input_ids=ids, attention_mask=mask)[0]
     sparse = run(model, SPARSE, mask.bool(), input_ids=ids, attention_mask=mask)[0]
-    assert (dense - sparse).abs().max() > 1e-4  # the config arrives
+    assert (dense - sparse).abs().max() > 1e-6  # float64: the config arrives
 
 
 def llama(**options):
@@ -97,12 +97,8 @@ def test_generation(cache):
     tokens = []
     for name in ("sdpa", EXACT):
         model.set_attn_implementation(name)
-        tokens.append(
-            model.generate(
-                ids, max_new_tokens=4, do_sample=False, cache_implementation=cache,
-                disable_compile=True,
-            )  # fmt: skip
-        )
+        options = dict(max_new_tokens=4, do_sample=False, cache_implementation=cache)
+        tokens.append(model.generate(ids, **options, disable_compile=True))
     assert torch.equal(*tokens)
     assert sum(mra.transformers.stats().values()) > 0
 
@@ -126,17 +122,16 @@ def test_encoder_decoder():
 def test_terms_without_a_block_form():
     """Sliding windows, softcap and sinks, against each model's own eager attention."""
     ids, _ = batch()
-    # (model, its counts, windows included)
     gemma = transformers.Gemma2Config(
         **SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32, attn_logit_softcapping=5.0,
         query_pre_attn_scalar=16,
     )  # fmt: skip
     oss = transformers.GptOssConfig(
         **SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32, num_local_experts=2,
-        num_experts_per_tok=1,
+        num_experts_per_tok=2,
     )  # fmt: skip
     for kind, config in ((transformers.Gemma2Model, gemma), (transformers.GptOssModel, oss)):
-        model = kind(config).double().eval()
+        model = kind(config).eval()
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.2)
         outs = []
@@ -144,7 +139,6 @@ def test_terms_without_a_block_form():
             model.set_attn_implementation(name)
             with torch.no_grad():
                 outs.append(model(ids, use_cache=False).last_hidden_state)
-        # transformers' eager softmax is computed in float32.
         torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-4)
         counts = mra.transformers.stats(reset=True)
         assert sum(counts.values()) == 2 and "mra" not in counts
@@ -260,7 +254,7 @@ def test_mra_model_any_dtype_any_length(modeling_mra, dtype, length):
     ids, mask = batch()
     out = model(ids[:, :length], attention_mask=mask[:, :length]).last_hidden_state
     assert out.dtype == dtype and out.isfinite().all()
-    out.float().square().mean().backward()
+    (out.float() * torch.randn(out.shape)).sum().backward()
     for name, p in model.encoder.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
         if length > 1 and ".self." in name and not name.endswith("key.bias"):
