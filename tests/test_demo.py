@@ -37,7 +37,7 @@ def test_demo_quick(tmp_path):
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    rows = re.findall(r"^ +(1/8|1) ([a-z(][\w +()-]*?) +([\d.]+) +([\d.]+) ", run.stdout, re.M)
+    rows = re.findall(r"^ +(1/8|1) (\S.*?) {2,}([\d.]+) +([\d.]+) ", run.stdout, re.M)
     error = {(density, form): float(e) for density, form, e, _ in rows}
     assert len(error) == 8, run.stdout
     assert all(error["1", form] < 1e-5 for _, form in error), run.stdout
