@@ -7,23 +7,25 @@
 #include <ATen/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <limits>
 #include <tuple>
 
 #include "common/budget.h"
 #include "common/checks.h"
-#include "order1.h"
 
 namespace mra {
 namespace {
 
-// Rows that a kernel can read: last stride 1 and, on a GPU, every row on a 16-byte boundary.
+// Rows that a kernel can read: last stride 1 and, on a GPU, every row on a 16-byte boundary and less
+// than 2^31 elements behind the one before.
 Tensor readable(const Tensor& x) {
   bool fits = x.stride(-1) == 1;
   if (x.is_cuda()) {
     const int64_t bytes = x.element_size();
     fits = fits && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
     for (int64_t d = 0; d < 3; ++d) fits = fits && (x.size(d) == 1 || x.stride(d) * bytes % 16 == 0);
+    fits = fits && (x.size(2) == 1 || std::abs(x.stride(2)) <= std::numeric_limits<int>::max());
   }
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
 }
@@ -62,12 +64,6 @@ BlockList make_plan(const Stages& stages, const Pooled& query, const Pooled& key
   return stages.plan(query, key, N, o);
 }
 
-// Gradient of each block's mean, shared by its valid rows; zeros for an empty block.
-Tensor over_count(const Tensor& mean_grad, const Tensor& count) {
-  const Tensor n = count.clamp_min(1).unsqueeze(1).unsqueeze(-1);
-  return mean_grad / n;
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -98,7 +94,7 @@ Forward run_forward(const Stages& stages, const Inputs& in, const PlanTensors& p
   FineResult result = stages.fine(in, rows, state, coarse_keys, o);
 
   // order 1: what a block mean throws away
-  if (has_order1(o)) order1_apply(result, in, pooled, o);
+  if (has_order1(o)) stages.order1(result, in, pooled, o);
 
   const Tensor empty = at::empty({0}, rows.index.options());
   const Tensor share = has_order1(o) ? result.share : at::empty({0}, result.lse.options());
@@ -132,8 +128,9 @@ Backward run_backward(const Stages& stages, const Tensor& grad_out, const Tensor
 
   // order 1
   if (has_order1(o)) {
-    Order1Grads first = order1_backward(grad_out, share, in, pooled, o);
-    grads.coarse_delta = grads.delta - first.row;
+    const Order1Grads first =
+        stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
+    grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;
     grads.value_extra = first.value;
@@ -145,9 +142,9 @@ Backward run_backward(const Stages& stages, const Tensor& grad_out, const Tensor
   if (o.coarse == Coarse::block) {
     const BlockRows block_rows = stages.block_rows(grad_out, lse, grads.coarse_delta, o.block_q);
     const Grads means = stages.coarse_backward(pooled, rows, columns, block_rows, o);
-    grads.query_block = over_count(means.query, pooled.query_count);
-    grads.key_block = over_count(means.key, pooled.key_count);
-    grads.value_block = over_count(means.value, pooled.key_count);
+    grads.query_block = means.query;
+    grads.key_block = means.key;
+    grads.value_block = means.value;
   }
 
   // fine

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "common/checks.h"
-#include "order1.h"
+#include "common/stages.h"
 
 namespace mra {
 namespace {

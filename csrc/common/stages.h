@@ -1,6 +1,6 @@
 // The stages of MRA attention, one table of functions per device.
 //
-//   pool -> plan -> coarse -> fine
+//   pool -> plan -> coarse -> fine (-> order 1)
 //
 // csrc/attention.cpp runs them in that order and is the same for every device; csrc/cpu and
 // csrc/cuda each fill one `Stages`. Everything here is already checked: see common/checks.h.
@@ -83,6 +83,16 @@ struct Grads {
   Tensor query, key, value;
 };
 
+// True where the order-1 term exists: order = 1 and a coarse part to correct.
+inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
+
+// Gradient through C, S, gamma and the query. That through P is left to the caller.
+struct Order1Grads {
+  Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i
+  Tensor query;         // [B, H, N, D] T, zeros at rows whose share is 0
+  Tensor key, value;    // [B, Hk, M, D] T, zeros at masked keys
+};
+
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
 // with M_x = min_i lse_i over rows of x that have weight,
 struct BlockRows {
@@ -115,7 +125,8 @@ struct Stages {
 
   // coarse = block only.
   CoarseState (*coarse)(const PooledInputs&, const BlockList& rows, const Options&);
-  // Gradients of the pooled inputs, [B, H, nq, D], [B, Hk, nk, D] x2, acc.
+  // Gradients of the pooled inputs, each divided by the count of its block: what every valid row of
+  // the block gets. [B, H, nq, D], [B, Hk, nk, D] x2, acc.
   Grads (*coarse_backward)(const PooledInputs&, const BlockList& rows, const BlockList& columns,
                            const BlockRows&, const Options&);
 
@@ -132,6 +143,15 @@ struct Stages {
   Tensor (*delta)(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
   BlockRows (*block_rows)(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                           int64_t block_q);
+
+  // What a block mean throws away, damped; only where has_order1. Adds to result.out, in place,
+  //   gamma_i P_i u_i,   u_i = s q_i C,   gamma_i = 1 / (1 + t_i / 4),   t_i = s^2 q_i S q_i^T
+  // with P = result.share. C and S (Sigma in docs/notation.md) are the within-block moments of
+  // (k, v) and (k, k), averaged over the valid keys; with causal, over the key blocks wholly before
+  // the query block.
+  void (*order1)(FineResult& result, const Inputs&, const PooledInputs&, const Options&);
+  Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                                 const Inputs&, const PooledInputs&, const Options&);
 };
 
 const Stages& cpu_stages();

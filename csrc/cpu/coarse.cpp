@@ -185,6 +185,12 @@ Grads coarse_backward(const PooledInputs& pooled, const BlockList& rows, const B
     blocks.backward_key(state, grads.key.mutable_data_ptr<scalar_t>(),
                         grads.value.mutable_data_ptr<scalar_t>());
   });
+  const auto share = [](Tensor& grad, const Tensor& count) {
+    grad.div_(count.clamp_min(1).unsqueeze(1).unsqueeze(-1));
+  };
+  share(grads.query, pooled.query_count);
+  share(grads.key, pooled.key_count);
+  share(grads.value, pooled.key_count);
   return grads;
 }
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "delta.h"
 #include "problem.h"
 
 namespace mra::cuda {
@@ -27,21 +28,19 @@ Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const Block
   p.column_lists = lists_of(columns);
   p.grad_out = back.grad.const_data_ptr();
   p.grad_out_strides = strides_of(back.grad);
-  p.lse = back.lse.const_data_ptr<float>();
+  const Tensor lse2 = at::empty_like(back.lse);
+  launch.check(lse_to_log2(back.lse.const_data_ptr<float>(), lse2.mutable_data_ptr<float>(),
+                           lse2.numel(), launch.stream));
+  p.lse2 = lse2.const_data_ptr<float>();
   p.delta = p.pooled_delta = back.delta.const_data_ptr<float>();
 
   const Tensor grad_query = at::empty_like(in.query);
   p.grad_q = grad_query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grad_query);
+  p.row_count = in.query_count.const_data_ptr<int>();
   launch.check(backward_rows(p, Dtype::f32, launch.device, launch.stream));
-
-  p.splits = pooled_splits(p, launch.device);
-  const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, in.query.options());
-  p.pooled_grad_k = sums[0].mutable_data_ptr<float>();
-  p.pooled_grad_v = sums[1].mutable_data_ptr<float>();
-  launch.check(backward_pooled(p, Dtype::f32, launch.device, launch.stream));
-  const Tensor total = sums.sum(1);
-  return {grad_query, total[0], total[1]};
+  const Tensor shares = pooled_shares(p, Dtype::f32, launch, in.query);
+  return {grad_query, shares[0], shares[1]};
 }
 
 }  // namespace mra::cuda

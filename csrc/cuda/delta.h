@@ -32,6 +32,10 @@ struct BlockRowsParams {
   Dtype dtype;
 };
 
+// lse [n], natural -> log2 units; a row without weight (-inf or +inf) gets +inf, so that
+// exp2(logit - lse2) is its weight in every case.
+cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream);
+
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream);
 cudaError_t block_rows_backward(const BlockRowsParams& params, cudaStream_t stream);
 

@@ -141,6 +141,11 @@ __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockR
   }
 }
 
+__global__ void __launch_bounds__(256) lse_to_log2_kernel(const float* lse, float* lse2, int64_t n) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i < n) lse2[i] = lse[i] == -INFINITY ? INFINITY : lse[i] * 1.4426950408889634f;
+}
+
 unsigned grid_of(int64_t units) { return static_cast<unsigned>((units + kWarps - 1) / kWarps); }
 
 struct LaunchDelta {
@@ -168,6 +173,11 @@ struct LaunchBlockRows {
 };
 
 }  // namespace
+
+cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream) {
+  lse_to_log2_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, stream>>>(lse, lse2, n);
+  return cudaGetLastError();
+}
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {
   return dispatch_rows(params.dtype, params.D, LaunchDelta{params, stream});

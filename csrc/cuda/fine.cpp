@@ -1,8 +1,10 @@
 #include "fine.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include "../common/budget.h"
+#include "delta.h"
 #include "problem.h"
 
 namespace mra::cuda {
@@ -64,22 +66,18 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.column_lists = lists_of(columns);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  p.lse = back.lse.const_data_ptr<float>();
+  const Tensor lse2 = at::empty_like(back.lse);
+  launch.check(lse_to_log2(back.lse.const_data_ptr<float>(), lse2.mutable_data_ptr<float>(),
+                           lse2.numel(), launch.stream));
+  p.lse2 = lse2.const_data_ptr<float>();
   p.delta = back.delta.const_data_ptr<float>();
   p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
 
   Tensor key_block = back.key_block, value_block = back.value_block;
   if (pooled) {
-    p.splits = pooled_splits(p, launch.device);
-    const auto acc = in.query.options().dtype(at::kFloat);
-    const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
-    p.pooled_grad_k = sums[0].mutable_data_ptr<float>();
-    p.pooled_grad_v = sums[1].mutable_data_ptr<float>();
-    launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
-    const Tensor count = pooled->key_count.clamp_min(1).view({p.B, 1, p.nk, 1});
-    const Tensor means = sums.sum(1).div_(count);
-    key_block = key_block.defined() ? key_block.add(means[0]) : means[0];
-    value_block = value_block.defined() ? value_block.add(means[1]) : means[1];
+    const Tensor shares = pooled_shares(p, dtype, launch, in.query);
+    key_block = key_block.defined() ? key_block.add(shares[0]) : shares[0];
+    value_block = value_block.defined() ? value_block.add(shares[1]) : shares[1];
   }
 
   Grads g{empty_heads_last(in.query), empty_heads_last(in.key), empty_heads_last(in.value)};

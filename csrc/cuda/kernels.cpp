@@ -33,28 +33,28 @@ cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
 
 cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
-    return launch_forward<decltype(t), d()>(p, device.max_smem, stream);
+    return launch_forward<decltype(t), d()>(p, device, stream);
   });
 }
 
 cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& device,
                           cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
-    return launch_backward_rows<decltype(t), d()>(p, device.max_smem, stream);
+    return launch_backward_rows<decltype(t), d()>(p, device, stream);
   });
 }
 
 cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device& device,
                              cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
-    return launch_backward_columns<decltype(t), d()>(p, device.max_smem, stream);
+    return launch_backward_columns<decltype(t), d()>(p, device, stream);
   });
 }
 
 cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& device,
                             cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
-    return launch_backward_pooled<decltype(t), d()>(p, device.max_smem, stream);
+    return launch_backward_pooled<decltype(t), d()>(p, device, stream);
   });
 }
 
@@ -71,6 +71,10 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
+      {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
+      {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},
+      {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},
+      {"order1", "keys", "csrc/cuda/order1_keys.cu", "sm_80+", all, dims},
       {"fine", "backward_columns", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
   };
 }

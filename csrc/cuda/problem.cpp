@@ -1,10 +1,12 @@
 #include "problem.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
 #include "../common/budget.h"
+#include "coarse_bwd.h"
 
 namespace mra::cuda {
 namespace {
@@ -69,10 +71,20 @@ void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Optio
   p.key_count = in.key_count.const_data_ptr<int>();
 }
 
-int pooled_splits(const Problem& p, const Device& device) {
+Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
-  const int64_t wanted = ceil_div(4 * device.sms, std::max<int64_t>(1, tiles));
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, ceil_div(p.rows, 64)));
+  const int64_t wanted = ceil_div(4 * launch.device.sms, std::max<int64_t>(1, tiles));
+  p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, ceil_div(p.rows, 64)));
+  const auto acc = like.options().dtype(at::kFloat);
+  const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
+  const Tensor shares = at::empty({2, p.B, p.Hk, p.nk, p.D}, acc);
+  p.pooled_grad_k = sums.mutable_data_ptr<float>();
+  p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
+  launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
+  launch.check(share_sums({sums.const_data_ptr<float>(), p.key_count, shares.mutable_data_ptr<float>(),
+                           p.splits, p.B, p.Hk, p.nk, p.D},
+                          launch.stream));
+  return shares;
 }
 
 }  // namespace mra::cuda

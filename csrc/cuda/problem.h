@@ -27,8 +27,9 @@ void fill(Problem& p, const Inputs& in, const BlockList& rows, const Tensor& poo
 // The block-coarse stage: means of query blocks against means of key blocks, float32.
 void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Options& o);
 
-// How many parts the rows are cut into for the gradients of pooled keys, so that the device is
-// full; the parts' sums take O(multiprocessors) memory.
-int pooled_splits(const Problem& p, const Device& device);
+// Gradients of the pooled keys and values of `p`, divided by the count of their block: what each of
+// its rows gets. [2, B, Hk, nk, D] float32: keys, values. The rows are cut into parts so that the
+// device is full; the parts' sums take O(multiprocessors) memory.
+Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like);
 
 }  // namespace mra::cuda

@@ -10,6 +10,9 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
 BlockList transpose(const BlockList& rows, int64_t nk);
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
 BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta, int64_t block_q);
+void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, const Options& o);
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                            const Inputs& in, const PooledInputs& pooled, const Options& o);
 }  // namespace cuda
 
 const Stages& cuda_stages() {
@@ -21,7 +24,9 @@ const Stages& cuda_stages() {
                              cuda::fine,
                              cuda::fine_backward,
                              cuda::delta,
-                             cuda::block_rows};
+                             cuda::block_rows,
+                             cuda::order1,
+                             cuda::order1_backward};
   return stages;
 }
 

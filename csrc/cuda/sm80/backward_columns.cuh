@@ -9,29 +9,32 @@
 
 namespace mra::cuda {
 
-template <typename T, int DP>
-inline constexpr int kBackwardRows = sizeof(T) == 2 ? (DP <= 64 ? 64 : 32) : (DP <= 64 ? 32 : 16);
+template <typename T, int DP, int kWarps>
+inline constexpr int kBackwardRows =
+    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : 32) : (DP <= 64 ? 32 : 16);
 // Warps that share 16 keys, each with its part of the columns of dK and dV: keeps two accumulators
 // of head_dim 256 in registers.
 template <int DP>
 inline constexpr int kColumnParts = DP <= 128 ? 1 : 2;
 
-template <typename T, int DP, bool kPooled>
-__global__ void __launch_bounds__(256) backward_columns_kernel(const BackwardParams p) {
-  constexpr int kRows = kBackwardRows<T, DP>, kLdT = kLd<T, DP>;
+template <typename T, int DP, int kSixteens>
+inline constexpr int kColumnsRegisters =
+    sizeof(T) == 2 && DP <= 64 ? (kSixteens <= 2 ? 144 : 168) : 255;
+
+template <typename T, int DP, bool kPooled, int kSixteens>
+__global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_columns_kernel(const BackwardParams p) {
+  constexpr int kWarps = kSixteens * kColumnParts<DP>;
+  constexpr int kRows = kBackwardRows<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr int kParts = kColumnParts<DP>, kWidth = DP / kParts;
   constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ __align__(16) char smem[];
 
-  const int tile_keys = blockDim.x / 2 / kParts;
+  constexpr int tile_keys = 16 * kSixteens;
   const int all_keys = kPooled ? p.nk : p.M;
-  const int key_tiles = (all_keys + tile_keys - 1) / tile_keys;
-  int64_t block = blockIdx.x;
-  const int first_key = static_cast<int>(block % key_tiles) * tile_keys;
-  block /= key_tiles;
-  const int hk = block % p.Hk;
-  block /= p.Hk;
-  const int b = block % p.B, split = block / p.B;
+  const unsigned key_tiles = (all_keys + tile_keys - 1) / tile_keys, heads = p.B * p.Hk;
+  const unsigned behind = blockIdx.x / key_tiles;
+  const int first_key = (blockIdx.x - behind * key_tiles) * tile_keys;
+  const int split = behind / heads, b = behind % heads / p.Hk, hk = behind % heads % p.Hk;
   const int keys = min(tile_keys, all_keys - first_key);
   const int key = threadIdx.x / 32 / kParts * 16, column = threadIdx.x / 32 % kParts * kWidth;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -45,22 +48,23 @@ __global__ void __launch_bounds__(256) backward_columns_kernel(const BackwardPar
     first_tile = min(split * share, row_tiles);
     last_tile = min(first_tile + share, row_tiles);
   }
-  RowStream<T, DP, kRows, kPooled> rows(p, smem + sizeof(T) * 2 * tile_keys * kLdT, b, hk,
+  RowStream<T, DP, kRows, kPooled, kWarps> rows(p, smem + sizeof(T) * 2 * tile_keys * kLdT, b, hk,
                                         kPooled ? first_key : first_key >> p.log2_block_k,
                                         tile_keys, first_tile, last_tile);
-  auto load = [&](T* to, const void* from, const void* pooled, const Strides& strides) {
-    const T* base = kPooled ? static_cast<const T*>(pooled) + (static_cast<int64_t>(b) * p.Hk + hk) * p.nk * p.D
-                            : static_cast<const T*>(from) + b * strides.b + hk * strides.h;
-    const int64_t stride = kPooled ? p.D : strides.l;
-    load_rows<T, DP, 0>(to, p.D, p.q, [&](int r) {
-      return r < keys ? base + (first_key + r) * stride : nullptr;
-    }, tile_keys);
-  };
-  load(k, p.k, p.pooled_k, p.k_strides);
-  load(v, p.v, p.pooled_v, p.v_strides);
-  bool more = rows.more();
-  if (more) rows.fetch(0);
-  else commit_copies();
+  {
+    const int64_t pooled_head = (static_cast<int64_t>(b) * p.Hk + hk) * p.nk * p.D;
+    const T* from_k = kPooled ? static_cast<const T*>(p.pooled_k) + pooled_head
+                              : static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h;
+    const T* from_v = kPooled ? static_cast<const T*>(p.pooled_v) + pooled_head
+                              : static_cast<const T*>(p.v) + b * p.v_strides.b + hk * p.v_strides.h;
+    for (int i = warp_index(); i < 2 * kSixteens; i += kWarps) {
+      const bool values = i >= kSixteens;
+      const int r = 16 * (i % kSixteens);
+      const int stride = static_cast<int>(kPooled ? p.D : values ? p.v_strides.l : p.k_strides.l);
+      copy_sixteen<T, DP>((values ? v : k) + r * kLdT, values ? from_v : from_k, stride,
+                          first_key + r, keys - r, p.D, p.q);
+    }
+  }
 
   bool live[2];
   float bias[2];
@@ -76,127 +80,138 @@ __global__ void __launch_bounds__(256) backward_columns_kernel(const BackwardPar
     } else if (live[half] && p.key_mask != nullptr) {
       live[half] = p.key_mask[static_cast<int64_t>(b) * p.M + first_key + r];
     }
-    if (!live[half]) bias[half] = -INFINITY;
   }
 
   float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {};
-  for (int step = 0; more; ++step) {
-    wait_for_copies();
-    __syncthreads();
+  // Turn -1 only fetches the first tile.
+#pragma unroll 1
+  for (int step = -1; step < 0 || rows.exists(step); ++step) {
+    if (step >= 0) {
+      wait_for_copies();
+      __syncthreads();
+    }
+    rows.fetch_ahead(step + 1);
+    if (step < 0) continue;
     const int buffer = step % 2;
-    const int* first = rows.granules + step % 3 * rows.kGranules;
-    more = rows.more();
-    if (more) rows.fetch(buffer ^ 1);
-    rows.find_granules();
 
     const T* q = rows.q_tiles + buffer * rows.kTile;
     const T* grad_out = rows.grad_tiles + buffer * rows.kTile;
     const float* lse = rows.lses + buffer * kRows;
     const float* delta = rows.deltas + buffer * kRows;
-    float s[kRows / 8][4] = {}, ds[kRows / 8][4] = {};
+    float s[kRows / 8][4] = {}, ds[kRows / 8][4];
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+      const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n + 2 * t);
+      ds[n][0] = ds[n][2] = -d.x;
+      ds[n][1] = ds[n][3] = -d.y;
+    }
     multiply_nt<T, DP>(s, k, key, q, kLdT, p.tf32);
     multiply_nt<T, DP>(ds, v, key, grad_out, kLdT, p.tf32);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint2 mask = make_uint2(0, 0);
-      if (kPooled) mask = rows.masks[buffer * tile_keys + key + g + 8 * half];
+    for (int n = 0; n < kRows / 8; ++n) {
+      const float2 l = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * t);
 #pragma unroll
-      for (int n = 0; n < kRows / 8; ++n) {
-        const float2 l = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * t);
-        const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n + 2 * t);
-        bool hidden[2] = {false, false};
-        if (kPooled) {
+      for (int i = 0; i < 4; ++i) {
+        float x = fmaf(s[n][i], p.scale * kLog2e, i % 2 ? -l.y : -l.x);
+        if (kPooled) x += bias[i / 2];
+        s[n][i] = exp2_approx(x);
+      }
+    }
+    if (kPooled) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 mask = rows.masks[buffer * tile_keys + key + g + 8 * half];
+#pragma unroll
+        for (int n = 0; n < kRows / 8; ++n) {
           const uint32_t word = (n < 4 ? mask.x : mask.y) >> (n % 4 * 8 + 2 * t);
-          hidden[0] = word & 1;
-          hidden[1] = word >> 1 & 1;
-        } else if (p.causal) {
-          const int i = first[n / 2] + n % 2 * 8 + 2 * t, j = first_key + key + g + 8 * half;
-          hidden[0] = j > i;
-          hidden[1] = j > i + 1;
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[n][2 * half + e];
-          float w = exp2_approx(fmaf(x, p.scale * kLog2e, bias[half]) - (e ? l.y : l.x));
-          if (hidden[e]) w = 0.f;
-          x = w;
-          ds[n][2 * half + e] = w * (ds[n][2 * half + e] - (e ? d.y : d.x));
+          if (word & 1) s[n][2 * half] = 0.f;
+          if (word >> 1 & 1) s[n][2 * half + 1] = 0.f;
         }
       }
+    } else if (p.causal) {
+      const int* first = rows.granules + step % 4 * rows.kGranules;
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n) {
+        const int i = first[n / 2] + n % 2 * 8 + 2 * t, j = first_key + key + g;
+        if (j > i) s[n][0] = 0.f;
+        if (j > i + 1) s[n][1] = 0.f;
+        if (j + 8 > i) s[n][2] = 0.f;
+        if (j + 8 > i + 1) s[n][3] = 0.f;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kRows / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[n][i] *= s[n][i];
     }
     multiply_pn<T>(dv, s, grad_out, kLdT, column, p.tf32);
     multiply_pn<T>(dk, ds, q, kLdT, column, p.tf32);
   }
   wait_for_copies();
 
-#pragma unroll
-  for (int n = 0; n < kWidth / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) dk[n][i] *= p.scale;
-  }
   const int64_t head = static_cast<int64_t>(b) * p.Hk + hk;
-  if (kPooled) {
-    auto store = [&](const float (&c)[kWidth / 8][4], float* to) {
-      to += ((split * static_cast<int64_t>(p.B) * p.Hk + head) * p.nk + first_key + key) * p.D;
-      store_rows<float>(
-          c, column, p.D, [&](int r) { return key + r < keys ? to + static_cast<int64_t>(r) * p.D : nullptr; },
-          [](int, int) { return make_float2(0.f, 0.f); });
-    };
-    store(dk, p.pooled_grad_k);
-    store(dv, p.pooled_grad_v);
-  } else {
-    auto store = [&](const float (&c)[kWidth / 8][4], void* grad, const Strides& strides,
-                     const float* per_block, const void* extra, const Strides& extra_strides) {
-      T* to = static_cast<T*>(grad) + b * strides.b + hk * strides.h;
-      const T* more = static_cast<const T*>(extra) + b * extra_strides.b + hk * extra_strides.h;
-      const int y = first_key >> p.log2_block_k;
-      store_rows<T>(
-          c, column, p.D,
-          [&](int r) { return key + r < keys ? to + (first_key + key + r) * strides.l : nullptr; },
-          [&](int r, int d) {
-            float2 sum = make_float2(0.f, 0.f);
-            if (!live[r >= 8]) return sum;
-            if (per_block != nullptr) {
-              sum = *reinterpret_cast<const float2*>(per_block + (head * p.nk + y) * p.D + d);
-            }
-            if (extra != nullptr) {
-              const T* e = more + (first_key + key + r) * extra_strides.l + d;
-              sum.x += to_float(e[0]);
-              sum.y += to_float(e[1]);
-            }
-            return sum;
-          });
-    };
-    store(dk, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra, p.k_extra_strides);
-    store(dv, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra, p.v_extra_strides);
-  }
+  const int own = first_key + key, present = keys - key;
+  const int64_t block = (head * p.nk + (first_key >> p.log2_block_k)) * p.D;
+  auto store = [&](float (&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
+                   const Strides& strides, const float* per_block, const void* extra,
+                   const Strides& extra_strides) {
+    const float factor[2] = {scale, scale};
+    const bool add = !kPooled && per_block != nullptr;
+    finish_rows(c, factor, live, add ? per_block + block : nullptr, column, p.D);
+    if (kPooled) {
+      const int64_t at = ((split * static_cast<int64_t>(p.B) * p.Hk + head) * p.nk + own) * p.D;
+      store_rows<float>(c, pooled + at, p.D, present, column, p.D);
+      return;
+    }
+    T* to = static_cast<T*>(grad) + b * strides.b + hk * strides.h + own * strides.l;
+    if (extra == nullptr) {
+      store_rows<T>(c, to, strides.l, present, column, p.D == DP ? DP : p.D);
+      return;
+    }
+    const T* more = static_cast<const T*>(extra) + b * extra_strides.b + hk * extra_strides.h +
+                    own * extra_strides.l;
+    store_rows<T>(c, to, strides.l, present, column, p.D, more, extra_strides.l, live);
+  };
+  store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra, p.k_extra_strides);
+  store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra, p.v_extra_strides);
 }
 
-// 16 keys a warp (or kColumnParts warps): those of one key block, or four times 16 pooled keys.
+// 16 keys a warp (or kColumnParts warps): those of one key block, or up to 64 pooled keys.
 template <typename T, int DP, bool kPooled>
-cudaError_t launch_columns(const BackwardParams& p, int smem_limit, cudaStream_t stream) {
+cudaError_t launch_columns(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  constexpr int kMost = 8 / kColumnParts<DP>;
+  auto with_sixteens = [](int n, auto f) {
+    return with_warps(n, [&](auto s) {
+      return f(std::integral_constant<int, (s < kMost ? s : kMost)>{});
+    });
+  };
   auto needed = [&](int sixteens) {
-    return sizeof(T) * 2 * sixteens * 16 * kLd<T, DP> +
-           RowStream<T, DP, kBackwardRows<T, DP>, kPooled>::shared_bytes(16 * sixteens);
+    return with_sixteens(sixteens, [&](auto n) {
+      constexpr int kWarps = n * kColumnParts<DP>;
+      return sizeof(T) * 2 * n * 16 * kLd<T, DP> +
+             RowStream<T, DP, kBackwardRows<T, DP, kWarps>, kPooled, kWarps>::shared_bytes(16 * n);
+    });
   };
   int sixteens = kPooled ? 4 : p.block_k / 16;
-  while (sixteens > 1 && (sixteens * kColumnParts<DP> > 8 ||
-                          needed(sixteens) > static_cast<size_t>(smem_limit))) {
+  while (sixteens > 1 && (sixteens > kMost || (kPooled && 8 * sixteens >= p.nk) ||
+                          needed(sixteens) > static_cast<size_t>(device.max_smem))) {
     sixteens /= 2;
   }
   const int64_t tiles = ((kPooled ? p.nk : p.M) + 16 * sixteens - 1) / (16 * sixteens);
   const int64_t blocks = tiles * p.B * p.Hk * (kPooled ? p.splits : 1);
-  return launch(backward_columns_kernel<T, DP, kPooled>, p, blocks, sixteens * kColumnParts<DP>,
-                needed(sixteens), stream);
+  return with_sixteens(sixteens, [&](auto n) {
+    return launch(backward_columns_kernel<T, DP, kPooled, n>, p, blocks, n * kColumnParts<DP>,
+                  needed(n), stream);
+  });
 }
 
 template <typename T, int DP>
-cudaError_t launch_backward_columns(const BackwardParams& p, int smem_limit, cudaStream_t stream) {
-  return launch_columns<T, DP, false>(p, smem_limit, stream);
+cudaError_t launch_backward_columns(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  return launch_columns<T, DP, false>(p, device, stream);
 }
 template <typename T, int DP>
-cudaError_t launch_backward_pooled(const BackwardParams& p, int smem_limit, cudaStream_t stream) {
-  return launch_columns<T, DP, true>(p, smem_limit, stream);
+cudaError_t launch_backward_pooled(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+  return launch_columns<T, DP, true>(p, device, stream);
 }
 
 }  // namespace mra::cuda

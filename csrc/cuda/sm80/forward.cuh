@@ -8,9 +8,14 @@
 namespace mra::cuda {
 
 // Keys a tile: what keeps two stages of keys and values within 99 KB (sm_86, sm_89).
+template <typename T, int DP, int kWarps>
+inline constexpr int kForwardKeys =
+    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : DP <= 128 ? 64 : 32)
+                   : (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : DP <= 128 ? 32 : 16);
+
+// More blocks of threads a multiprocessor are worth a few spilled words outside of the loop.
 template <typename T, int DP>
-inline constexpr int kForwardKeys = sizeof(T) == 2 ? (DP <= 128 ? 64 : 32)
-                                                   : (DP <= 64 ? 64 : DP <= 128 ? 32 : 16);
+inline constexpr int kForwardRegisters = sizeof(T) == 2 && DP <= 64 ? 128 : 255;
 
 template <typename T, int DP>
 struct OnlineSoftmax {
@@ -31,56 +36,59 @@ struct OnlineSoftmax {
     }
   }
 
-  // Logits -> weights, against the new maximum.
+  // Logits (scores times `scale`) -> weights. The shift follows the maximum only when that has grown
+  // by more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale nothing.
   template <int kScores>
-  __device__ __forceinline__ void update(float (&s)[kScores][4]) {
+  __device__ __forceinline__ void update(float (&s)[kScores][4], float scale) {
+    constexpr float kSlack = 8.f;
     float factor[2], shift[2];
+    bool grown = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float m = max[half];
+      float m = s[0][2 * half];
 #pragma unroll
       for (int n = 0; n < kScores; ++n) m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      m = quad_max(m);
-      shift[half] = m == -INFINITY ? 0.f : m;
-      factor[half] = exp2_approx(max[half] - shift[half]);
-      max[half] = m;
+      m = quad_max(m) * scale;
+      const float old = max[half];
+      if (m > old + kSlack) {
+        max[half] = m;
+        grown = true;
+      }
+      shift[half] = max[half] == -INFINITY ? 0.f : max[half];
+      factor[half] = exp2_approx(old - shift[half]);
     }
-    rescale(factor);
+    if (__any_sync(0xffffffffu, grown)) rescale(factor);
 #pragma unroll
     for (int n = 0; n < kScores; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(s[n][i] - shift[i / 2]);
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
         sum[i / 2] += s[n][i];
       }
     }
   }
 };
 
-template <typename T, int DP>
-__global__ void __launch_bounds__(256) forward_kernel(const ForwardParams p) {
-  constexpr int kKeys = kForwardKeys<T, DP>, kLdT = kLd<T, DP>;
+template <typename T, int DP, int kWarps>
+__global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const ForwardParams p) {
+  constexpr int kKeys = kForwardKeys<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   extern __shared__ __align__(16) char smem[];
 
-  const int tile_rows = blockDim.x / 2;
-  const int row_tiles = (p.rows + tile_rows - 1) / tile_rows;
+  constexpr int tile_rows = 16 * kWarps;
+  const unsigned row_tiles = (p.rows + tile_rows - 1) / tile_rows;
   // Under causal the last tiles have most keys: start them first.
-  const int row_tile = p.causal ? row_tiles - 1 - blockIdx.x % row_tiles : blockIdx.x % row_tiles;
-  const int first_row = row_tile * tile_rows;
-  const int b = blockIdx.x / row_tiles / p.H, h = blockIdx.x / row_tiles % p.H;
+  const unsigned bh = blockIdx.x / row_tiles, from_start = blockIdx.x - bh * row_tiles;
+  const int first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * tile_rows;
+  const int b = bh / static_cast<unsigned>(p.H), h = bh - b * p.H;
   const int rows = min(tile_rows, p.rows - first_row);
   const int64_t head = static_cast<int64_t>(b) * p.H + h;
   const int row = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
   T* q = reinterpret_cast<T*>(smem);
-  KeyStream<T, DP, kKeys> keys(p, smem + sizeof(T) * tile_rows * kLdT, b, h, first_row, rows);
   const T* q_head = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
-  load_rows<T, DP, 0>(q, p.D, p.q, [&](int r) {
-    return r < rows ? q_head + (first_row + r) * p.q_strides.l : nullptr;
-  }, tile_rows);
-  if (keys.tiles > 0) keys.fetch(0);
-  else commit_copies();
+  copy_sixteen<T, DP>(q + row * kLdT, q_head, p.q_strides.l, first_row + row, rows - row, p.D, p.q);
+  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * tile_rows * kLdT, b, h, first_row, rows);
 
   OnlineSoftmax<T, DP> softmax;
 #pragma unroll
@@ -111,17 +119,30 @@ __global__ void __launch_bounds__(256) forward_kernel(const ForwardParams p) {
   };
   keep_pooled();
 
-  for (int tile = 0; tile < keys.tiles; ++tile) {
-    wait_for_copies();
-    __syncthreads();
-    if (tile + 1 < keys.tiles) keys.fetch(tile + 1);
-    keys.find_granules(tile + 2);
+  constexpr bool kKeepRows = sizeof(T) == 2 && DP <= 128;  // the queries stay in registers
+  Fragments<T, kKeepRows ? DP : Mma<T>::kStep> q_rows;
+  // Turn -1 only fetches the first tile.
+#pragma unroll 1
+  for (int tile = -1; tile < keys.tiles; ++tile) {
+    if (tile >= 0) {
+      wait_for_copies();
+      __syncthreads();
+    }
+    keys.ahead(tile + 1);
+    if (tile < 0) continue;
+    if (kKeepRows && tile == 0) q_rows.load(q, kLdT, row);
 
     float s[kKeys / 8][4] = {};
     const int buffer = tile % 2;
-    multiply_nt<T, DP>(s, q, row, keys.k_tiles + buffer * keys.kTile, kLdT, p.tf32);
-    keys.to_logits(s, tile, row, p.scale * kLog2e);
-    softmax.update(s);
+    const T* k = keys.k_tiles + buffer * keys.kTile;
+    if constexpr (kKeepRows) multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
+    else multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
+    float scale = p.scale * kLog2e;
+    if (!keys.plain(tile)) {
+      keys.to_logits(s, tile, row, scale);
+      scale = 1.f;
+    }
+    softmax.update(s, scale);
     multiply_pn<T>(softmax.acc, s, keys.v_tiles + buffer * keys.kTile, kLdT, 0, p.tf32);
     if (tile + 1 == keys.pooled_tiles) keep_pooled();
   }
@@ -150,21 +171,23 @@ __global__ void __launch_bounds__(256) forward_kernel(const ForwardParams p) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) softmax.acc[n][i] *= inverse[i / 2];
   }
-  T* out = static_cast<T*>(p.out) + b * p.out_strides.b + h * p.out_strides.h;
-  store_rows<T>(
-      softmax.acc, 0, p.D,
-      [&](int r) { return row + r < rows ? out + (first_row + row + r) * p.out_strides.l : nullptr; },
-      [](int, int) { return make_float2(0.f, 0.f); });
+  T* out = static_cast<T*>(p.out) + b * p.out_strides.b + h * p.out_strides.h +
+           (first_row + row) * p.out_strides.l;
+  store_rows<T>(softmax.acc, out, p.out_strides.l, rows - row, 0, p.D == DP ? DP : p.D);
 }
 
 template <typename T, int DP>
-cudaError_t launch_forward(const ForwardParams& p, int smem_limit, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardParams& p, const Device& device, cudaStream_t stream) {
   auto needed = [&](int warps) {
-    return sizeof(T) * warps * 16 * kLd<T, DP> +
-           KeyStream<T, DP, kForwardKeys<T, DP>>::shared_bytes(p, 32 * warps);
+    return with_warps(warps, [&](auto w) {
+      return sizeof(T) * w * 16 * kLd<T, DP> +
+             KeyStream<T, DP, kForwardKeys<T, DP, w>, w>::shared_bytes(p);
+    });
   };
-  const int warps = row_warps(p, smem_limit, needed);
-  return launch(forward_kernel<T, DP>, p, row_blocks(p, warps), warps, needed(warps), stream);
+  const int warps = row_warps(p, device, needed);
+  return with_warps(warps, [&](auto w) {
+    return launch(forward_kernel<T, DP, w>, p, row_blocks(p, w), w, needed(w), stream);
+  });
 }
 
 }  // namespace mra::cuda

@@ -19,7 +19,7 @@ for kernel, header in KERNELS.items():
 #include "../{header}.cuh"
 
 namespace mra::cuda {{
-template cudaError_t launch_{kernel}<{ctype}, {dim}>(const {PARAMS.get(kernel, "BackwardParams")}&, int,
+template cudaError_t launch_{kernel}<{ctype}, {dim}>(const {PARAMS.get(kernel, "BackwardParams")}&, const Device&,
                                                      cudaStream_t);
 }}  // namespace mra::cuda
 """)

@@ -1,7 +1,10 @@
 // The keys that a tile of rows attends, as one stream of tiles of kKeys keys, double-buffered:
 // first the pooled keys of every key block that is not selected, then the keys of the selected
-// blocks, gathered by the row list. Each key comes with a bias in log2 units: log2 of the number
-// of keys it stands for, or -inf where it has no weight.
+// blocks, gathered by the row list. A tile is put together from runs of 16 consecutive keys
+// (granules), each copied by one warp.
+//
+// A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row.
 //
 // The forward and the row backward kernel both read this stream. Selected blocks are skipped among
 // the pooled keys by a bitmap when the tile's rows share one list, and by a cursor a row when each
@@ -14,7 +17,7 @@
 
 namespace mra::cuda {
 
-template <typename T, int DP, int kKeys>
+template <typename T, int DP, int kKeys, int kWarps>
 struct KeyStream {
   static constexpr int kLdK = kLd<T, DP>;
   static constexpr int kTile = kKeys * kLdK;
@@ -25,22 +28,25 @@ struct KeyStream {
   T* k_tiles;         // [2][kKeys][kLdK]
   T* v_tiles;         // [2][kKeys][kLdK]
   float* biases;      // [2][kKeys]
-  int* granules;      // [3][kGranules]: first key of each 16 keys of a tile, -1: none
-  uint2* row_masks;   // [2][threads / 2]: keys of the tile that row r doesn't see (own lists only)
+  int* granules;      // [4][kGranules]: first key of each granule of a tile, -1: none
+  int* plains;        // [4]
+  uint2* row_masks;   // [2][rows of the tile]: keys of the tile that row r doesn't see (own lists only)
   uint32_t* bitmap;   // [ceil(nk / 32)]: selected key blocks (shared list only)
 
   int b, hk, first_row, rows, x;
   const T *k, *v, *pooled_k, *pooled_v;
   const int* list;
   int list_count, pooled_blocks, pooled_tiles, tiles;
+  int entry;  // of granule threadIdx.x of the next tile to publish
   // own lists: the cursor of row threadIdx.x
   const int *cursor, *cursor_end;
   int next, visible;
 
-  static size_t shared_bytes(const Problem& p, int threads) {
-    size_t bytes = sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 3 * kGranules;
+  static size_t shared_bytes(const Problem& p) {
+    size_t bytes =
+        sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 4 * (kGranules + 1);
     if (p.pooled_k == nullptr) return bytes;
-    return bytes + (p.list_rows == 1 ? sizeof(uint2) * threads : sizeof(uint32_t) * ((p.nk + 31) / 32));
+    return bytes + (p.list_rows == 1 ? sizeof(uint2) * 32 * kWarps : sizeof(uint32_t) * ((p.nk + 31) / 32));
   }
 
   __device__ KeyStream(const Problem& p, char* smem, int b, int h, int first_row, int rows)
@@ -52,8 +58,9 @@ struct KeyStream {
     bitmap = reinterpret_cast<uint32_t*>(row_masks);
     const bool pooled = p.pooled_k != nullptr, own_lists = p.list_rows == 1;
     uint32_t* end = bitmap;
-    if (pooled) end += own_lists ? 2 * blockDim.x : (p.nk + 31) / 32;
+    if (pooled) end += own_lists ? 64 * kWarps : (p.nk + 31) / 32;
     granules = reinterpret_cast<int*>(end);
+    plains = granules + 4 * kGranules;
 
     k = static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h;
     v = static_cast<const T*>(p.v) + b * p.v_strides.b + hk * p.v_strides.h;
@@ -73,6 +80,8 @@ struct KeyStream {
     const int64_t keys = p.exact ? static_cast<int64_t>(list_count) * p.block_k : 0;
     tiles = pooled_tiles + static_cast<int>((keys + kKeys - 1) / kKeys);
 
+    const int first_entry = entry_of(0);
+    entry = entry_of(1);
     if (pooled && own_lists) {
       cursor = cursor_end = nullptr;
       next = INT_MAX;
@@ -85,15 +94,14 @@ struct KeyStream {
         advance();
       }
     } else if (pooled) {
-      for (int i = threadIdx.x; i < (p.nk + 31) / 32; i += blockDim.x) bitmap[i] = 0;
+      for (int i = threadIdx.x; i < (p.nk + 31) / 32; i += 32 * kWarps) bitmap[i] = 0;
       __syncthreads();
-      for (int i = threadIdx.x; i < list_count; i += blockDim.x) {
+      for (int i = threadIdx.x; i < list_count; i += 32 * kWarps) {
         const unsigned y = list[i];
         if (y < static_cast<unsigned>(p.nk)) atomicOr(bitmap + y / 32, 1u << y % 32);
       }
     }
-    find_granules(0);
-    find_granules(1);
+    publish(0, first_entry);
     __syncthreads();
   }
 
@@ -106,72 +114,113 @@ struct KeyStream {
     next = cursor < cursor_end ? *cursor++ : INT_MAX;
   }
 
-  // Looked up one tile ahead, so that no copy waits for its address.
-  __device__ void find_granules(int tile) {
-    const int i = threadIdx.x;
-    if (i >= kGranules || tile < pooled_tiles || tile >= tiles) return;
-    const int64_t at = static_cast<int64_t>(tile - pooled_tiles) * kKeys + 16 * i;
-    const int64_t entry = at >> p.log2_block_k;
-    int first = -1;
-    if (entry < list_count) {
-      const int y = list[entry];
-      if (static_cast<unsigned>(y) < static_cast<unsigned>(p.nk)) {
-        const int64_t key = (static_cast<int64_t>(y) << p.log2_block_k) + (at & (p.block_k - 1));
-        first = key < p.M ? static_cast<int>(key) : -1;
-      }
-    }
-    granules[tile % 3 * kGranules + i] = first;
+  // The list entry that granule threadIdx.x of a tile lies in, -1: none.
+  __device__ int entry_of(int tile) const {
+    if (threadIdx.x >= kGranules || tile < pooled_tiles || tile >= tiles) return -1;
+    const int i = ((tile - pooled_tiles) * kKeys + 16 * threadIdx.x) >> p.log2_block_k;
+    return i < list_count ? list[i] : -1;
   }
 
-  __device__ int key_of(int tile, int r) const {
-    const int first = granules[tile % 3 * kGranules + r / 16];
-    return first >= 0 && first + r % 16 < p.M ? first + r % 16 : -1;
+  // Tells all threads where the granules of a tile are: a tile ahead of its fetch, with an entry
+  // that was asked for another tile before, so that nobody waits for it.
+  __device__ void publish(int tile, int y) {
+    if (threadIdx.x >= 32 || tile < pooled_tiles || tile >= tiles) return;
+    const int i = threadIdx.x;
+    int first = -1;
+    bool whole = true;
+    if (i < kGranules) {
+      const int at = (tile - pooled_tiles) * kKeys + 16 * i;
+      if (static_cast<unsigned>(y) < static_cast<unsigned>(p.nk)) {
+        const int key = (y << p.log2_block_k) + (at & (p.block_k - 1));
+        first = key < p.M ? key : -1;
+      }
+      granules[tile % 4 * kGranules + i] = first;
+      whole = first >= 0 && first + 16 <= p.M && !(p.causal && first + 15 > first_row);
+    }
+    whole = __all_sync(0xffffffffu, whole);
+    if (i == 0) plains[tile % 4] = whole && p.key_mask == nullptr && p.scale > 0.f;
   }
+
+  __device__ bool plain(int tile) const { return tile >= pooled_tiles && plains[tile % 4]; }
 
   // Starts the copies of a tile and writes its biases: call with granules of it found and seen by
   // all threads, and its buffer no longer read.
-  __device__ void fetch(int tile) {
-    const int buffer = tile % 2;
-    T *kt = k_tiles + buffer * kTile, *vt = v_tiles + buffer * kTile;
-    float* bias = biases + buffer * kKeys;
-    if (tile < pooled_tiles) {
-      const int y0 = tile * kKeys;
-      auto row = [&](const T* base) {
-        return [=](int r) {
-          return y0 + r < pooled_blocks ? base + static_cast<int64_t>(y0 + r) * p.D : nullptr;
-        };
-      };
-      load_rows<T, DP, kKeys>(kt, p.D, p.q, row(pooled_k));
-      load_rows<T, DP, kKeys>(vt, p.D, p.q, row(pooled_v));
-      for (int r = threadIdx.x; r < kKeys; r += blockDim.x) {
-        const int y = y0 + r;
-        float w = kNone;
-        if (y < pooled_blocks && (p.list_rows == 1 || !(bitmap[y / 32] >> y % 32 & 1))) {
-          const int c = p.key_count[static_cast<int64_t>(b) * p.nk + y];
-          if (c > 0) w = log2f(static_cast<float>(c));
-        }
-        bias[r] = w;
-      }
-      if (p.list_rows == 1 && threadIdx.x < blockDim.x / 2) {
-        row_masks[buffer * (blockDim.x / 2) + threadIdx.x] = own_mask(y0);
-      }
-    } else {
-      auto row = [&](const T* base, int64_t stride) {
-        return [=](int r) {
-          const int j = key_of(tile, r);
-          return j >= 0 ? base + j * stride : nullptr;
-        };
-      };
-      load_rows<T, DP, kKeys>(kt, p.D, p.q, row(k, p.k_strides.l));
-      load_rows<T, DP, kKeys>(vt, p.D, p.q, row(v, p.v_strides.l));
-      for (int r = threadIdx.x; r < kKeys; r += blockDim.x) {
-        const int j = key_of(tile, r);
-        const bool live =
-            j >= 0 && (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(b) * p.M + j]);
-        bias[r] = live ? 0.f : kNone;
-      }
-    }
+  __device__ __forceinline__ void fetch(int tile) {
+    if (plain(tile) && p.D == DP) fetch_plain(tile);
+    else fetch_any(tile);
     commit_copies();
+  }
+
+  // Starts the copies of a tile, if there is one, and looks up the next.
+  __device__ __forceinline__ void ahead(int tile) {
+    if (tile < tiles) fetch(tile);
+    publish(tile + 1, entry);
+    entry = entry_of(tile + 2);
+  }
+
+  // Calls copy(granule, of the values) for this warp's share of a tile.
+  template <class Copy>
+  __device__ __forceinline__ void share(Copy copy) {
+    const int warp = warp_index();
+#pragma unroll
+    for (int n = 0; n < 2 * kGranules; n += kWarps) {
+      const int job = n + warp;
+      if (2 * kGranules % kWarps != 0 && job >= 2 * kGranules) break;
+      copy(job % kGranules, kGranules % kWarps == 0 ? n >= kGranules : job >= kGranules);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_plain(int tile) {
+    const int* first = granules + tile % 4 * kGranules;
+    const int buffer = tile % 2 * kTile;
+    share([&](int i, bool values) {
+      SixteenRows<T, DP>::copy((values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK, values ? v : k,
+                               static_cast<int>(values ? p.v_strides.l : p.k_strides.l), first[i]);
+    });
+  }
+
+  __device__ void fetch_any(int tile) {
+    constexpr int kThreads = 32 * kWarps, kEach = (kKeys + kThreads - 1) / kThreads;
+    const bool pooled = tile < pooled_tiles;
+    const int* first = granules + tile % 4 * kGranules;
+    // Counts or mask first: they arrive while the copies are started.
+    int count[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count[i] = keys_behind(tile, threadIdx.x + i * kThreads);
+
+    const int buffer = tile % 2 * kTile;
+    share([&](int i, bool values) {
+      T* to = (values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK;
+      const int y = tile * kKeys + 16 * i, j = pooled ? y : first[i];
+      const int present = pooled ? pooled_blocks - y : j < 0 ? 0 : p.M - j;
+      const T* from = pooled ? (values ? pooled_v : pooled_k) : (values ? v : k);
+      const int stride = pooled ? p.D : static_cast<int>(values ? p.v_strides.l : p.k_strides.l);
+      SixteenRows<T, DP>::copy_some(to, from, stride, j, present, p.D, p.q);
+    });
+
+    float* bias = biases + tile % 2 * kKeys;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int r = threadIdx.x + i * kThreads;
+      if (r < kKeys) bias[r] = count[i] > 0 ? log2f(static_cast<float>(count[i])) : kNone;
+    }
+    if (pooled && p.list_rows == 1 && threadIdx.x < 16 * kWarps) {
+      row_masks[tile % 2 * (16 * kWarps) + threadIdx.x] = own_mask(tile * kKeys);
+    }
+  }
+
+  // Keys that key r of a tile stands for, 0: it has no weight.
+  __device__ int keys_behind(int tile, int r) const {
+    if (r >= kKeys) return 0;
+    if (tile < pooled_tiles) {
+      const int y = tile * kKeys + r;
+      if (y >= pooled_blocks) return 0;
+      if (p.list_rows != 1 && (bitmap[y / 32] >> y % 32 & 1)) return 0;
+      return p.key_count[static_cast<int64_t>(b) * p.nk + y];
+    }
+    const int first = granules[tile % 4 * kGranules + r / 16], j = first + r % 16;
+    if (first < 0 || j >= p.M) return 0;
+    return p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(b) * p.M + j];
   }
 
   // Keys y0 .. y0 + kKeys - 1 that row threadIdx.x has selected or may not see yet.
@@ -185,8 +234,8 @@ struct KeyStream {
     return make_uint2(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32));
   }
 
-  // Scores of a tile as a warp holds them -> logits in log2 units, -inf where a key has no weight
-  // for the row. `row` is the first of the warp's 16 rows, counted from first_row.
+  // Scores of a tile that is not plain, as a warp holds them -> logits in log2 units, -inf where a
+  // key has no weight for the row. `row` is the first of the warp's 16 rows, counted from first_row.
   template <int kTiles>
   __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], int tile, int row,
                                             float scale_log2) const {
@@ -202,7 +251,7 @@ struct KeyStream {
     }
     if (tile < pooled_tiles) {
       if (p.list_rows != 1) return;
-      const uint2* masks = row_masks + tile % 2 * (blockDim.x / 2) + row + g;
+      const uint2* masks = row_masks + tile % 2 * (16 * kWarps) + row + g;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint2 m = masks[8 * half];
@@ -215,7 +264,7 @@ struct KeyStream {
         }
       }
     } else if (p.causal) {
-      const int* first = granules + tile % 3 * kGranules;
+      const int* first = granules + tile % 4 * kGranules;
       const int i = first_row + row + g;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
@@ -230,11 +279,17 @@ struct KeyStream {
   }
 };
 
-// Warps of 16 rows a block of threads: all rows of a list, fewer where shared memory is short.
+// Warps of 16 rows a block of threads: all rows of a list, fewer where shared memory is short. Rows
+// with lists of their own (the block-coarse part) are few: as many blocks as fill the device.
+// needed(warps) is the shared memory that a block of them takes.
 template <class Needed>
-int row_warps(const Problem& p, int smem_limit, Needed needed) {
+int row_warps(const Problem& p, const Device& device, Needed needed) {
   int warps = p.list_rows == 1 ? 4 : p.list_rows / 16;
-  while (warps > 1 && needed(warps) > static_cast<size_t>(smem_limit)) warps /= 2;
+  auto wasteful = [&] {
+    return p.list_rows == 1 && (16 * warps >= 2 * p.rows ||
+                                (warps > 2 && (p.rows / (16 * warps) + 1ll) * p.B * p.H < 4 * device.sms));
+  };
+  while (warps > 1 && (wasteful() || needed(warps) > static_cast<size_t>(device.max_smem))) warps /= 2;
   return warps;
 }
 

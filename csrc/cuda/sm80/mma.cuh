@@ -85,22 +85,30 @@ struct Mma {
     return {pack(c[2 * i][0], c[2 * i][1]), pack(c[2 * i][2], c[2 * i][3]),
             pack(c[2 * i + 1][0], c[2 * i + 1][1]), pack(c[2 * i + 1][2], c[2 * i + 1][3])};
   }
-  static __device__ __forceinline__ void mma(float (&c)[4], const A& a, const B& b, int tile,
-                                             bool /*tf32*/) {
-    const uint32_t b0 = b.r[2 * tile], b1 = b.r[2 * tile + 1];
+  static __device__ __forceinline__ void product(float (&c)[4], const A& a, uint32_t b0,
+                                                 uint32_t b1) {
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
           "{%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
     } else {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
           "{%8,%9}, {%0,%1,%2,%3};"
           : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
           : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
     }
+  }
+  static __device__ __forceinline__ void mma(float (&c)[4], const A& a, const B& b, int tile,
+                                             bool /*tf32*/) {
+    product(c, a, b.r[2 * tile], b.r[2 * tile + 1]);
+  }
+  // c[n0 + n] += a b, b holding tiles 2n and 2n + 1.
+  template <int kTiles, int kPairs>
+  static __device__ __forceinline__ void mma(float (&c)[kTiles][4], int n0, const A& a,
+                                             const B (&b)[kPairs], bool tf32) {
+#pragma unroll
+    for (int n = 0; n < 2 * kPairs; ++n) mma(c[n0 + n], a, b[n / 2], n % 2, tf32);
   }
 };
 
@@ -141,27 +149,48 @@ struct Mma<float> {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
   }
+  static __device__ __forceinline__ void split(float x, uint32_t& hi, uint32_t& lo) {
+    hi = to_tf32(x);
+    lo = to_tf32(x - __uint_as_float(hi));
+  }
   static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4],
                                                  const uint32_t (&b)[2]) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+  // c[n0 + n] += a b, b holding tiles 2n and 2n + 1. All products of one kind, then all of the
+  // next: neighbours don't wait for each other.
+  template <int kTiles, int kPairs>
+  static __device__ __forceinline__ void mma(float (&c)[kTiles][4], int n0, const A& a,
+                                             const B (&b)[kPairs], bool tf32) {
+    constexpr int kN = 2 * kPairs;
+    uint32_t ah[4], al[4], bh[kN][2], bl[kN][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split(a.r[i], ah[i], al[i]);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) split(b[n / 2].r[n % 2 * 2 + i], bh[n][i], bl[n][i]);
+    }
+    if (!tf32) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) product(c[n0 + n], al, bh[n]);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) product(c[n0 + n], ah, bl[n]);
+    }
+#pragma unroll
+    for (int n = 0; n < kN; ++n) product(c[n0 + n], ah, bh[n]);
+  }
   static __device__ __forceinline__ void mma(float (&c)[4], const A& a, const B& b, int tile,
                                              bool tf32) {
     uint32_t ah[4], al[4], bh[2], bl[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      ah[i] = to_tf32(a.r[i]);
-      al[i] = to_tf32(a.r[i] - __uint_as_float(ah[i]));
-    }
+    for (int i = 0; i < 4; ++i) split(a.r[i], ah[i], al[i]);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bh[i] = to_tf32(b.r[2 * tile + i]);
-      bl[i] = to_tf32(b.r[2 * tile + i] - __uint_as_float(bh[i]));
-    }
+    for (int i = 0; i < 2; ++i) split(b.r[2 * tile + i], bh[i], bl[i]);
     if (!tf32) {
       product(c, al, bh);
       product(c, ah, bl);
@@ -170,20 +199,50 @@ struct Mma<float> {
   }
 };
 
-// C[16 x 8 kTiles] += A[16 x DP] B^T, A's rows m.. and B's rows n.. of tiles [.., DP].
+// A's rows m .. m + 15 of a tile [.., DP], in registers.
+template <typename T, int DP>
+struct Fragments {
+  typename Mma<T>::A a[DP / Mma<T>::kStep];
+  __device__ __forceinline__ void load(const T* tile, int ld, int m) {
+#pragma unroll
+    for (int i = 0; i < DP / Mma<T>::kStep; ++i) a[i] = Mma<T>::load_a(tile, ld, m, i * Mma<T>::kStep);
+  }
+};
+
+// Tiles of a product that are worked on together.
+template <int kTiles>
+inline constexpr int kTogether = kTiles < 8 ? kTiles : 8;
+
+// C[16 x 8 kTiles] += a B^T, columns k .. of all rows of B.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_step(float (&c)[kTiles][4], const typename Mma<T>::A& a,
+                                              const T* b, int ld, int k, bool tf32) {
+  using M = Mma<T>;
+  constexpr int kN = kTogether<kTiles>;
+#pragma unroll
+  for (int n0 = 0; n0 < kTiles; n0 += kN) {
+    typename M::B fb[kN / 2];
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) fb[n / 2] = M::load_b(b, ld, (n0 + n) * 8, k);
+    M::mma(c, n0, a, fb, tf32);
+  }
+}
+
+// C[16 x 8 kTiles] += A[16 x DP] B^T, rows m.. of A and all rows of B, tiles [.., DP].
 template <typename T, int DP, int kTiles>
 __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4], const T* a, int m, const T* b,
                                             int ld, bool tf32) {
-  using M = Mma<T>;
 #pragma unroll
-  for (int k = 0; k < DP; k += M::kStep) {
-    const typename M::A fa = M::load_a(a, ld, m, k);
+  for (int k = 0; k < DP; k += Mma<T>::kStep) {
+    multiply_step<T>(c, Mma<T>::load_a(a, ld, m, k), b, ld, k, tf32);
+  }
+}
+template <typename T, int DP, int kTiles>
+__device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4], const Fragments<T, DP>& a,
+                                            const T* b, int ld, bool tf32) {
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const typename M::B fb = M::load_b(b, ld, n * 8, k);
-      M::mma(c[n], fa, fb, 0, tf32);
-      M::mma(c[n + 1], fa, fb, 1, tf32);
-    }
+  for (int k = 0; k < DP / Mma<T>::kStep; ++k) {
+    multiply_step<T>(c, a.a[k], b, ld, k * Mma<T>::kStep, tf32);
   }
 }
 
@@ -192,14 +251,16 @@ template <typename T, int kTiles, int kInner>
 __device__ __forceinline__ void multiply_pn(float (&c)[kTiles][4], const float (&p)[kInner][4],
                                             const T* b, int ld, int n0, bool tf32) {
   using M = Mma<T>;
+  constexpr int kN = kTogether<kTiles>;
 #pragma unroll
   for (int k = 0; k < kInner * 8; k += M::kStep) {
     const typename M::A fa = M::from_accumulator(p, k / M::kStep);
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const typename M::B fb = M::load_b_trans(b, ld, k, n0 + n * 8);
-      M::mma(c[n], fa, fb, 0, tf32);
-      M::mma(c[n + 1], fa, fb, 1, tf32);
+    for (int m0 = 0; m0 < kTiles; m0 += kN) {
+      typename M::B fb[kN / 2];
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) fb[n / 2] = M::load_b_trans(b, ld, k, n0 + (m0 + n) * 8);
+      M::mma(c, m0, fa, fb, tf32);
     }
   }
 }

@@ -57,12 +57,13 @@ struct BackwardParams : Problem {
   Lists column_lists;    // for each key block its row lists
   const void* grad_out;  // [B, H, rows, D] T
   Strides grad_out_strides;
-  const float* lse;           // [B, H, rows]
+  const float* lse2;          // [B, H, rows] lse in log2 units, +inf for a row without weight
   const float* delta;         // [B, H, rows]
   const float* pooled_delta;  // [B, H, rows]
 
   // rows: grad_q [B, H, rows, D] T, plus what is defined of [B, H, lists, D] and of its own shape
   void* grad_q;
+  const int* row_count;  // [B, rows] or null: the gradient is divided by it
   Strides grad_q_strides;
   const float* q_block;
   const void* q_extra;  // T
@@ -83,12 +84,12 @@ struct BackwardParams : Problem {
 // One function per dtype and padded head_dim, defined in sm80/instances/. `warps` of 16 rows (keys
 // for the columns) a block of threads; 0 lets the kernel choose from what fits shared memory.
 template <typename T, int DP>
-cudaError_t launch_forward(const ForwardParams&, int smem_limit, cudaStream_t);
+cudaError_t launch_forward(const ForwardParams&, const Device& device, cudaStream_t);
 template <typename T, int DP>
-cudaError_t launch_backward_rows(const BackwardParams&, int smem_limit, cudaStream_t);
+cudaError_t launch_backward_rows(const BackwardParams&, const Device& device, cudaStream_t);
 template <typename T, int DP>
-cudaError_t launch_backward_columns(const BackwardParams&, int smem_limit, cudaStream_t);
+cudaError_t launch_backward_columns(const BackwardParams&, const Device& device, cudaStream_t);
 template <typename T, int DP>
-cudaError_t launch_backward_pooled(const BackwardParams&, int smem_limit, cudaStream_t);
+cudaError_t launch_backward_pooled(const BackwardParams&, const Device& device, cudaStream_t);
 
 }  // namespace mra::cuda

@@ -1,5 +1,6 @@
 // The rows that a tile of keys is attended by, as one stream of tiles of kRows rows over the query
-// heads that share the keys, double-buffered: queries, output gradients, lse and delta.
+// heads that share the keys, double-buffered: queries, output gradients, lse and delta. A tile is
+// put together from runs of 16 consecutive rows (granules), each copied by one warp.
 //
 // kPooled false: the rows of the column list of one key block. kPooled true: all rows of this
 // split; each pooled key masks those whose list has selected its block, or that may not see it.
@@ -9,7 +10,7 @@
 
 namespace mra::cuda {
 
-template <typename T, int DP, int kRows, bool kPooled>
+template <typename T, int DP, int kRows, bool kPooled, int kWarps>
 struct RowStream {
   static constexpr int kLdR = kLd<T, DP>;
   static constexpr int kTile = kRows * kLdR;
@@ -25,21 +26,22 @@ struct RowStream {
   const BackwardParams& p;
   T* q_tiles;       // [2][kRows][kLdR]
   T* grad_tiles;    // [2][kRows][kLdR]
-  float* lses;      // [2][kRows] log2 units, +inf: no such row
+  float* lses;      // [2][kRows] log2 units, +inf: a row without weight
   float* deltas;    // [2][kRows]
   uint2* masks;     // [2][keys]: rows of the tile that a pooled key doesn't see
-  int* granules;    // [3][kGranules]: first row of each 16 rows of a tile, -1: none
+  int* granules;    // [4][kGranules]: first row of each granule of a tile, -1: none
+  int* heads;       // [4]: head of the tile, -1: there is no such tile
 
   int b, end_head, keys, y;
   int first_tile, last_tile;  // kPooled: tiles of this split
-  Place found, fetched;       // next tiles to look up and to fetch
-  int found_slot, fetched_slot;
+  Place ahead;                // the next tile to look up
+  int entry, entry_head, entry_tile;  // looked up: list entry of granule threadIdx.x
   // kPooled: the cursor of pooled key threadIdx.x
   const int *cursor, *cursor_end;
   int cursor_head, next;
 
   static size_t shared_bytes(int keys) {
-    return sizeof(T) * 4 * kTile + sizeof(float) * 4 * kRows + sizeof(int) * 3 * kGranules +
+    return sizeof(T) * 4 * kTile + sizeof(float) * 4 * kRows + sizeof(int) * 4 * (kGranules + 1) +
            (kPooled ? sizeof(uint2) * 2 * keys : 0);
   }
 
@@ -53,18 +55,17 @@ struct RowStream {
     deltas = lses + 2 * kRows;
     masks = reinterpret_cast<uint2*>(deltas + 2 * kRows);
     granules = reinterpret_cast<int*>(masks + (kPooled ? 2 * keys : 0));
+    heads = granules + 4 * kGranules;
     const int group = p.H / p.Hk;
     end_head = (hk + 1) * group;
     cursor_head = -1;
-    found_slot = fetched_slot = 0;
-    found = place(hk * group);
-    fetched = found;
-    find_granules();
-    find_granules();
+    ahead = place(hk * group);
+    look_up();
+    find_granules(0);
     __syncthreads();
   }
 
-  __device__ bool more() const { return fetched.h < end_head; }
+  __device__ bool exists(int step) const { return heads[step % 4] >= 0; }
 
   __device__ List column(int h, int y) const {
     return list_of(p.column_lists, static_cast<int64_t>(b) * p.H + h, y);
@@ -85,61 +86,76 @@ struct RowStream {
     }
     return at;
   }
-  __device__ void step(Place& at) const {
-    if (++at.tile >= at.tiles) at = place(at.h + 1);
-  }
 
-  // Looked up one tile ahead of its fetch.
-  __device__ void find_granules() {
-    if (found.h >= end_head) return;
-    const int i = threadIdx.x;
-    if (i < kGranules) {
-      int first = -1;
-      if (kPooled) {
-        first = (first_tile + found.tile) * kRows + 16 * i;
-      } else {
-        const int64_t at = static_cast<int64_t>(found.tile) * kRows + 16 * i;
-        const int64_t entry = at / p.block_q;
-        if (entry < found.list.count) first = found.list.entries[entry] * p.block_q + at % p.block_q;
-      }
-      granules[found_slot * kGranules + i] = first < p.rows ? first : -1;
+  // Asks for the list entries of the tile `ahead` and moves on.
+  __device__ void look_up() {
+    entry = -1;
+    entry_head = ahead.h < end_head ? ahead.h : -1;
+    if (entry_head < 0) return;
+    entry_tile = ahead.tile;
+    if (!kPooled && threadIdx.x < kGranules) {
+      const int i = (ahead.tile * kRows + 16 * static_cast<int>(threadIdx.x)) / p.block_q;
+      if (i < ahead.list.count) entry = ahead.list.entries[i];
     }
-    found_slot = (found_slot + 1) % 3;
-    step(found);
+    if (++ahead.tile >= ahead.tiles) ahead = place(ahead.h + 1);
   }
 
-  // Starts the copies of the next tile into `buffer`.
-  __device__ void fetch(int buffer) {
-    constexpr float kLog2e = 1.4426950408889634f;
-    const int h = fetched.h;
-    const int* first = granules + fetched_slot * kGranules;
-    auto row_of = [&](int r) {
-      const int f = first[r / 16];
-      return f >= 0 && f + r % 16 < p.rows ? f + r % 16 : -1;
-    };
-    auto load = [&](T* to, const void* from, const Strides& strides) {
-      const T* base = static_cast<const T*>(from) + b * strides.b + h * strides.h;
-      load_rows<T, DP, kRows>(to, p.D, p.q, [&](int r) {
-        const int i = row_of(r);
-        return i >= 0 ? base + i * strides.l : nullptr;
-      });
-    };
-    load(q_tiles + buffer * kTile, p.q, p.q_strides);
-    load(grad_tiles + buffer * kTile, p.grad_out, p.grad_out_strides);
+  // Tells all threads where the granules of a tile are: a tile ahead of its fetch, with entries
+  // that were asked for another tile before, so that nobody waits for them.
+  __device__ void find_granules(int step) {
+    const int i = threadIdx.x;
+    if (i < kGranules && entry_head >= 0) {
+      int first;
+      if (kPooled) {
+        first = (first_tile + entry_tile) * kRows + 16 * i;
+      } else {
+        const int64_t row = static_cast<int64_t>(entry) * p.block_q +
+                            (entry_tile * kRows + 16 * i) % p.block_q;
+        first = entry >= 0 && row < p.rows ? static_cast<int>(row) : -1;
+      }
+      granules[step % 4 * kGranules + i] = first < p.rows ? first : -1;
+    }
+    if (i == 0) heads[step % 4] = entry_head;
+    look_up();
+  }
+
+  // Starts the copies of a tile, if there is one, and looks up the next.
+  __device__ __forceinline__ void fetch_ahead(int step) {
+    if (exists(step)) fetch(step);
+    find_granules(step + 1);
+  }
+
+  // Starts the copies of a tile that exists: call with its granules found and seen by all threads,
+  // and its buffer no longer read. Rows that aren't there are zeros, which add nothing.
+  __device__ void fetch(int step) {
+    const int h = heads[step % 4], buffer = step % 2;
+    const int* first = granules + step % 4 * kGranules;
+    const T* q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
+    const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + h * p.grad_out_strides.h;
+    const int warp = warp_index();
+#pragma unroll
+    for (int n = 0; n < 2 * kGranules; n += kWarps) {
+      const int job = n + warp;
+      if (2 * kGranules % kWarps != 0 && job >= 2 * kGranules) break;
+      const bool grads = kGranules % kWarps == 0 ? n >= kGranules : job >= kGranules;
+      T* to = (grads ? grad_tiles : q_tiles) + buffer * kTile + 16 * (job % kGranules) * kLdR;
+      const T* from = grads ? grad : q;
+      const int stride = static_cast<int>(grads ? p.grad_out_strides.l : p.q_strides.l);
+      const int i = first[job % kGranules];
+      copy_sixteen<T, DP>(to, from, stride, i, i < 0 ? 0 : p.rows - i, p.D, p.q);
+    }
+    const int64_t head = (static_cast<int64_t>(b) * p.H + h) * p.rows;
     const float* delta = kPooled ? p.pooled_delta : p.delta;
-    for (int r = threadIdx.x; r < kRows; r += blockDim.x) {
-      const int i = row_of(r);
-      const int64_t at = (static_cast<int64_t>(b) * p.H + h) * p.rows + i;
-      const float lse = i >= 0 ? p.lse[at] * kLog2e : -INFINITY;
-      lses[buffer * kRows + r] = lse == -INFINITY ? INFINITY : lse;
-      deltas[buffer * kRows + r] = i >= 0 ? delta[at] : 0.f;
+    for (int r = threadIdx.x; r < kRows; r += 32 * kWarps) {
+      const int f = first[r / 16], i = f + r % 16;
+      const bool valid = f >= 0 && i < p.rows;
+      copy_4_bytes(lses + buffer * kRows + r, p.lse2 + (valid ? head + i : 0), valid);
+      copy_4_bytes(deltas + buffer * kRows + r, delta + (valid ? head + i : 0), valid);
     }
     if (kPooled && static_cast<int>(threadIdx.x) < keys) {
-      masks[buffer * keys + threadIdx.x] = own_mask(h, (first_tile + fetched.tile) * kRows);
+      masks[buffer * keys + threadIdx.x] = own_mask(h, first[0]);
     }
     commit_copies();
-    fetched_slot = (fetched_slot + 1) % 3;
-    step(fetched);
   }
 
   __device__ void advance() { next = cursor < cursor_end ? *cursor++ : INT_MAX; }

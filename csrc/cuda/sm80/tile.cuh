@@ -17,22 +17,64 @@ __device__ __forceinline__ void copy_16_bytes(void* to, const void* from, bool v
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(to)), "l"(from),
                "r"(valid ? 16 : 0));
 }
+__device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from));
+}
+__device__ __forceinline__ void copy_4_bytes(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(to)), "l"(from),
+               "r"(valid ? 4 : 0));
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;"); }
 
-// tile[r][:] = source(r)[0 .. D), zeros beyond D and where source(r) is null. `anything` is a
-// readable address for copies of no bytes.
-template <typename T, int DP, int kRows, class Source>
-__device__ __forceinline__ void load_rows(T* tile, int D, const void* anything, Source source,
-                                          int rows = kRows) {
-  constexpr int kChunk = 16 / sizeof(T), kChunks = DP / kChunk;
-  for (int c = threadIdx.x; c < rows * kChunks; c += blockDim.x) {
-    const int r = c / kChunks, d = c % kChunks * kChunk;
-    const T* row = source(r);
-    const bool valid = row != nullptr && d < D;
-    copy_16_bytes(tile + r * kLd<T, DP> + d, valid ? row + d : anything, valid);
+// Sixteen consecutive rows of a tile, copied by one warp from row `first` of `from` on.
+template <typename T, int DP>
+struct SixteenRows {
+  static constexpr int kChunk = 16 / sizeof(T), kChunks = DP / kChunk;
+  static constexpr int kLanes = kChunks < 32 ? kChunks : 32, kStep = 32 / kLanes;
+
+  // All sixteen, of DP columns.
+  static __device__ __forceinline__ void copy(T* tile, const T* from, int stride, int first) {
+    const int lane = threadIdx.x % 32, r0 = lane / kLanes, d0 = lane % kLanes * kChunk;
+    const T* row = from + d0 + static_cast<int64_t>(first + r0) * stride;
+    T* to = tile + r0 * kLd<T, DP> + d0;
+#pragma unroll
+    for (int r = 0; r < 16; r += kStep, row += kStep * stride) {
+#pragma unroll
+      for (int c = 0; c < kChunks; c += 32) {
+        copy_16_bytes(to + r * kLd<T, DP> + c * kChunk, row + c * kChunk);
+      }
+    }
   }
+
+  // The first `present` of them, of D columns: zeros elsewhere. `anything` is a readable address for
+  // copies of no bytes.
+  static __device__ __forceinline__ void copy_some(T* tile, const T* from, int stride, int first,
+                                                   int present, int D, const void* anything) {
+    const int lane = threadIdx.x % 32, r0 = lane / kLanes, d0 = lane % kLanes * kChunk;
+#pragma unroll 1
+    for (int r = r0; r < 16; r += kStep) {
+      const T* row = from + static_cast<int64_t>(first + r) * stride;
+#pragma unroll
+      for (int d = d0; d < DP; d += 32 * kChunk) {
+        const bool valid = r < present && d < D;
+        copy_16_bytes(tile + r * kLd<T, DP> + d, valid ? row + d : anything, valid);
+      }
+    }
+  }
+};
+
+// As many of sixteen rows as there are, whatever D.
+template <typename T, int DP>
+__device__ __forceinline__ void copy_sixteen(T* tile, const T* from, int stride, int first,
+                                             int present, int D, const void* anything) {
+  using Rows = SixteenRows<T, DP>;
+  if (present >= 16 && D == DP) Rows::copy(tile, from, stride, first);
+  else Rows::copy_some(tile, from, stride, first, present, D, anything);
 }
+
+// The warp of this thread, known to be the same for all of its lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
 // One list of blocks. Kept inside the index whatever a given plan holds.
 struct List {
@@ -65,23 +107,69 @@ __device__ __forceinline__ void store_pair(T* p, float x, float y) {
   }
 }
 
-// Sums of 16 rows x 8 kTiles columns as a warp holds them -> global rows of T. row(r) is null for
-// a row that isn't there, addend(r, d) what is added to columns d and d + 1.
-template <typename T, int kTiles, class Row, class Addend>
-__device__ __forceinline__ void store_rows(const float (&c)[kTiles][4], int n0, int D, Row row,
-                                           Addend addend) {
+// c times each row's factor, plus `block` [D] (or null) for the rows that are live; zeros for others.
+template <int kTiles>
+__device__ __forceinline__ void finish_rows(float (&c)[kTiles][4], const float (&factor)[2],
+                                            const bool (&live)[2], const float* block, int n0, int D) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    const int d = n0 + 8 * n + 2 * t;
+    float2 u = make_float2(0.f, 0.f);
+    if (block != nullptr && d < D) u = *reinterpret_cast<const float2*>(block + d);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      c[n][i] = live[i / 2] ? fmaf(c[n][i], factor[i / 2], i % 2 ? u.y : u.x) : 0.f;
+    }
+  }
+}
+
+// Sums of 16 rows x 8 kTiles columns as a warp holds them -> rows of T from `to` on, `present` of
+// them, columns n0 .. of D; plus the rows of `extra` (or null) that are live.
+template <typename T, int kTiles>
+__device__ __forceinline__ void store_rows(const float (&c)[kTiles][4], T* to, int64_t stride,
+                                           int present, int n0, int D) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    T* to = row(g + 8 * half);
-    if (to == nullptr) continue;
+    const int r = g + 8 * half;
+    if (r >= present) continue;
+    T* row = to + r * stride + n0 + 2 * t;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const int d = n0 + 8 * n + 2 * t;
-      if (d >= D) continue;
-      const float2 a = addend(g + 8 * half, d);
-      store_pair(to + d, c[n][2 * half] + a.x, c[n][2 * half + 1] + a.y);
+      if (n0 + 8 * n + 2 * t >= D) break;
+      store_pair(row + 8 * n, c[n][2 * half], c[n][2 * half + 1]);
     }
+  }
+}
+template <typename T, int kTiles>
+__device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t stride, int present,
+                                           int n0, int D, const T* extra, int64_t extra_stride,
+                                           const bool (&live)[2]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = g + 8 * half;
+    if (r >= present || !live[half]) continue;
+    const T* row = extra + r * extra_stride + n0 + 2 * t;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      if (n0 + 8 * n + 2 * t >= D) break;
+      c[n][2 * half] += to_float(row[8 * n]);
+      c[n][2 * half + 1] += to_float(row[8 * n + 1]);
+    }
+  }
+  store_rows<T>(c, to, stride, present, n0, D);
+}
+
+// f(integral_constant<int, warps>), warps in 1, 2, 4, 8.
+template <class F>
+auto with_warps(int warps, F f) {
+  switch (warps) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return f(std::integral_constant<int, 8>{});
   }
 }
 

@@ -2,6 +2,6 @@
 #include "../backward_columns.cuh"
 
 namespace mra::cuda {
-template cudaError_t launch_backward_columns<__half, 256>(const BackwardParams&, int,
+template cudaError_t launch_backward_columns<__half, 256>(const BackwardParams&, const Device&,
                                                      cudaStream_t);
 }  // namespace mra::cuda

@@ -2,6 +2,6 @@
 #include "../backward_rows.cuh"
 
 namespace mra::cuda {
-template cudaError_t launch_backward_rows<float, 64>(const BackwardParams&, int,
+template cudaError_t launch_backward_rows<float, 64>(const BackwardParams&, const Device&,
                                                      cudaStream_t);
 }  // namespace mra::cuda

@@ -2,6 +2,6 @@
 #include "../forward.cuh"
 
 namespace mra::cuda {
-template cudaError_t launch_forward<__nv_bfloat16, 64>(const ForwardParams&, int,
+template cudaError_t launch_forward<__nv_bfloat16, 64>(const ForwardParams&, const Device&,
                                                      cudaStream_t);
 }  // namespace mra::cuda

@@ -1,0 +1,143 @@
+"""Correct first: a backend's result against the float64 reference, at the measured size.
+
+A head's sampled query blocks and all of its keys are enough for the reference: the gradient that
+goes in is zero everywhere else. Causal cases are checked whole, on a short prefix.
+"""
+
+import dataclasses
+
+import torch
+
+from benchmarks.backends import Prepared
+from mra_attention import Plan, make_plan, mra_attention, reference
+
+PREFIX = 512  # of a causal case
+AGREE = 0.99  # share of the plan that float64 scores must select too: near ties may differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Relative errors of out, dq, dk, dv (those computed) and the largest that pass of ours; share
+    of the plan that the reference selects too (None for a backend without selection); for a backend
+    on a given plan, how far its whole result lies from ours on that plan."""
+
+    errors: dict
+    limits: dict
+    agreement: float | None = None
+    difference: float | None = None
+
+    def problem(self, strict):
+        """What is wrong, or None. Not ``strict``: errors above the limits are only shown."""
+        for name, error in self.errors.items():
+            if error != error:
+                return f"wrong: {name} is not a number"
+            if strict and not error <= self.limits[name]:
+                return f"wrong: error of {name} {error:.1e}, at most {self.limits[name]:.1e} passes"
+        if self.agreement is not None and not self.agreement >= AGREE:
+            return f"wrong: the reference selects {self.agreement:.1%} of the plan"
+        if self.difference is not None:
+            most = 3 * self.limits["out"]  # each may be off by its own limit
+            if not self.difference <= most:
+                return f"differs from MRA on the same plan: {self.difference:.1e}, not {most:.1e}"
+        return None
+
+
+def check(context, prepared, which):
+    """Check of a Prepared backend; ``which`` is the last pass that will be timed."""
+    case, form = context.case, prepared.form
+    inputs, grad_out, plan = prepared.inputs, context.grad_out, prepared.plan
+    bq, bk = case.block_size if plan is None or plan == "all" else plan.block_size
+    if case.is_causal:
+        group = case.H // case.Hk
+        inputs = tuple(
+            t[:1, :n, :PREFIX] for t, n in zip(inputs, (group, 1, 1), strict=True)
+        )  # fmt: skip
+        grad_out = grad_out[:1, :group, :PREFIX]
+    N, M = inputs[0].shape[2], inputs[1].shape[2]
+    nq, nk = -(-N // bq), -(-M // bk)
+    if plan == "all":
+        dense = torch.ones(1, 1, nq, nk, dtype=torch.bool, device=context.device)
+    else:
+        if plan is None:
+            options = case.selection_options | {"selection": form.selection}
+            plan = make_plan(*inputs[:2], **options)
+        dense = plan.to_dense()
+    batch, head = inputs[0].shape[0] - 1, inputs[0].shape[1] - 1
+    key_head = inputs[1].shape[1] - 1
+    some = list(range(nq)) if case.is_causal else sorted({0, nq // 2, nq - 1})
+    rows = torch.cat([torch.arange(x * bq, min((x + 1) * bq, N)) for x in some]).to(context.device)
+    some = torch.tensor(some, device=context.device)
+
+    def sample(t):
+        return t[batch, head].index_select(0, rows)[None, None]
+
+    masked = torch.zeros_like(grad_out)
+    masked[batch, head, rows] = grad_out[batch, head, rows]
+    # Everything that a pass computes, on the sample: out, dq of its rows, dk and dv of its keys.
+    ours = _run(Prepared(prepared.attend, inputs, masked, around=prepared.around), which)
+    ours["out"] = sample(ours["out"])
+    if which == "backward":
+        ours["dq"] = sample(ours["dq"])
+        ours |= {n: ours[n][batch, key_head][None, None] for n in ("dk", "dv")}
+    key, value = (t[batch, key_head][None, None] for t in inputs[1:])
+    part = dense[min(batch, dense.shape[0] - 1), min(head, dense.shape[1] - 1)][some][None, None]
+
+    def attend(q, k, v):
+        return reference.mra_attention_reference(
+            q, k, v, block_size=(bq, bk), coarse=form.coarse, order=form.order,
+            is_causal=case.is_causal, plan=part,
+        )  # fmt: skip
+
+    def refer(dtype):
+        tensors = [t.to(dtype) for t in (sample(inputs[0]), key, value)]
+        return _run(Prepared(attend, tuple(tensors), sample(masked).to(dtype)), which)
+
+    exact, same = refer(torch.float64), refer(case.torch_dtype)
+    errors = {name: _error(ours[name], exact[name]) for name in ours}
+    limits = {
+        name: _limit(case.torch_dtype, context.device.type, _error(same[name], exact[name]))
+        for name in ours
+    }
+    agreement = difference = None
+    if isinstance(prepared.plan, Plan):
+        mra = mra_attention(*inputs, plan=prepared.plan, coarse=form.coarse, order=form.order)
+        difference = _error(prepared.forward(), mra)
+    if prepared.plan is None:
+        agreement = _agreement(case, form, inputs[0][batch, head], key, dense[batch, head])
+    return Check(errors, limits, agreement, difference)
+
+
+def _run(prepared, which):
+    results = {"out": prepared.forward()}
+    if which == "backward":
+        results |= zip(("dq", "dk", "dv"), prepared.backward(), strict=True)
+    return results
+
+
+def _error(x, exact):
+    exact = exact.double()
+    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def _limit(dtype, device_type, same):
+    """The rule of the tests: at most twice the error of PyTorch in the same dtype, and not less
+    than half a unit in the last place; float32 products on CUDA are three TF32 ones: 1e-5."""
+    floor = 1e-5 if dtype == torch.float32 and device_type == "cuda" else torch.finfo(dtype).eps / 2
+    return max(2 * same, floor)
+
+
+def _agreement(case, form, query, key, dense):
+    """Share of one head's plan, bool (nq, nk), that the reference selects from float64 scores."""
+    bq, bk = case.block_size
+    query, key = query.double()[None, None], key.double()
+    q_mean, q_count = reference.pool(query, None, bq)
+    k_mean, k_count = reference.pool(key, None, bk)
+    scores = case.D**-0.5 * q_mean @ k_mean.mT
+    budgets = reference.row_budgets(
+        dense.shape, bq, bk, case.density, case.blocks_per_row, case.is_causal
+    )
+    exact = reference.plan(
+        scores, q_count, k_count, budgets, bq, bk, query.shape[2], form.selection,
+        case.diagonal_blocks, case.first_blocks, case.is_causal,
+    )[0, 0]  # fmt: skip
+    return ((exact & dense).sum() / exact.sum().clamp_min(1)).item()

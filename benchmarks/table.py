@@ -1,0 +1,168 @@
+"""``python -m benchmarks table FILE.json ...``: Markdown of result files, for the README.
+
+``--write README.md`` puts each file's table between ``<!-- results:NAME -->`` and
+``<!-- /results:NAME -->``, NAME being the file's name without ``.json``. Tables are generated from
+the files under benchmarks/results, never typed; a test compares them.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from benchmarks.cases import PASSES
+
+DASH = "–"
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks table", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--write", type=Path, metavar="README.md", help="put the tables there")
+    args = parser.parse_args(argv[1:])
+    for path in args.files:
+        text = markdown(json.loads(path.read_text(encoding="utf-8")))
+        if args.write:
+            readme = args.write.read_text(encoding="utf-8")
+            args.write.write_text(replaced(readme, path.stem, text), encoding="utf-8")
+        else:
+            print(text, end="")
+
+
+def replaced(readme, name, text):
+    """The readme with ``text`` between the markers of ``name``."""
+    pattern = re.compile(
+        rf"(<!-- results:{re.escape(name)} -->\n).*?(<!-- /results:{re.escape(name)} -->)", re.S
+    )
+    if not pattern.search(readme):
+        raise SystemExit(f"no markers <!-- results:{name} --> and <!-- /results:{name} --> there")
+    return pattern.sub(lambda match: match[1] + text + match[2], readme)
+
+
+def markdown(report):
+    """Markdown of one report (a dict as in the JSON file), ending in a newline."""
+    kinds = {"speed": _speed, "memory": _memory}
+    if report.get("kind") not in kinds:
+        raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
+    return f"{source(report)}\n\n{kinds[report['kind']](report)}"
+
+
+def source(report):
+    """Where the numbers come from, in one line."""
+    parts = [report["device"]]
+    if report["device_type"] == "cuda":
+        parts += [f"driver {report['driver']}", f"CUDA {report['cuda']}"]
+    else:
+        parts.append(f"{report['threads']} threads")
+    parts += [f"torch {report['torch']}", report["date"]]
+    if report.get("commit"):
+        parts.append(f"commit {report['commit']}")
+    return f"{', '.join(parts)}: `{report['command']}`"
+
+
+def _speed(report):
+    """One line for each form of each case; "a / b" is forward / forward + backward."""
+    cuda = report["device_type"] == "cuda"
+    rows = [case for case in report["cases"] if case["rows"]]
+    paper = any(row["faster_than_paper"] for case in rows for row in case["rows"])
+    heads = ["case", "exact attention"] + ["FlexAttention, same plan given"] * cuda
+    heads += ["equal pairs", "MRA form", "MRA", "× exact"] + ["× paper"] * paper
+    heads += ["MRA memory, MiB", "goal"]
+    lines = [heads, ["---"] * len(heads)]
+    for case in rows:
+        first = True
+        for form in dict.fromkeys(row["form"] for row in case["rows"] if row["kind"] == "mra"):
+            ours = _passes(case, lambda row, form=form: row["form"] == form)
+            cells = ["", ""]
+            if first:
+                cells = [f"{case['name']}: {case['description']}", _best_exact(case)]
+            if cuda:
+                cells.append(_ms(_passes(case, lambda row: row["kind"] == "flex")) if first else "")
+            equal = _passes(case, lambda row: row["kind"] == "equal pairs")
+            cells.append(_ms(equal) if first else "")
+            cells += [form, _ms(ours), _pair(ours, "faster_than_exact", "{:.2f}")]
+            if paper:
+                cells.append(_pair(ours, "faster_than_paper", "{:.1f}"))
+            cells += [_pair(ours, "peak_bytes", "{:.1f}", 2**-20), _goal(ours)]
+            lines.append(cells)
+            first = False
+    notes = (
+        "Milliseconds, median, forward / forward + backward; MRA's include selection and coarse "
+        "part. Memory is the peak beyond inputs and outputs. Exact attention is the fastest of "
+        "torch's kernels, named behind."
+    )
+    if cuda:
+        notes += (
+            " FlexAttention gets MRA's list of blocks for free and drops the other blocks; equal "
+            "pairs is dense attention on as many keys as the plan gives each query."
+        )
+    return _table(lines) + "\n" + notes + "\n"
+
+
+def _memory(report):
+    lines = [["N", "pass", "MiB beyond inputs and outputs", "bytes a token", "exponent"]]
+    lines.append(["---"] * 5)
+    for row in report["rows"]:
+        if row["failed"]:
+            lines.append([str(row["N"]), row["pass"], row["failed"], DASH, DASH])
+            continue
+        peak, grown = row["peak_bytes"], row["exponent"]
+        grown = DASH if grown is None else f"{grown:.2f}"
+        cells = [f"{peak / 2**20:.1f}", f"{peak / row['N']:.0f}", grown]
+        lines.append([str(row["N"]), row["pass"], *cells])
+    return _table(lines)
+
+
+def _table(lines):
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def _passes(case, chosen):
+    """[row of forward or None, row of backward or None] of one backend; rows that ran."""
+    found = {row["pass"]: row for row in case["rows"] if chosen(row) and row["status"] == "ok"}
+    return [found.get(which) for which in PASSES]
+
+
+def _ms(rows):
+    cells = [_digits(row["ms"]["median"]) if row else DASH for row in rows]
+    return " / ".join(cells) if any(rows) else DASH
+
+
+def _pair(rows, key, form, factor=1):
+    cells = [
+        form.format(row[key] * factor) if row and row[key] is not None else DASH for row in rows
+    ]
+    return " / ".join(cells) if set(cells) != {DASH} else DASH
+
+
+def _best_exact(case):
+    """The fastest kernel of each pass, with its name; once where it is the same."""
+    best = []
+    for which in PASSES:
+        rows = [
+            row
+            for row in case["rows"]
+            if row["kind"] == "exact" and row["pass"] == which and row["status"] == "ok"
+        ]
+        best.append(min(rows, key=lambda row: row["ms"]["median"], default=None))
+    names = list(dict.fromkeys(row["backend"].removeprefix("exact ") for row in best if row))
+    return f"{_ms(best)} ({', '.join(names)})" if names else DASH
+
+
+def _goal(rows):
+    goals = [row["goal"] if row else None for row in rows]
+    if not any(goals):
+        return ""
+    parts = []
+    for key, form in (("ms", "{:g}"), ("exact", "{:.2g}× exact"), ("paper", "{:g}× paper")):
+        cells = [form.format(g[key]) if g and g[key] is not None else DASH for g in goals]
+        plain = key == "exact" and all(g is None or g[key] == 1 for g in goals)
+        if set(cells) == {DASH} or plain:
+            continue
+        parts.append(" / ".join(dict.fromkeys(cells)))
+    return "; ".join(parts)
+
+
+def _digits(ms):
+    """Three significant digits, never an exponent."""
+    return f"{ms:.{3 if ms < 1 else 2 if ms < 10 else 1 if ms < 100 else 0}f}"

@@ -1,0 +1,104 @@
+// The order-1 term on CUDA: what order1.cpp hands to order1_*.cu. No torch header.
+//
+//   forward    gram (moments)  ->  sum  ->  rows
+//   backward   gram (moments)  ->  sum  ->  rows  ->  gram (weighted)  ->  sum  ->  keys
+//
+// A unit is a run of rows with the same matrices: the whole head, or under causal as many rows as
+// the larger block. `dim` is D padded to 32, 64, 128 or 256; matrices are padded with zeros. Matrices
+// come in pairs: C and Sigma, or dC and dSigma. Their type is that of the operands of a matrix
+// product: bfloat16 for bfloat16, float for the rest.
+#pragma once
+
+#include "types.h"
+
+namespace mra::cuda {
+
+// Sums over rows of left^T right, in one of two forms:
+//   moments    left = k - k~, right = v - v~ and k - k~, at valid keys
+//   weighted   left = q, right = weight[0] dO and weight[1] q
+struct Order1Gram {
+  Dtype dtype;
+  bool weighted, tf32;
+  int B, heads, group;  // heads of the sums; `group` heads of the inputs are summed for each
+  int L, D, dim;
+  int unit, units;      // rows of a unit, units
+  int steps, chunks;    // steps of order1_step_rows rows in a chunk, chunks of a unit
+
+  const void *x, *y;  // [B, heads * group, L, D] T: k and v, or q and dO
+  Strides x_strides, y_strides;
+
+  const float *x_mean, *y_mean;  // moments: [B, heads, nk, D]
+  const uint8_t* mask;           // moments: [B, L] or null
+  const int* key_count;          // [B, nk]
+  int nk, block_shift;           // log2 of block_k
+
+  const float* weight[2];  // weighted: [B, heads * group, L]
+
+  float* sums;     // [B, heads, units, chunks, 2, dim, dim], or null for one unit of one chunk:
+  void* matrices;  // then [B, heads, 1, 2, dim, dim], over the number of valid keys
+  float factor;    // ... and the second one times this
+};
+
+// Partial sums to matrices. One unit: the sum over its chunks over n. Causal, one chunk a unit:
+// forward, the sum over the units before each, over n (the valid keys of those); backward, the sum
+// over the units behind each, every one over its own n.
+struct Order1Sum {
+  Dtype dtype;
+  bool causal, backward;
+  int B, heads, units, chunks, dim;
+  const int* key_count;  // [B, nk]
+  int nk, unit_blocks;   // key blocks in a unit
+  const float* sums;     // [B, heads, units, chunks, 2, dim, dim]
+  void* matrices;        // [B, heads, units, 2, dim, dim]
+  float factor;          // of the second matrix
+};
+
+// Products of rows with the matrices of their unit; CTA `part` of a unit takes part_rows of them.
+struct Order1Products {
+  Dtype dtype;
+  bool tf32;
+  int B, H, Hk, L, D, dim;
+  int unit, units, parts, part_rows, warps;
+  const void* matrices;  // [B, Hk, units, 2, dim, dim]
+};
+
+struct Order1Rows : Order1Products {
+  bool backward;
+  float scale;
+  const void* q;  // [B, H, N, D] T
+  Strides q_strides;
+  const float* share;  // [B, H, N]
+
+  void* out;  // forward: [B, H, N, D] T, added to
+  Strides out_strides;
+
+  const void* grad_out;  // backward: [B, H, N, D] T
+  Strides grad_out_strides;
+  const float* delta;        // [B, H, N]
+  float* coarse_delta;       // [B, H, N]: delta - gamma u.dO
+  float *weight_c, *weight_s;  // [B, H, N]: the weights of the weighted gram
+  void* grad_q;              // [B, H, N, D] T, contiguous
+};
+
+struct Order1Keys : Order1Products {
+  const void *k, *v;  // [B, Hk, M, D] T
+  Strides k_strides, v_strides;
+  const float *k_mean, *v_mean;  // [B, Hk, nk, D]
+  const uint8_t* mask;           // [B, M] or null
+  int nk, block_shift;           // log2 of block_k
+  void *grad_k, *grad_v;  // [B, Hk, M, D] T, contiguous
+};
+
+// How a launch fits a device; dim is padded.
+int order1_step_rows(Dtype dtype, int dim);
+int order1_gram_slots(Dtype dtype, int dim, const Device& device);  // chunks that run at once
+// Most warps of 16 rows that a CTA of rows (backward or not) or keys may have.
+int order1_rows_warps(Dtype dtype, int dim, bool backward, const Device& device);
+int order1_keys_warps(Dtype dtype, int dim, const Device& device);
+
+cudaError_t order1_gram(const Order1Gram& params, cudaStream_t stream);
+cudaError_t order1_sum(const Order1Sum& params, cudaStream_t stream);
+cudaError_t order1_rows(const Order1Rows& params, cudaStream_t stream);
+cudaError_t order1_keys(const Order1Keys& params, cudaStream_t stream);
+
+}  // namespace mra::cuda

@@ -1,0 +1,87 @@
+// From dC and dSigma to the keys and values: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
+// with kappa and nu the key and value less the means of their block.
+#include "order1_rows.cuh"
+
+namespace mra::cuda {
+namespace {
+
+template <typename T, int DP>
+inline constexpr int kKeysWarps = DP < 128 && sizeof(Operand<T>) == 2 ? 8 : 4;
+
+template <typename T, int DP>
+__global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const Order1Keys p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  using S = Operand<T>;
+  using P = Product<S, DP>;
+  const RowRange range(p, p.Hk);
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, h = range.head % p.Hk;
+  const bool tf32 = kSingleTf32<T> || p.tf32;
+  Matrices<S, DP> matrices;
+  matrices.from = static_cast<const S*>(p.matrices) +
+                  (int64_t{range.head} * p.units + range.unit) * 2 * int64_t{DP * DP};
+  matrices.room = reinterpret_cast<S*>(shared);
+  S *k_tile = matrices.room + P::kMatrices + warp * 2 * P::kTile, *v_tile = k_tile + P::kTile;
+  matrices.prepare();
+
+  const T* k = static_cast<const T*>(p.k) + range.b * p.k_strides.b + h * p.k_strides.h;
+  const T* v = static_cast<const T*>(p.v) + range.b * p.v_strides.b + h * p.v_strides.h;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{range.b} * p.L;
+  T* grad_k = static_cast<T*>(p.grad_k) + int64_t{range.head} * p.L * p.D;
+  T* grad_v = static_cast<T*>(p.grad_v) + int64_t{range.head} * p.L * p.D;
+
+  for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
+    const int first = row0 + 16 * warp;  // the warps keep step: panels are loaded by all of them
+    const auto valid = [&](int r) {
+      return first + r < range.end && (mask == nullptr || mask[first + r]);
+    };
+    // Blocks hold whole tiles of 16 rows. A tile behind the end has no block.
+    const int block = min(first >> p.block_shift, p.nk - 1);
+    const int64_t mean = (int64_t{range.head} * p.nk + block) * p.D;
+    __syncwarp();
+    load_tile<T, DP>(k_tile, k + first * p.k_strides.l, p.k_strides.l, p.k_mean + mean, p.D, valid);
+    load_tile<T, DP>(v_tile, v + first * p.v_strides.l, p.v_strides.l, p.v_mean + mean, p.D, valid);
+    __syncwarp();
+
+    const bool live[2] = {valid(g), valid(g + 8)};
+    const auto row_of = [&](T* grad) {
+      return [=, &range](int half) -> T* {
+        const int i = first + g + 8 * half;
+        return i < range.end ? grad + int64_t{i} * p.D : nullptr;
+      };
+    };
+#pragma unroll 1
+    for (int panel = 0; panel < P::kPanels; ++panel) {
+      float c[P::kTiles][4];
+      Emit<T, P::kTiles, false> emit;
+      matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
+      const auto value = [&](int n, int i) { return live[i / 2] ? c[n][i] : 0.f; };
+      matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_k), value);
+      matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_v), value);
+    }
+  }
+}
+
+}  // namespace
+
+int order1_keys_warps(Dtype dtype, int dim, const Device& device) {
+  int warps = 1;
+  dispatch_order1(dtype, dim, [&](auto t, auto dp) {
+    using T = typename decltype(t)::type;
+    using P = Product<Operand<T>, dp()>;
+    warps = P::warps(kKeysWarps<T, dp()>, 2, device.max_smem);
+    return cudaSuccess;
+  });
+  return warps;
+}
+
+cudaError_t order1_keys(const Order1Keys& p, cudaStream_t stream) {
+  return dispatch_order1(p.dtype, p.dim, [&](auto t, auto dp) {
+    using T = typename decltype(t)::type;
+    const size_t bytes = Product<Operand<T>, dp()>::bytes(p.warps, 2);
+    return launch_products(keys_kernel<T, dp()>, p, p.Hk, bytes, stream);
+  });
+}
+
+}  // namespace mra::cuda

@@ -1,0 +1,115 @@
+// Partial sums of order1_gram.cu -> the matrices of each unit, in a fixed order of additions.
+#include "order1.cuh"
+
+namespace mra::cuda {
+namespace {
+
+constexpr int kColumns = 32;  // float4s of the matrices in a block
+constexpr int kLanes = 8;     // threads that share the chunks of one float4
+constexpr int kBatch = 8;     // loads in flight
+
+template <typename S>
+__device__ __forceinline__ void store4(S* to, float4 v, float factor) {
+  store_pair(to, v.x * factor, v.y * factor);
+  store_pair(to + 2, v.z * factor, v.w * factor);
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& v, float factor = 1.f) {
+  sum.x += v.x * factor, sum.y += v.y * factor, sum.z += v.z * factor, sum.w += v.w * factor;
+}
+
+// One unit a head: lane l sums chunks l, l + 8, ...; then the lanes are summed in order.
+template <typename S>
+__global__ void __launch_bounds__(kColumns * kLanes) total_kernel(const Order1Sum p) {
+  __shared__ float4 partial[kLanes][kColumns];
+  __shared__ int scratch[32];
+  const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kColumns
+  const int columns = static_cast<int>(pair / (4 * kColumns));
+  const int head = blockIdx.x / columns, lane = threadIdx.x / kColumns;
+  const int column = threadIdx.x % kColumns;
+  const int64_t at = (int64_t{blockIdx.x % columns} * kColumns + column) * 4;
+  const int n = sum_counts(p.key_count + int64_t{head / p.heads} * p.nk, p.nk, scratch);
+
+  const float* from = p.sums + int64_t{head} * p.chunks * pair + at;
+  float4 sum{};
+#pragma unroll kBatch
+  for (int c = lane; c < p.chunks; c += kLanes) {
+    add(sum, __ldg(reinterpret_cast<const float4*>(from + c * pair)));
+  }
+  partial[lane][column] = sum;
+  __syncthreads();
+  if (lane != 0) return;
+#pragma unroll
+  for (int l = 1; l < kLanes; ++l) add(sum, partial[l][column]);
+  const float factor = at < pair / 2 ? 1.f : p.factor;
+  store4(static_cast<S*>(p.matrices) + head * pair + at, sum, factor / max(n, 1));
+}
+
+// Causal: a thread walks the units of its float4, forwards or backwards.
+template <typename S>
+__global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
+  __shared__ int scratch[32];
+  const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 blockDim
+  const int columns = static_cast<int>(pair / (4 * blockDim.x));
+  const int head = blockIdx.x / columns;
+  const int64_t at = (int64_t{blockIdx.x % columns} * blockDim.x + threadIdx.x) * 4;
+  const int* counts = p.key_count + int64_t{head / p.heads} * p.nk;
+  const float factor = at < pair / 2 ? 1.f : p.factor;
+  const float* from = p.sums + int64_t{head} * p.units * pair + at;
+  S* to = static_cast<S*>(p.matrices) + int64_t{head} * p.units * pair + at;
+  const auto keys_of = [&](int unit) {
+    int n = 0;
+    const int end = min(p.nk, (unit + 1) * p.unit_blocks);
+    for (int y = unit * p.unit_blocks; y < end; ++y) n += counts[y];
+    return n;
+  };
+
+  // n: valid keys before the unit.
+  int n = p.backward ? sum_counts(counts, p.nk, scratch) : 0;
+  float4 sum{};
+  for (int first = 0; first < p.units; first += kBatch) {
+    float4 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int unit = p.backward ? p.units - 1 - first - i : first + i;
+      if (first + i < p.units) v[i] = __ldg(reinterpret_cast<const float4*>(from + unit * pair));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= p.units) break;
+      const int unit = p.backward ? p.units - 1 - first - i : first + i;
+      if (p.backward) {
+        n -= keys_of(unit);
+        store4(to + unit * pair, sum, factor);
+        add(sum, v[i], 1.f / max(n, 1));
+      } else {
+        store4(to + unit * pair, sum, factor / max(n, 1));
+        add(sum, v[i]);
+        n += keys_of(unit);
+      }
+    }
+  }
+}
+
+template <typename S>
+cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
+  const int64_t pair = int64_t{2} * p.dim * p.dim;
+  const int columns = p.causal ? 4 * 128 : 4 * kColumns;
+  const int64_t blocks = pair / columns * p.B * p.heads;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  if (p.causal) {
+    scan_kernel<S><<<static_cast<unsigned>(blocks), 128, 0, stream>>>(p);
+  } else {
+    total_kernel<S><<<static_cast<unsigned>(blocks), kColumns * kLanes, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t order1_sum(const Order1Sum& p, cudaStream_t stream) {
+  return p.dtype == Dtype::bf16 ? launch_sum<__nv_bfloat16>(p, stream)
+                                : launch_sum<float>(p, stream);
+}
+
+}  // namespace mra::cuda
