@@ -66,8 +66,9 @@ def stage_runs(context, form, which):
         grad = context.grad_out
 
         def backward(coarse, order):
-            out, lse, share, *_ = forward(coarse, order)
-            rest = (bq, bk, coarse, order, case.is_causal, None)
+            out, lse, share, _, _, _, *means = forward(coarse, order)
+            means = [mean if mean.dim() > 1 else None for mean in means]
+            rest = (bq, bk, coarse, order, case.is_causal, None, *means)
             saved = (q, k, v, None, None, out, lse, share, *lists)
             return lambda: ops.backward(grad, None, *saved, *rest)
 

@@ -64,10 +64,21 @@ BlockList make_plan(const Stages& stages, const Pooled& query, const Pooled& key
   return stages.plan(query, key, N, o);
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Backward = std::tuple<Tensor, Tensor, Tensor>;
+// The operator's results, with empty tensors for what isn't there. Backward reads the means of
+// queries for coarse = block alone.
+ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor& share,
+                             const BlockList& rows, const PooledInputs& means, const Options& o) {
+  const auto acc = [&](const Tensor& x) { return x.defined() ? x : at::empty({0}, lse.options()); };
+  const auto ints = [&](const Tensor& x) {
+    return x.defined() ? x : at::empty({0}, lse.options().dtype(at::kInt));
+  };
+  const bool queries = o.coarse == Coarse::block;
+  return {out, lse, acc(share), ints(rows.start), ints(rows.count), ints(rows.index),
+          acc(queries ? means.query : Tensor()), acc(means.key), acc(means.value),
+          ints(queries ? means.query_count : Tensor()), ints(means.key_count)};
+}
 
-Forward run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
+ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
                     const Options& o) {
   const int64_t N = in.query.size(2);
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
@@ -96,31 +107,40 @@ Forward run_forward(const Stages& stages, const Inputs& in, const PlanTensors& p
   // order 1: what a block mean throws away
   if (has_order1(o)) stages.order1(result, in, pooled, o);
 
-  const Tensor empty = at::empty({0}, rows.index.options());
-  const Tensor share = has_order1(o) ? result.share : at::empty({0}, result.lse.options());
-  if (has_plan) return {result.out, result.lse, share, empty, empty.clone(), empty.clone()};
-  return {result.out, result.lse, share, rows.start, rows.count, rows.index};
+  const Tensor share = has_order1(o) ? result.share : Tensor();
+  return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows,
+                        has_coarse ? pooled : PooledInputs{}, o);
 }
 
-Backward run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
+BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
                       const Inputs& in, const Tensor& out, const Tensor& lse, const Tensor& share,
-                      const BlockList& rows, const Options& o) {
+                      const BlockList& rows, const MeanTensors& means, const Options& o) {
   const int64_t nk = ceil_div(in.key.size(2), o.block_k);
-  FineBackward grads{grad_out, lse, stages.delta(grad_out, out, grad_lse)};
+  FineBackward grads;
+  grads.grad_out = grad_out;
+  grads.lse = lse;
+  // Order 1 changes what block rows are summed from.
+  std::optional<BlockRows> block_rows;
+  if (o.coarse == Coarse::block && !has_order1(o)) {
+    std::tie(grads.delta, block_rows) =
+        stages.delta_and_block_rows(grad_out, out, grad_lse, lse, o.block_q);
+  } else {
+    grads.delta = stages.delta(grad_out, out, grad_lse);
+  }
   grads.coarse_delta = grads.delta;
 
-  // pool
+  // pool: what forward kept, or again
   PooledInputs pooled;
-  if (o.coarse != Coarse::none) {
+  if (o.coarse != Coarse::none && means.given()) {
+    const auto contiguous = [](const OptTensor& x) { return x ? x->contiguous() : Tensor(); };
+    pooled = {contiguous(means.query), contiguous(means.key), contiguous(means.value),
+              contiguous(means.key_count), contiguous(means.query_count)};
+  } else if (o.coarse != Coarse::none) {
     const Pooled key = stages.pool(in.key, in.key_mask, o.block_k);
-    pooled.key = key.mean;
-    pooled.key_count = key.count;
-    pooled.value = stages.pool(in.value, in.key_mask, o.block_k).mean;
-  }
-  if (o.coarse == Coarse::block) {
-    const Pooled query = stages.pool(in.query, in.query_mask, o.block_q);
-    pooled.query = query.mean;
-    pooled.query_count = query.count;
+    const Tensor value = stages.pool(in.value, in.key_mask, o.block_k).mean;
+    Pooled query;
+    if (o.coarse == Coarse::block) query = stages.pool(in.query, in.query_mask, o.block_q);
+    pooled = {query.mean, key.mean, value, key.count, query.count};
   }
 
   // plan, seen from the keys
@@ -140,11 +160,11 @@ Backward run_backward(const Stages& stages, const Tensor& grad_out, const Tensor
   std::optional<PooledInputs> coarse_keys;
   if (o.coarse == Coarse::row) coarse_keys = pooled;  // inside fine_backward
   if (o.coarse == Coarse::block) {
-    const BlockRows block_rows = stages.block_rows(grad_out, lse, grads.coarse_delta, o.block_q);
-    const Grads means = stages.coarse_backward(pooled, rows, columns, block_rows, o);
-    grads.query_block = means.query;
-    grads.key_block = means.key;
-    grads.value_block = means.value;
+    if (!block_rows) block_rows = stages.block_rows(grad_out, lse, grads.coarse_delta, o.block_q);
+    const Grads shares = stages.coarse_backward(pooled, rows, columns, *block_rows, o);
+    grads.query_block = shares.query;
+    grads.key_block = shares.key;
+    grads.value_block = shares.value;
   }
 
   // fine
@@ -160,18 +180,24 @@ BlockList empty_plan(const Tensor& query, int64_t nk, const Options& o) {
   return {rows, rows.clone(), at::zeros({B, H, nq * row_capacity(o, nk)}, ints)};
 }
 
-Forward empty_forward(const Inputs& in, const PlanTensors& plan, const Options& o) {
+ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Options& o) {
   const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
   const auto acc = in.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor out = at::zeros({B, N, H, in.query.size(3)}, in.query.options()).transpose(1, 2);
   const Tensor lse = at::zeros({B, H, N}, in.query.options().dtype(acc));
-  const Tensor share = has_order1(o) ? lse.clone() : at::empty({0}, lse.options());
-  if (plan.given()) {
-    const Tensor none = at::empty({0}, plan.row_index->options());
-    return {out, lse, share, none, none.clone(), none.clone()};
+  const Tensor share = has_order1(o) ? lse.clone() : Tensor();
+  const int64_t nq = ceil_div(N, o.block_q), nk = ceil_div(in.key.size(2), o.block_k);
+  const auto zeros = [&](int64_t heads, int64_t n) {
+    return at::zeros({B, heads, n, in.query.size(3)}, lse.options());
+  };
+  const auto counts = [&](int64_t n) { return at::zeros({B, n}, lse.options().dtype(at::kInt)); };
+  PooledInputs means;
+  if (o.coarse != Coarse::none) {
+    const int64_t Hk = in.key.size(1);
+    means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq)};
   }
-  const BlockList rows = empty_plan(in.query, ceil_div(in.key.size(2), o.block_k), o);
-  return {out, lse, share, rows.start, rows.count, rows.index};
+  return forward_result(out, lse, share, plan.given() ? BlockList{} : empty_plan(in.query, nk, o),
+                        means, o);
 }
 
 // The operators of registration.cpp, for the device of `device_stages`.
@@ -213,7 +239,7 @@ struct Operators {
     return {rows.start, rows.count, rows.index};
   }
 
-  static Forward forward(const Tensor& query, const Tensor& key, const Tensor& value,
+  static ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& value,
                          const OptTensor& key_mask, const OptTensor& query_mask,
                          const OptTensor& row_start, const OptTensor& row_count,
                          const OptTensor& row_index, std::optional<c10::SymInt> blocks_per_row,
@@ -231,17 +257,20 @@ struct Operators {
     return run_forward(device_stages(), readable(in), plan, o);
   }
 
-  static Backward backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
+  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
                            const Tensor& key, const Tensor& value, const OptTensor& key_mask,
                            const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
                            const Tensor& coarse_share, const Tensor& row_start,
                            const Tensor& row_count, const Tensor& row_index, int64_t block_q,
                            int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
-                           std::optional<double> scale) {
+                           std::optional<double> scale, const OptTensor& query_mean,
+                           const OptTensor& key_mean, const OptTensor& value_mean,
+                           const OptTensor& query_count, const OptTensor& key_count) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
+    const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count};
     const Options o =
-        check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan,
+        check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
                        {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
                         is_causal, scale});
     const at::DeviceGuard guard(query.device());
@@ -251,7 +280,7 @@ struct Operators {
     }
     return run_backward(device_stages(), readable(grad_out),
                         grad_lse ? grad_lse->contiguous() : Tensor(), readable(in), readable(out),
-                        lse.contiguous(), coarse_share.contiguous(), given_plan(plan), o);
+                        lse.contiguous(), coarse_share.contiguous(), given_plan(plan), means, o);
   }
 };
 

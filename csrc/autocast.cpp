@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+ForwardResult forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& key_mask,
     const OptTensor& query_mask, const OptTensor& row_start, const OptTensor& row_count,
     const OptTensor& row_index, std::optional<SymInt> blocks_per_row,

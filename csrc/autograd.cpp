@@ -40,6 +40,8 @@ bool needs_grad(std::initializer_list<Tensor> inputs) {
 }
 
 OptTensor optional(const Tensor& x) { return x.defined() ? OptTensor(x) : std::nullopt; }
+// For what forward returns empty where it has nothing.
+OptTensor unless_empty(const Tensor& x) { return x.dim() > 1 ? OptTensor(x) : std::nullopt; }
 
 // What an attention call gives besides the three tensors that get gradients.
 struct Rest {
@@ -55,9 +57,6 @@ struct Rest {
   std::optional<double> scale;
 };
 
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
-
 using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&,
                                        const OptTensor&, const OptTensor&, const OptTensor&,
                                        const OptTensor&, const OptTensor&, std::optional<SymInt>,
@@ -69,7 +68,9 @@ using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const 
                                          const OptTensor&, const Tensor&, const Tensor&,
                                          const Tensor&, const Tensor&, const Tensor&,
                                          const Tensor&, int64_t, int64_t, std::string_view,
-                                         int64_t, bool, std::optional<double>);
+                                         int64_t, bool, std::optional<double>, const OptTensor&,
+                                         const OptTensor&, const OptTensor&, const OptTensor&,
+                                         const OptTensor&);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
@@ -88,12 +89,14 @@ class Attention : public Function<Attention> {
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Rest& r, ForwardResult* others) {
     *others = call_forward(query, key, value, r);
-    const auto& [out, lse, share, start, count, index] = *others;
+    const auto& [out, lse, share, start, count, index, q_mean, k_mean, v_mean, q_count, k_count] =
+        *others;
     const bool given = r.row_start.has_value();
     const auto saved = [](const OptTensor& x) { return x.value_or(Tensor()); };
     ctx->save_for_backward({query, key, value, saved(r.key_mask), saved(r.query_mask), out, lse,
                             share, given ? *r.row_start : start, given ? *r.row_count : count,
-                            given ? *r.row_index : index});
+                            given ? *r.row_index : index, q_mean, k_mean, v_mean, q_count,
+                            k_count});
     ctx->saved_data["block_q"] = r.block_q;
     ctx->saved_data["block_k"] = r.block_k;
     ctx->saved_data["coarse"] = std::string(r.coarse);
@@ -117,7 +120,9 @@ class Attention : public Function<Attention> {
         op.call(grad_out, optional(grads[1]), query, s[1], s[2], optional(s[3]), optional(s[4]),
                 out, s[6], s[7], s[8], s[9], s[10], data.at("block_q").toInt(),
                 data.at("block_k").toInt(), coarse, data.at("order").toInt(),
-                data.at("is_causal").toBool(), data.at("scale").toOptional<double>());
+                data.at("is_causal").toBool(), data.at("scale").toOptional<double>(),
+                unless_empty(s[11]), unless_empty(s[12]), unless_empty(s[13]), unless_empty(s[14]),
+                unless_empty(s[15]));
     return result;
   }
 };
@@ -149,12 +154,14 @@ BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse,
                              const Tensor& row_start, const Tensor& row_count,
                              const Tensor& row_index, int64_t block_q, int64_t block_k,
                              std::string_view coarse, int64_t order, bool is_causal,
-                             std::optional<double> scale) {
+                             std::optional<double> scale, const OptTensor& query_mean,
+                             const OptTensor& key_mean, const OptTensor& value_mean,
+                             const OptTensor& query_count, const OptTensor& key_count) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
-                 is_causal, scale);
+                 is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count);
 }
 
 // Gives the three gradients a history that raises: without it a second derivative through them
@@ -180,12 +187,14 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         const Tensor& coarse_share, const Tensor& row_start,
                         const Tensor& row_count, const Tensor& row_index, int64_t block_q,
                         int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
-                        std::optional<double> scale) {
-  const Tensor lse_grad = grad_lse.value_or(Tensor());
+                        std::optional<double> scale, const OptTensor& query_mean,
+                        const OptTensor& key_mean, const OptTensor& value_mean,
+                        const OptTensor& query_count, const OptTensor& key_count) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
   const BackwardResult result = call_backward(
       grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
-      row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale);
+      row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale,
+      query_mean, key_mean, value_mean, query_count, key_count);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(
   return empty_plan(query, key, call);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+ForwardResult forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& key_mask,
     const OptTensor& query_mask, const OptTensor& row_start, const OptTensor& row_count,
     const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
@@ -86,20 +86,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       empty({B, N, H, query.sym_size(3)}, query, query.scalar_type()).transpose(1, 2);
   const Tensor lse = empty({B, H, N}, query, acc);
   const Tensor share = has_order1(o) ? empty({B, H, N}, query, acc) : empty({0}, query, acc);
+  const SymInt Hk = key.sym_size(1), D = query.sym_size(3);
+  const SymInt nq = ceil_div(N, o.block_q), nk = ceil_div(key.sym_size(2), o.block_k);
+  const auto ints = [&](bool there, SymInt n) {
+    return there ? empty({B, n}, query, at::kInt) : empty({0}, query, at::kInt);
+  };
+  const auto means = [&](bool there, SymInt heads, SymInt n) {
+    return there ? empty({B, heads, n, D}, query, acc) : empty({0}, query, acc);
+  };
+  const bool keys = o.coarse != Coarse::none, queries = o.coarse == Coarse::block;
   const auto none = [&] { return empty({0}, query, at::kInt); };
-  if (plan.given()) return {out, lse, share, none(), none(), none()};
-  auto [start, count, index] = empty_plan(query, key, call);
-  return {out, lse, share, start, count, index};
+  auto [start, count, index] =
+      plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call);
+  return {out, lse, share, start, count, index, means(queries, H, nq), means(keys, Hk, nk),
+          means(keys, Hk, nk), ints(queries, nq), ints(keys, nk)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
+BackwardResult backward(
     const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask, const Tensor& out,
     const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
     const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
-    std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale) {
+    std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
+    const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
+    const OptTensor& query_count, const OptTensor& key_count) {
   check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
                  coarse_share, {row_start, row_count, row_index},
+                 {query_mean, key_mean, value_mean, query_count, key_count},
                  {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
                   is_causal, scale});
   const auto like = [](const Tensor& x) { return empty(x.sym_sizes(), x, x.scalar_type()); };

@@ -85,7 +85,7 @@ def mra_attention(
         row_start, row_count, row_index = plan.row_start, plan.row_count, plan.row_index
         budget = (None, None)
         block_q, block_k = plan.block_size
-    out, lse, _, _, _, _ = torch.ops.mra_attention.forward(
+    out, lse, *_ = torch.ops.mra_attention.forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),

@@ -122,6 +122,28 @@ void check_lists(const PlanTensors& plan, const Tensor& query, int64_t block_q) 
   check_shape("row_index", *plan.row_index, entries, at::kInt, query);
 }
 
+void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
+                 c10::ScalarType acc) {
+  const bool queries = means.query || means.query_count;
+  const bool keys = means.key || means.value || means.key_count;
+  if (!queries && !keys) return;
+  TORCH_CHECK_VALUE(
+      means.key && means.value && means.key_count &&
+          (o.coarse != Coarse::block || (means.query && means.query_count)),
+      "query_mean, key_mean, value_mean, query_count, key_count: got only some of them, expected "
+      "all that forward gave or none");
+  const SymInt B = in.query.sym_size(0), D = in.query.sym_size(3);
+  const auto check = [&](const char* name, const OptTensor& mean, const char* count_name,
+                         const OptTensor& count, const Tensor& x, int64_t block) {
+    const SymInt n = (x.sym_size(2) + (block - 1)) / block;
+    if (mean) check_shape(name, *mean, std::vector<SymInt>{B, x.sym_size(1), n, D}, acc, in.query);
+    if (count) check_shape(count_name, *count, std::vector<SymInt>{B, n}, at::kInt, in.query);
+  };
+  check("query_mean", means.query, "query_count", means.query_count, in.query, o.block_q);
+  check("key_mean", means.key, "key_count", means.key_count, in.key, o.block_k);
+  check("value_mean", means.value, "key_count", std::nullopt, in.value, o.block_k);
+}
+
 // What this device has no kernel for.
 void check_device(const char* name, const Tensor& x, int64_t block_q) {
   if (!x.is_cuda()) return;
@@ -162,7 +184,8 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
 
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                       const PlanTensors& plan, const CallOptions& call) {
+                       const PlanTensors& plan, const MeanTensors& means,
+                       const CallOptions& call) {
   const Options o = check_forward(in, plan, call);
   const std::vector<SymInt> rows{in.query.sym_size(0), in.query.sym_size(1),
                                  in.query.sym_size(2)};
@@ -174,6 +197,7 @@ Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const 
   if (o.order == 1 && o.coarse != Coarse::none) {
     check_shape("coarse_share", coarse_share, rows, acc, in.query);
   }
+  check_means(means, in, o, acc);
   return o;
 }
 

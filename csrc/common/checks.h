@@ -13,6 +13,12 @@ struct PlanTensors {
   bool given() const { return row_start.has_value(); }
 };
 
+// Means and counts of blocks that forward kept: those that the coarse form needs, or none.
+struct MeanTensors {
+  OptTensor query, key, value, query_count, key_count;
+  bool given() const { return key.has_value(); }
+};
+
 // input (B, H, L, D) with mask (B, L).
 void check_pool(const Tensor& input, const OptTensor& mask, int64_t block);
 
@@ -24,9 +30,11 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
 Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptions& call);
 
 // As check_forward with a plan; grad_out and out shaped as query, grad_lse, lse and coarse_share
-// (B, H, N) float32 (float64 for float64). coarse_share is empty where order 1 doesn't apply.
+// (B, H, N) float32 (float64 for float64). coarse_share is empty where order 1 doesn't apply. Means
+// (B, heads, blocks, D) of that dtype, counts (B, blocks) int32.
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                       const PlanTensors& plan, const CallOptions& call);
+                       const PlanTensors& plan, const MeanTensors& means,
+                       const CallOptions& call);
 
 }  // namespace mra

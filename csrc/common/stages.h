@@ -15,6 +15,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 namespace mra {
 
@@ -72,6 +74,13 @@ struct PooledInputs {
   Tensor key_count;  // [B, nk] int32
   Tensor query_count;  // [B, nq] int32, defined for coarse = block only
 };
+
+// What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
+// the means that backward reads again: query_mean, key_mean, value_mean, query_count, key_count.
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                 Tensor, Tensor, Tensor>;
+// What the operator backward returns: the gradients of query, key and value.
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
 struct FineResult {
   Tensor out;    // [B, H, N, D] T, memory laid out as (B, N, H, D)
@@ -143,6 +152,10 @@ struct Stages {
   Tensor (*delta)(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
   BlockRows (*block_rows)(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                           int64_t block_q);
+  // Both, with one reading of dO.
+  std::pair<Tensor, BlockRows> (*delta_and_block_rows)(const Tensor& grad_out, const Tensor& out,
+                                                       const Tensor& grad_lse, const Tensor& lse,
+                                                       int64_t block_q);
 
   // What a block mean throws away, damped; only where has_order1. Adds to result.out, in place,
   //   gamma_i P_i u_i,   u_i = s q_i C,   gamma_i = 1 / (1 + t_i / 4),   t_i = s^2 q_i S q_i^T

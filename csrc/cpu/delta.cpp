@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <utility>
+
 #include "../common/budget.h"
 #include "stages_cpu.h"
 #include "tiles.h"
@@ -69,6 +71,13 @@ BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& de
         });
       });
   return result;
+}
+
+std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const Tensor& out,
+                                                  const Tensor& grad_lse, const Tensor& lse,
+                                                  int64_t block_q) {
+  const Tensor sums = delta(grad_out, out, grad_lse);
+  return {sums, block_rows(grad_out, lse, sums, block_q)};
 }
 
 }  // namespace mra::cpu

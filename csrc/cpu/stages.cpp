@@ -5,8 +5,18 @@ namespace mra {
 
 const Stages& cpu_stages() {
   static const Stages stages = {
-      cpu::pool,          cpu::plan,  cpu::transpose,  cpu::coarse, cpu::coarse_backward, cpu::fine,
-      cpu::fine_backward, cpu::delta, cpu::block_rows, cpu::order1, cpu::order1_backward,
+      cpu::pool,
+      cpu::plan,
+      cpu::transpose,
+      cpu::coarse,
+      cpu::coarse_backward,
+      cpu::fine,
+      cpu::fine_backward,
+      cpu::delta,
+      cpu::block_rows,
+      cpu::delta_and_block_rows,
+      cpu::order1,
+      cpu::order1_backward,
   };
   return stages;
 }

@@ -22,6 +22,9 @@ Grads fine_backward(const Inputs&, const BlockList& rows, const BlockList& colum
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
 BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
                      int64_t block_q);
+std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const Tensor& out,
+                                                  const Tensor& grad_lse, const Tensor& lse,
+                                                  int64_t block_q);
 
 void order1(FineResult& result, const Inputs&, const PooledInputs&, const Options&);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,

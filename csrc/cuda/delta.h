@@ -37,6 +37,9 @@ struct BlockRowsParams {
 cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream);
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream);
+// block >= 32: both for each query block, with one reading of dO from memory.
+cudaError_t delta_and_block_rows_backward(const DeltaParams& delta, const BlockRowsParams& rows,
+                                          cudaStream_t stream);
 cudaError_t block_rows_backward(const BlockRowsParams& params, cudaStream_t stream);
 
 }  // namespace mra::cuda

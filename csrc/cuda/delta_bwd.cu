@@ -9,23 +9,14 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// One warp per 32 rows of a head; neighbouring warps take neighbouring heads, which lie side by
-// side in memory when the tensors come from a (B, N, H, D) layout.
+// rowsum(dO * o) - dlse of row `first` + lane, 0 where there is none. Stored as well.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams p) {
+__device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, int64_t first_row) {
   constexpr int kRows = 32 / kLanes;
   constexpr int kBatch = kLanes < 4 ? kLanes : 4;  // rows in flight for each lane
   constexpr int kPasses = kLanes == 32 && sizeof(T) == 4 ? 2 : 1;
-  const int lane = threadIdx.x % 32;
-  const int tiles = static_cast<int>((p.N + 31) / 32);
-  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
-  const int h = static_cast<int>(unit) % p.H;
-  const int tile = static_cast<int>(unit) / p.H % tiles;
-  const int b = static_cast<int>(unit) / p.H / tiles;
-
-  const int row_lane = lane / kLanes;
-  const int64_t first = int64_t{tile} * 32 + row_lane;
+  const int lane = threadIdx.x % 32, row_lane = lane / kLanes;
+  const int64_t first = first_row + row_lane;
   const int chunks = p.D / kVec<T>;
   const int64_t offset = lane % kLanes * kVec<T>;
   const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_stride.b + h * p.grad_stride.h +
@@ -72,27 +63,35 @@ __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams
     }
   }
 
-  const int64_t i = first + lane % kLanes * kRows;
-  if (i < p.N) {
-    if (p.grad_lse != nullptr) {
-      mine -= p.grad_lse[b * p.lse_stride.b + h * p.lse_stride.h + i * p.lse_stride.l];
-    }
-    p.delta[(int64_t{b} * p.H + h) * p.N + i] = mine;
+  mine = __shfl_sync(kFullWarp, mine, lane / kRows + lane % kRows * kLanes);  // of row lane
+  const int64_t i = first_row + lane;
+  if (i >= p.N) return 0.f;
+  if (p.grad_lse != nullptr) {
+    mine -= p.grad_lse[b * p.lse_stride.b + h * p.lse_stride.h + i * p.lse_stride.l];
   }
+  p.delta[(int64_t{b} * p.H + h) * p.N + i] = mine;
+  return mine;
 }
 
-// One warp per query block: M = min lse over rows that have weight (lse > -inf), then the sums of
-// dO and delta weighted by exp(M - lse), at most 1 each.
+// One warp per 32 rows of a head; neighbouring warps take neighbouring heads, which lie side by
+// side in memory when the tensors come from a (B, N, H, D) layout.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
-  const int lane = threadIdx.x % 32;
+__global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams p) {
+  const int tiles = static_cast<int>((p.N + 31) / 32);
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
-  const int x = static_cast<int>(unit) % p.nq;
-  const int head = static_cast<int>(unit) / p.nq;
-  const int h = head % p.H;
-  const int b = head / p.H;
-  const int64_t first = int64_t{x} * p.block;
+  if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
+  const int h = static_cast<int>(unit) % p.H;
+  const int tile = static_cast<int>(unit) / p.H % tiles;
+  row_delta<T, kLanes>(p, static_cast<int>(unit) / p.H / tiles, h, int64_t{tile} * 32);
+}
+
+// Of one query block, by one warp: M = min lse over rows that have weight (lse > -inf), then the
+// sums of dO and delta weighted by exp(M - lse), at most 1 each. delta(g): that of row 32 g + lane.
+template <typename T, int kLanes, typename Delta>
+__device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit, int b, int h, int x,
+                                          const Delta& delta_of) {
+  const int lane = threadIdx.x % 32;
+  const int64_t head = int64_t{b} * p.H + h, first = int64_t{x} * p.block;
 
   uint32_t live[kBlockWords];
   float weight[kBlockWords];  // of row 32 g + lane; holds lse until the minimum is known
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockR
   for (int g = 0; g < kBlockWords; ++g) {
     const bool mine = live[g] >> lane & 1;
     weight[g] = mine ? expf(lowest - weight[g]) : 0.f;
-    if (mine) delta += weight[g] * p.delta[head * p.N + first + g * 32 + lane];
+    if (mine) delta += weight[g] * delta_of(g);
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
@@ -139,6 +138,32 @@ __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockR
       store_floats(p.block_grad + unit * p.D + chunk * kVec<T>, sum);
     }
   }
+}
+
+// One warp per query block.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
+  const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
+  const float* delta = p.delta + int64_t{head} * p.N + int64_t{x} * p.block + threadIdx.x % 32;
+  sum_block<T, kLanes>(p, unit, head / p.H, head % p.H, x, [&](int g) { return delta[32 * g]; });
+}
+
+// Both for one query block: the second reading of dO comes out of the cache.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kWarps * 32, 4)
+    delta_and_block_rows_kernel(const DeltaParams d, const BlockRowsParams p) {
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
+  const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
+  const int b = head / p.H, h = head % p.H;
+  float delta[kBlockWords];
+#pragma unroll
+  for (int g = 0; g < kBlockWords; ++g) {
+    if (32 * g < p.block) delta[g] = row_delta<T, kLanes>(d, b, h, int64_t{x} * p.block + 32 * g);
+  }
+  sum_block<T, kLanes>(p, unit, b, h, x, [&](int g) { return delta[g]; });
 }
 
 __global__ void __launch_bounds__(256) lse_to_log2_kernel(const float* lse, float* lse2, int64_t n) {
@@ -172,6 +197,19 @@ struct LaunchBlockRows {
   }
 };
 
+struct LaunchDeltaAndBlockRows {
+  const DeltaParams& d;
+  const BlockRowsParams& p;
+  cudaStream_t stream;
+
+  template <typename T, int kLanes>
+  cudaError_t operator()() const {
+    const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
+    delta_and_block_rows_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(d, p);
+    return cudaGetLastError();
+  }
+};
+
 }  // namespace
 
 cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream) {
@@ -181,6 +219,11 @@ cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t s
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {
   return dispatch_rows(params.dtype, params.D, LaunchDelta{params, stream});
+}
+
+cudaError_t delta_and_block_rows_backward(const DeltaParams& d, const BlockRowsParams& p,
+                                          cudaStream_t stream) {
+  return dispatch_rows(p.dtype, p.D, LaunchDeltaAndBlockRows{d, p, stream});
 }
 
 cudaError_t block_rows_backward(const BlockRowsParams& params, cudaStream_t stream) {

@@ -25,6 +25,7 @@ struct Term {
   const Inputs& in;
   const PooledInputs& pooled;
   const Options& o;
+  Tensor key_mean, value_mean;  // [B, Hk, nk, D] float32, rows 16-byte aligned
   Dtype dtype;
   bool tf32;
   int B, H, Hk, N, M, D, dim, nk, unit_causal, block_shift;
@@ -34,6 +35,8 @@ struct Term {
         in(in),
         pooled(pooled),
         o(o),
+        key_mean(with_aligned_rows(pooled.key)),
+        value_mean(with_aligned_rows(pooled.value)),
         dtype(dtype_of(in.query)),
         tf32(at::globalContext().allowTF32CuBLAS()),
         B(to_int(in.query.size(0))),
@@ -42,7 +45,10 @@ struct Term {
         N(to_int(in.query.size(2))),
         M(to_int(in.key.size(2))),
         D(to_int(in.query.size(3))),
-        dim(D <= 32 ? 32 : D <= 64 ? 64 : D <= 128 ? 128 : 256),
+        dim(D <= 32    ? 32
+            : D <= 64  ? 64
+            : D <= 128 ? 128
+                       : 256),
         nk(to_int(pooled.key.size(2))),
         unit_causal(to_int(std::max(o.block_q, o.block_k))),
         block_shift(0) {
@@ -132,8 +138,8 @@ struct Term {
     p.y = in.value.const_data_ptr();
     p.x_strides = strides_of(in.key);
     p.y_strides = strides_of(in.value);
-    p.x_mean = pooled.key.const_data_ptr<float>();
-    p.y_mean = pooled.value.const_data_ptr<float>();
+    p.x_mean = key_mean.const_data_ptr<float>();
+    p.y_mean = value_mean.const_data_ptr<float>();
     p.mask = mask();
     return matrices(p, false);
   }
@@ -232,8 +238,8 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   p.v = in.value.const_data_ptr();
   p.k_strides = strides_of(in.key);
   p.v_strides = strides_of(in.value);
-  p.k_mean = pooled.key.const_data_ptr<float>();
-  p.v_mean = pooled.value.const_data_ptr<float>();
+  p.k_mean = term.key_mean.const_data_ptr<float>();
+  p.v_mean = term.value_mean.const_data_ptr<float>();
   p.mask = term.mask();
   p.nk = term.nk;
   p.block_shift = term.block_shift;

@@ -4,9 +4,9 @@
 //   backward   gram (moments)  ->  sum  ->  rows  ->  gram (weighted)  ->  sum  ->  keys
 //
 // A unit is a run of rows with the same matrices: the whole head, or under causal as many rows as
-// the larger block. `dim` is D padded to 32, 64, 128 or 256; matrices are padded with zeros. Matrices
-// come in pairs: C and Sigma, or dC and dSigma. Their type is that of the operands of a matrix
-// product: bfloat16 for bfloat16, float for the rest.
+// the larger block. `dim` is D padded to 32, 64, 128 or 256; matrices are padded with zeros.
+// Matrices come in pairs: C and Sigma, or dC and dSigma. Their type is that of the operands of a
+// matrix product: bfloat16 for bfloat16, float for the rest.
 #pragma once
 
 #include "types.h"
@@ -21,8 +21,8 @@ struct Order1Gram {
   bool weighted, tf32;
   int B, heads, group;  // heads of the sums; `group` heads of the inputs are summed for each
   int L, D, dim;
-  int unit, units;      // rows of a unit, units
-  int steps, chunks;    // steps of order1_step_rows rows in a chunk, chunks of a unit
+  int unit, units;    // rows of a unit, units
+  int steps, chunks;  // steps of order1_step_rows rows in a chunk, chunks of a unit
 
   const void *x, *y;  // [B, heads * group, L, D] T: k and v, or q and dO
   Strides x_strides, y_strides;
@@ -74,10 +74,10 @@ struct Order1Rows : Order1Products {
 
   const void* grad_out;  // backward: [B, H, N, D] T
   Strides grad_out_strides;
-  const float* delta;        // [B, H, N]
-  float* coarse_delta;       // [B, H, N]: delta - gamma u.dO
+  const float* delta;          // [B, H, N]
+  float* coarse_delta;         // [B, H, N]: delta - gamma u.dO
   float *weight_c, *weight_s;  // [B, H, N]: the weights of the weighted gram
-  void* grad_q;              // [B, H, N, D] T, contiguous
+  void* grad_q;                // [B, H, N, D] T, contiguous
 };
 
 struct Order1Keys : Order1Products {
@@ -86,7 +86,7 @@ struct Order1Keys : Order1Products {
   const float *k_mean, *v_mean;  // [B, Hk, nk, D]
   const uint8_t* mask;           // [B, M] or null
   int nk, block_shift;           // log2 of block_k
-  void *grad_k, *grad_v;  // [B, Hk, M, D] T, contiguous
+  void *grad_k, *grad_v;         // [B, Hk, M, D] T, contiguous
 };
 
 // How a launch fits a device; dim is padded.

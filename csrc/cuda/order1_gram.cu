@@ -21,8 +21,8 @@ struct Tile {
   static constexpr int kPer = kRows * kPieces / kThreads;  // consecutive rows of a thread
   // Two warps along m, the others along n or, in a pair, along the matrices.
   static constexpr int kNWarps = kThreads / 64;
-  static constexpr int kMTiles = kCols / 32;                              // of 16 rows
-  static constexpr int kNTiles = kCols / 8 / (kPair ? 1 : kNWarps);       // of 8 columns
+  static constexpr int kMTiles = kCols / 32;                         // of 16 rows
+  static constexpr int kNTiles = kCols / 8 / (kPair ? 1 : kNWarps);  // of 8 columns
   static constexpr int kLead = kLd<S, kCols>;
   static_assert(kPer >= 1 && 16 % kPer == 0);  // rows of a thread lie in one key block
 };
@@ -185,8 +185,7 @@ __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin
   for (int i = 0; i < G::kMTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t at =
-          (matrix * p.dim + m0 + m + 16 * i + 8 * half + g) * p.dim + n0 + n + 2 * t;
+      const int64_t at = (matrix * p.dim + m0 + m + 16 * i + 8 * half + g) * p.dim + n0 + n + 2 * t;
 #pragma unroll
       for (int j = 0; j < G::kNTiles; ++j) {
         const float u = c[i][j][2 * half], w = c[i][j][2 * half + 1];

@@ -1,6 +1,6 @@
-// Rows times the D x D matrices of their unit: what the rows and the keys kernel share. A warp takes
-// 16 rows at a time through its own tile in shared memory; the CTA shares the matrices, which stay
-// there whole where they fit and else come panel by panel.
+// Rows times the D x D matrices of their unit: what the rows and the keys kernel share. A warp
+// takes 16 rows at a time through its own tile in shared memory; the CTA shares the matrices, which
+// stay there whole where they fit and else come panel by panel.
 #pragma once
 
 #include "order1.cuh"
@@ -16,8 +16,9 @@ struct Product {
   static constexpr int kTiles = kPanel / 8;
   static constexpr int kTile = 16 * kLd<S, DP>;  // rows of a warp
   static constexpr int kRowPanel = kPanel * kLd<S, DP>, kColumnPanel = DP * kLd<S, kPanel>;
-  static constexpr int kMatrices =
-      kResident ? 2 * kMatrix : kRowPanel > kColumnPanel ? kRowPanel : kColumnPanel;
+  static constexpr int kMatrices = kResident                  ? 2 * kMatrix
+                                   : kRowPanel > kColumnPanel ? kRowPanel
+                                                              : kColumnPanel;
 
   // Bytes of shared memory for `warps` with `tiles` tiles each, and the most warps that fit.
   static constexpr size_t bytes(int warps, int tiles) {

@@ -20,7 +20,7 @@ __device__ __forceinline__ void add(float4& sum, const float4& v, float factor =
 
 // One unit a head: lane l sums chunks l, l + 8, ...; then the lanes are summed in order.
 template <typename S>
-__global__ void __launch_bounds__(kColumns * kLanes) total_kernel(const Order1Sum p) {
+__global__ void __launch_bounds__(kColumns* kLanes) total_kernel(const Order1Sum p) {
   __shared__ float4 partial[kLanes][kColumns];
   __shared__ int scratch[32];
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kColumns

@@ -10,8 +10,8 @@
 namespace mra::cuda {
 namespace {
 
-template <int kRows>
-__global__ void __launch_bounds__(kScoreThreads, kRows == 32 ? 1 : 2)
+template <int kRows, int kTileCols>
+__global__ void __launch_bounds__(kScoreThreads, (kScoreBlocks<kRows, kTileCols>))
     global_scores_kernel(const PlanParams p, uint32_t* map) {
   extern __shared__ __align__(16) float smem[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kScoreThreads, kRows == 32 ? 1 : 2)
   const int head = static_cast<int>(blockIdx.x) / row_tiles;
   const int x0 = static_cast<int>(blockIdx.x) % row_tiles * kRows;
   uint32_t* keys = map + (int64_t{head} * p.nq + x0) * p.nk;
-  const int written = score_rows<kRows>(p, head / p.H, head % p.H, x0, smem, keys, p.nk, p.nk);
+  const int written = score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, p.nk, p.nk);
   __syncthreads();
 
   for (int r = warp; r < kRows && x0 + r < p.nq; r += kScoreWarps) {
@@ -274,10 +274,10 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
-template <int kRows>
-cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t stream) {
-  const auto kernel = global_scores_kernel<kRows>;
-  const int smem = score_floats(kRows, p.D) * static_cast<int>(sizeof(float));
+template <int kRows, int kTileCols>
+cudaError_t launch_scores_of(const PlanParams& p, uint32_t* map, cudaStream_t stream) {
+  const auto kernel = global_scores_kernel<kRows, kTileCols>;
+  const int smem = score_floats(kRows, p.D, kTileCols) * static_cast<int>(sizeof(float));
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
   if (error != cudaSuccess) return error;
@@ -286,12 +286,18 @@ cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t strea
   return cudaGetLastError();
 }
 
+template <int kTileCols>
+cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t stream) {
+  if (p.nq <= 8) return launch_scores_of<8, kTileCols>(p, map, stream);
+  if (p.nq <= 16) return launch_scores_of<16, kTileCols>(p, map, stream);
+  return launch_scores_of<32, kTileCols>(p, map, stream);
+}
+
 }  // namespace
 
 cudaError_t plan_global(const PlanParams& p, int64_t budget, uint32_t* map, cudaStream_t stream) {
-  const cudaError_t error = p.nq <= 8    ? launch_scores<8>(p, map, stream)
-                            : p.nq <= 16 ? launch_scores<16>(p, map, stream)
-                                         : launch_scores<32>(p, map, stream);
+  const cudaError_t error =
+      tile_cols(p.nk) == 128 ? launch_scores<128>(p, map, stream) : launch_scores<256>(p, map, stream);
   if (error != cudaSuccess) return error;
 
   const int64_t size = int64_t{p.nq} * p.nk;

@@ -111,12 +111,12 @@ __device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* 
   return min(at, p.row_capacity);
 }
 
-template <int kRows, bool kWorkspace>
-__global__ void __launch_bounds__(kScoreThreads, kRows == 32 ? 1 : 2)
+template <int kRows, int kTileCols, bool kWorkspace>
+__global__ void __launch_bounds__(kScoreThreads, (kScoreBlocks<kRows, kTileCols>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
   extern __shared__ __align__(16) float smem[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(smem + score_floats(kRows, p.D));
+  uint32_t* keys = reinterpret_cast<uint32_t*>(smem + score_floats(kRows, p.D, kTileCols));
   if constexpr (kWorkspace) keys = workspace + int64_t{blockIdx.x} * kRows * pitch;
 
   const int row_tiles = (p.nq + kRows - 1) / kRows;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kScoreThreads, kRows == 32 ? 1 : 2)
     const int head = tile / row_tiles;
     // Later query blocks see more under causality: they go first.
     const int x0 = (row_tiles - 1 - tile % row_tiles) * kRows;
-    const int written = score_rows<kRows>(p, head / p.H, head % p.H, x0, smem, keys, pitch, pitch);
+    const int written = score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, pitch, pitch);
     __syncthreads();
 
     for (int r = warp; r < kRows && x0 + r < p.nq; r += kScoreWarps) {
@@ -155,11 +155,11 @@ __global__ void __launch_bounds__(kScoreThreads, kRows == 32 ? 1 : 2)
   }
 }
 
-template <int kRows, bool kWorkspace>
+template <int kRows, int kTileCols, bool kWorkspace>
 cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* workspace,
                        cudaStream_t stream) {
-  const auto kernel = plan_row_kernel<kRows, kWorkspace>;
-  const int words = score_floats(kRows, p.D) + (kWorkspace ? 0 : kRows * config.pitch);
+  const auto kernel = plan_row_kernel<kRows, kTileCols, kWorkspace>;
+  const int words = score_floats(kRows, p.D, kTileCols) + (kWorkspace ? 0 : kRows * config.pitch);
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, words * static_cast<int>(sizeof(float)));
   if (error != cudaSuccess) return error;
@@ -179,7 +179,7 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   config.pitch = (p.nk + 31) / 32 * 32;
   const auto tiles = [&](int rows) { return p.B * p.H * ((p.nq + rows - 1) / rows); };
   for (int rows = 32; rows >= 8; rows /= 2) {
-    const int64_t words = score_floats(rows, p.D) + int64_t{rows} * config.pitch;
+    const int64_t words = score_floats(rows, p.D, tile_cols(p.nk)) + int64_t{rows} * config.pitch;
     if (words * 4 > device.max_smem) continue;
     config.rows = rows;
     config.ctas = tiles(rows);
@@ -195,16 +195,20 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
 cudaError_t plan_row(const PlanParams& params, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream) {
   if (config.in_workspace) {
-    return config.rows == 16 ? launch_row<16, true>(params, config, workspace, stream)
-                             : launch_row<32, true>(params, config, workspace, stream);
+    return config.rows == 16 ? launch_row<16, 256, true>(params, config, workspace, stream)
+                             : launch_row<32, 256, true>(params, config, workspace, stream);
   }
+  const bool narrow = tile_cols(params.nk) == 128;
   switch (config.rows) {
     case 8:
-      return launch_row<8, false>(params, config, workspace, stream);
+      return narrow ? launch_row<8, 128, false>(params, config, workspace, stream)
+                    : launch_row<8, 256, false>(params, config, workspace, stream);
     case 16:
-      return launch_row<16, false>(params, config, workspace, stream);
+      return narrow ? launch_row<16, 128, false>(params, config, workspace, stream)
+                    : launch_row<16, 256, false>(params, config, workspace, stream);
     default:
-      return launch_row<32, false>(params, config, workspace, stream);
+      return narrow ? launch_row<32, 128, false>(params, config, workspace, stream)
+                    : launch_row<32, 256, false>(params, config, workspace, stream);
   }
 }
 

@@ -1,7 +1,7 @@
 // Scores of pairs of blocks, L = scale * q_mean . k_mean, in float32, as keys.
 //
-// One block of kScoreThreads threads makes kRows query blocks (kRows / 4 a warp) against tiles of
-// kTileCols key blocks. The pooled queries stay in shared memory; the pooled keys come through a
+// One block of kScoreThreads threads makes kRows query blocks against tiles of 128 key blocks (all
+// warps share out the rows) or 256 (half of them each half). The pooled queries stay in shared memory; the pooled keys come through a
 // ring of two stages of kDepth dimensions by cp.async.
 #pragma once
 
@@ -11,16 +11,20 @@ namespace mra::cuda {
 
 constexpr int kScoreThreads = 256;
 constexpr int kScoreWarps = kScoreThreads / 32;
-constexpr int kTileCols = 256;
 constexpr int kDepth = 16;
+// Blocks of threads a multiprocessor that the registers of a kernel leave room for.
+template <int kRows, int kTileCols>
+inline constexpr int kScoreBlocks = kTileCols == 128 || kRows < 32 ? 2 : 1;
 // 4 times an odd number: eight lanes that read 16 bytes of eight rows hit all 32 banks.
 constexpr int kKeyPitch = 20;
-constexpr int kStageFloats = kTileCols * kKeyPitch;
+
+// Key blocks a tile: more where there are more.
+__host__ __device__ constexpr int tile_cols(int nk) { return nk <= 128 ? 128 : 256; }
 
 // Floats of shared memory for the pooled queries and the ring.
 __host__ __device__ constexpr int query_pitch(int D) { return (D + kDepth - 1) / kDepth * kDepth; }
-__host__ __device__ constexpr int score_floats(int rows, int D) {
-  return rows * query_pitch(D) + 2 * kStageFloats;
+__host__ __device__ constexpr int score_floats(int rows, int D, int tile_cols) {
+  return rows * query_pitch(D) + 2 * tile_cols * kKeyPitch;
 }
 
 // 16 bytes from global to shared memory, or zeros.
@@ -67,13 +71,13 @@ __device__ __forceinline__ void score_stage(const float* q, int q_pitch, const f
 // most `width`) to keys[r * pitch + y]; pairs that do not exist get kAbsent. What the rest of
 // those rows would hold does not exist either. Rows from nq on are left alone.
 // Ends without a barrier after the last write.
-template <int kRows>
+template <int kRows, int kTileCols>
 __device__ int score_rows(const PlanParams& p, int b, int h, int x0, float* smem, uint32_t* keys,
                           int64_t pitch, int width) {
-  constexpr int kRowTile = kRows / 4;
+  constexpr int kRowWarps = 8 / (kTileCols / 128), kRowTile = kRows / kRowWarps;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int row = warp % 4 * kRowTile;    // first of this thread's rows
-  const int col = warp / 4 * 128 + lane;  // first of its columns, in steps of 32
+  const int row = warp % kRowWarps * kRowTile;    // first of this thread's rows
+  const int col = warp / kRowWarps * 128 + lane;  // first of its columns, in steps of 32
   const int q_pitch = query_pitch(p.D);
   float* q_smem = smem;                    // [kRows][q_pitch]
   float* k_smem = smem + kRows * q_pitch;  // [2][kTileCols][kKeyPitch]
@@ -87,7 +91,7 @@ __device__ int score_rows(const PlanParams& p, int b, int h, int x0, float* smem
   const int stages = (cols + kTileCols - 1) / kTileCols * depths;
 
   const auto load_keys = [&](int stage) {
-    float* to = k_smem + stage % 2 * kStageFloats;
+    float* to = k_smem + stage % 2 * kTileCols * kKeyPitch;
     const int y0 = stage / depths * kTileCols, d0 = stage % depths * kDepth;
 #pragma unroll
     for (int i = 0; i < kTileCols * kDepth / 4 / kScoreThreads; ++i) {
@@ -129,7 +133,7 @@ __device__ int score_rows(const PlanParams& p, int b, int h, int x0, float* smem
       }
     }
     const float* q = q_smem + row * q_pitch + depth * kDepth;
-    const float* k = k_smem + stage % 2 * kStageFloats + col * kKeyPitch;
+    const float* k = k_smem + stage % 2 * kTileCols * kKeyPitch + col * kKeyPitch;
     const int left = cols - y0 - (col - lane);  // columns that this warp has in the tile
     if (left > 64) {
       score_stage<kRowTile, 4>(q, q_pitch, k, acc);

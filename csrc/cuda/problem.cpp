@@ -73,8 +73,10 @@ void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Optio
 
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
-  const int64_t wanted = ceil_div(4 * launch.device.sms, std::max<int64_t>(1, tiles));
-  p.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, ceil_div(p.rows, 64)));
+  // One wave of what the kernel's registers allow a multiprocessor.
+  const int64_t slots = (dtype == Dtype::f32 || p.D > 64 ? 2 : 3) * launch.device.sms;
+  p.splits = static_cast<int>(
+      std::clamp<int64_t>(slots / std::max<int64_t>(1, tiles), 1, ceil_div(p.rows, 64)));
   const auto acc = like.options().dtype(at::kFloat);
   const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
   const Tensor shares = at::empty({2, p.B, p.Hk, p.nk, p.D}, acc);

@@ -10,6 +10,9 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
 BlockList transpose(const BlockList& rows, int64_t nk);
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
 BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta, int64_t block_q);
+std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const Tensor& out,
+                                                  const Tensor& grad_lse, const Tensor& lse,
+                                                  int64_t block_q);
 void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, const Options& o);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o);
@@ -25,6 +28,7 @@ const Stages& cuda_stages() {
                              cuda::fine_backward,
                              cuda::delta,
                              cuda::block_rows,
+                             cuda::delta_and_block_rows,
                              cuda::order1,
                              cuda::order1_backward};
   return stages;

@@ -97,16 +97,21 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     softmax.sum[half] = 0.f;
   }
   const int64_t list = head * p.row_lists.lists + first_row / p.list_rows;
-  const bool state = p.state_lse != nullptr && p.state_lse[list] != -INFINITY;
-  if (state) {
-    softmax.max[0] = softmax.max[1] = p.state_lse[list] * kLog2e;
-    softmax.sum[0] = softmax.sum[1] = t == 0 ? 1.f : 0.f;
+  // The mean is zero where the state is empty: one wait for both.
+  if (p.state_lse != nullptr) {
+    const float lse = p.state_lse[list];
+    if (lse != -INFINITY) {
+      softmax.max[0] = softmax.max[1] = lse * kLog2e;
+      softmax.sum[0] = softmax.sum[1] = t == 0 ? 1.f : 0.f;
+    }
   }
 #pragma unroll
   for (int n = 0; n < DP / 8; ++n) {
     const int d = 8 * n + 2 * t;
     float2 u = make_float2(0.f, 0.f);
-    if (state && d < p.D) u = *reinterpret_cast<const float2*>(p.state_mean + list * p.D + d);
+    if (p.state_lse != nullptr && d < p.D) {
+      u = *reinterpret_cast<const float2*>(p.state_mean + list * p.D + d);
+    }
     softmax.acc[n][0] = softmax.acc[n][2] = u.x;
     softmax.acc[n][1] = softmax.acc[n][3] = u.y;
   }

@@ -36,6 +36,9 @@ struct RowStream {
   int first_tile, last_tile;  // kPooled: tiles of this split
   Place ahead;                // the next tile to look up
   int entry, entry_head, entry_tile;  // looked up: list entry of granule threadIdx.x
+  int base_head;                      // the head that these are of:
+  const T *q, *grad;
+  const float *lse, *delta;
   // kPooled: the cursor of pooled key threadIdx.x
   const int *cursor, *cursor_end;
   int cursor_head, next;
@@ -58,7 +61,7 @@ struct RowStream {
     heads = granules + 4 * kGranules;
     const int group = p.H / p.Hk;
     end_head = (hk + 1) * group;
-    cursor_head = -1;
+    cursor_head = base_head = -1;
     ahead = place(hk * group);
     look_up();
     find_granules(0);
@@ -130,8 +133,14 @@ struct RowStream {
   __device__ void fetch(int step) {
     const int h = heads[step % 4], buffer = step % 2;
     const int* first = granules + step % 4 * kGranules;
-    const T* q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
-    const T* grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + h * p.grad_out_strides.h;
+    if (h != base_head) {
+      base_head = h;
+      q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
+      grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + h * p.grad_out_strides.h;
+      const int64_t head = (static_cast<int64_t>(b) * p.H + h) * p.rows;
+      lse = p.lse2 + head;
+      delta = (kPooled ? p.pooled_delta : p.delta) + head;
+    }
     const int warp = warp_index();
 #pragma unroll
     for (int n = 0; n < 2 * kGranules; n += kWarps) {
@@ -144,13 +153,11 @@ struct RowStream {
       const int i = first[job % kGranules];
       copy_sixteen<T, DP>(to, from, stride, i, i < 0 ? 0 : p.rows - i, p.D, p.q);
     }
-    const int64_t head = (static_cast<int64_t>(b) * p.H + h) * p.rows;
-    const float* delta = kPooled ? p.pooled_delta : p.delta;
     for (int r = threadIdx.x; r < kRows; r += 32 * kWarps) {
       const int f = first[r / 16], i = f + r % 16;
       const bool valid = f >= 0 && i < p.rows;
-      copy_4_bytes(lses + buffer * kRows + r, p.lse2 + (valid ? head + i : 0), valid);
-      copy_4_bytes(deltas + buffer * kRows + r, delta + (valid ? head + i : 0), valid);
+      copy_4_bytes(lses + buffer * kRows + r, lse + (valid ? i : 0), valid);
+      copy_4_bytes(deltas + buffer * kRows + r, delta + (valid ? i : 0), valid);
     }
     if (kPooled && static_cast<int>(threadIdx.x) < keys) {
       masks[buffer * keys + threadIdx.x] = own_mask(h, first[0]);
