@@ -84,13 +84,16 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_colu
 
   float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {};
   // Turn -1 only fetches the first tile.
+  bool left = true;
 #pragma unroll 1
-  for (int step = -1; step < 0 || rows.exists(step); ++step) {
+  for (int step = -1; left; ++step) {
     if (step >= 0) {
       wait_for_copies();
       __syncthreads();
     }
-    rows.fetch_ahead(step + 1);
+    left = rows.more();
+    if (left) rows.fetch((step + 1) % 2);
+    commit_copies();
     if (step < 0) continue;
     const int buffer = step % 2;
 
@@ -129,7 +132,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_colu
         }
       }
     } else if (p.causal) {
-      const int* first = rows.granules + step % 4 * rows.kGranules;
+      const int* first = rows.granules + buffer * rows.kGranules;
 #pragma unroll
       for (int n = 0; n < kRows / 8; ++n) {
         const int i = first[n / 2] + n % 2 * 8 + 2 * t, j = first_key + key + g;

@@ -86,7 +86,7 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>)) backward_rows_kerne
       multiply_nt<T, DP>(ds, grad_out, row, v, kLdT, p.tf32);
     }
     float scale = p.scale * kLog2e;
-    if (!keys.plain(tile)) {
+    if (!keys.plain) {
       keys.to_logits(s, tile, row, scale);
       scale = 1.f;
     }

@@ -143,7 +143,7 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     if constexpr (kKeepRows) multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
     else multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
     float scale = p.scale * kLog2e;
-    if (!keys.plain(tile)) {
+    if (!keys.plain) {
       keys.to_logits(s, tile, row, scale);
       scale = 1.f;
     }

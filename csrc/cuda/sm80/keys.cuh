@@ -28,8 +28,7 @@ struct KeyStream {
   T* k_tiles;         // [2][kKeys][kLdK]
   T* v_tiles;         // [2][kKeys][kLdK]
   float* biases;      // [2][kKeys]
-  int* granules;      // [4][kGranules]: first key of each granule of a tile, -1: none
-  int* plains;        // [4]
+  int* granules;      // [2][kGranules]: first key of each granule, -1: none (tiles that aren't plain)
   uint2* row_masks;   // [2][rows of the tile]: keys of the tile that row r doesn't see (own lists only)
   uint32_t* bitmap;   // [ceil(nk / 32)]: selected key blocks (shared list only)
 
@@ -37,14 +36,18 @@ struct KeyStream {
   const T *k, *v, *pooled_k, *pooled_v;
   const int* list;
   int list_count, pooled_blocks, pooled_tiles, tiles;
-  int entry;  // of granule threadIdx.x of the next tile to publish
+  // The window of 32 granules that is being fetched, the same in every warp: this lane's granule.
+  int window, granule;  // granule: its first key, -1: none
+  unsigned whole;       // bit i: granule i is complete, and seen by every row
+  int entry;            // list entry of this lane's granule of the next window, asked for early
+  bool plain_fetched, plain;  // of the tile fetched last, of the tile whose turn it is
   // own lists: the cursor of row threadIdx.x
   const int *cursor, *cursor_end;
   int next, visible;
 
   static size_t shared_bytes(const Problem& p) {
     size_t bytes =
-        sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 4 * (kGranules + 1);
+        sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 2 * kGranules;
     if (p.pooled_k == nullptr) return bytes;
     return bytes + (p.list_rows == 1 ? sizeof(uint2) * 32 * kWarps : sizeof(uint32_t) * ((p.nk + 31) / 32));
   }
@@ -60,7 +63,6 @@ struct KeyStream {
     uint32_t* end = bitmap;
     if (pooled) end += own_lists ? 64 * kWarps : (p.nk + 31) / 32;
     granules = reinterpret_cast<int*>(end);
-    plains = granules + 4 * kGranules;
 
     k = static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h;
     v = static_cast<const T*>(p.v) + b * p.v_strides.b + hk * p.v_strides.h;
@@ -80,8 +82,9 @@ struct KeyStream {
     const int64_t keys = p.exact ? static_cast<int64_t>(list_count) * p.block_k : 0;
     tiles = pooled_tiles + static_cast<int>((keys + kKeys - 1) / kKeys);
 
-    const int first_entry = entry_of(0);
-    entry = entry_of(1);
+    window = -1;
+    plain_fetched = plain = false;
+    entry = entry_of(0);
     if (pooled && own_lists) {
       cursor = cursor_end = nullptr;
       next = INT_MAX;
@@ -101,8 +104,7 @@ struct KeyStream {
         if (y < static_cast<unsigned>(p.nk)) atomicOr(bitmap + y / 32, 1u << y % 32);
       }
     }
-    publish(0, first_entry);
-    __syncthreads();
+    if (pooled) __syncthreads();
   }
 
   __device__ int seen_blocks(int x) const {
@@ -114,48 +116,45 @@ struct KeyStream {
     next = cursor < cursor_end ? *cursor++ : INT_MAX;
   }
 
-  // The list entry that granule threadIdx.x of a tile lies in, -1: none.
-  __device__ int entry_of(int tile) const {
-    if (threadIdx.x >= kGranules || tile < pooled_tiles || tile >= tiles) return -1;
-    const int i = ((tile - pooled_tiles) * kKeys + 16 * threadIdx.x) >> p.log2_block_k;
-    return i < list_count ? list[i] : -1;
+  // The list entry that this lane's granule of a window lies in, -1: none.
+  __device__ int entry_of(int window) const {
+    const int i = (32 * window + static_cast<int>(threadIdx.x % 32)) * 16 >> p.log2_block_k;
+    return p.exact && i < list_count ? list[i] : -1;
   }
 
-  // Tells all threads where the granules of a tile are: a tile ahead of its fetch, with an entry
-  // that was asked for another tile before, so that nobody waits for it.
-  __device__ void publish(int tile, int y) {
-    if (threadIdx.x >= 32 || tile < pooled_tiles || tile >= tiles) return;
-    const int i = threadIdx.x;
-    int first = -1;
-    bool whole = true;
-    if (i < kGranules) {
-      const int at = (tile - pooled_tiles) * kKeys + 16 * i;
-      if (static_cast<unsigned>(y) < static_cast<unsigned>(p.nk)) {
-        const int key = (y << p.log2_block_k) + (at & (p.block_k - 1));
-        first = key < p.M ? key : -1;
-      }
-      granules[tile % 4 * kGranules + i] = first;
-      whole = first >= 0 && first + 16 <= p.M && !(p.causal && first + 15 > first_row);
+  __device__ void open_window() {
+    ++window;
+    const int y = entry;
+    entry = entry_of(window + 1);
+    granule = -1;
+    if (static_cast<unsigned>(y) < static_cast<unsigned>(p.nk)) {
+      const int at = static_cast<int>(threadIdx.x % 32) * 16;  // windows are multiples of a block
+      const int key = (y << p.log2_block_k) + (at & (p.block_k - 1));
+      if (key < p.M) granule = key;
     }
-    whole = __all_sync(0xffffffffu, whole);
-    if (i == 0) plains[tile % 4] = whole && p.key_mask == nullptr && p.scale > 0.f;
+    whole = __ballot_sync(0xffffffffu, granule >= 0 && granule + 16 <= p.M &&
+                                           !(p.causal && granule + 15 > first_row));
   }
 
-  __device__ bool plain(int tile) const { return tile >= pooled_tiles && plains[tile % 4]; }
-
-  // Starts the copies of a tile and writes its biases: call with granules of it found and seen by
-  // all threads, and its buffer no longer read.
-  __device__ __forceinline__ void fetch(int tile) {
-    if (plain(tile) && p.D == DP) fetch_plain(tile);
-    else fetch_any(tile);
-    commit_copies();
+  // First key of granule i of the tile being fetched; called by whole warps.
+  __device__ int first_of(int tile, int i) const {
+    return __shfl_sync(0xffffffffu, granule, ((tile - pooled_tiles) * kGranules + i) % 32);
   }
 
-  // Starts the copies of a tile, if there is one, and looks up the next.
+  // Starts the copies of a tile, if there is one: in the turn of the tile before it (or before the
+  // first), with that one's keys seen by all threads and those of the one before no longer read.
   __device__ __forceinline__ void ahead(int tile) {
-    if (tile < tiles) fetch(tile);
-    publish(tile + 1, entry);
-    entry = entry_of(tile + 2);
+    plain = plain_fetched;
+    plain_fetched = false;
+    if (tile >= pooled_tiles && tile < tiles) {
+      const int g = (tile - pooled_tiles) * kGranules % 32;
+      if (g == 0) open_window();
+      constexpr unsigned kAll = (1u << kGranules) - 1;
+      plain_fetched = (whole >> g & kAll) == kAll && p.key_mask == nullptr && p.scale > 0.f;
+    }
+    if (plain_fetched && p.D == DP) fetch_plain(tile);
+    else if (tile < tiles) fetch_any(tile);
+    commit_copies();
   }
 
   // Calls copy(granule, of the values) for this warp's share of a tile.
@@ -171,18 +170,16 @@ struct KeyStream {
   }
 
   __device__ __forceinline__ void fetch_plain(int tile) {
-    const int* first = granules + tile % 4 * kGranules;
     const int buffer = tile % 2 * kTile;
     share([&](int i, bool values) {
       SixteenRows<T, DP>::copy((values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK, values ? v : k,
-                               static_cast<int>(values ? p.v_strides.l : p.k_strides.l), first[i]);
+                               static_cast<int>(values ? p.v_strides.l : p.k_strides.l), first_of(tile, i));
     });
   }
 
   __device__ void fetch_any(int tile) {
     constexpr int kThreads = 32 * kWarps, kEach = (kKeys + kThreads - 1) / kThreads;
     const bool pooled = tile < pooled_tiles;
-    const int* first = granules + tile % 4 * kGranules;
     // Counts or mask first: they arrive while the copies are started.
     int count[kEach];
 #pragma unroll
@@ -191,7 +188,7 @@ struct KeyStream {
     const int buffer = tile % 2 * kTile;
     share([&](int i, bool values) {
       T* to = (values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK;
-      const int y = tile * kKeys + 16 * i, j = pooled ? y : first[i];
+      const int y = tile * kKeys + 16 * i, j = pooled ? y : first_of(tile, i);
       const int present = pooled ? pooled_blocks - y : j < 0 ? 0 : p.M - j;
       const T* from = pooled ? (values ? pooled_v : pooled_k) : (values ? v : k);
       const int stride = pooled ? p.D : static_cast<int>(values ? p.v_strides.l : p.k_strides.l);
@@ -204,22 +201,25 @@ struct KeyStream {
       const int r = threadIdx.x + i * kThreads;
       if (r < kKeys) bias[r] = count[i] > 0 ? log2f(static_cast<float>(count[i])) : kNone;
     }
+    if (!pooled && p.causal) {
+      const int first = first_of(tile, threadIdx.x % kGranules);
+      if (threadIdx.x < kGranules) granules[tile % 2 * kGranules + threadIdx.x] = first;
+    }
     if (pooled && p.list_rows == 1 && threadIdx.x < 16 * kWarps) {
       row_masks[tile % 2 * (16 * kWarps) + threadIdx.x] = own_mask(tile * kKeys);
     }
   }
 
-  // Keys that key r of a tile stands for, 0: it has no weight.
+  // Keys that key r of a tile stands for, 0: it has no weight. Called by whole warps.
   __device__ int keys_behind(int tile, int r) const {
-    if (r >= kKeys) return 0;
     if (tile < pooled_tiles) {
       const int y = tile * kKeys + r;
-      if (y >= pooled_blocks) return 0;
+      if (r >= kKeys || y >= pooled_blocks) return 0;
       if (p.list_rows != 1 && (bitmap[y / 32] >> y % 32 & 1)) return 0;
       return p.key_count[static_cast<int64_t>(b) * p.nk + y];
     }
-    const int first = granules[tile % 4 * kGranules + r / 16], j = first + r % 16;
-    if (first < 0 || j >= p.M) return 0;
+    const int first = first_of(tile, r / 16 % kGranules), j = first + r % 16;
+    if (r >= kKeys || first < 0 || j >= p.M) return 0;
     return p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(b) * p.M + j];
   }
 
@@ -264,7 +264,7 @@ struct KeyStream {
         }
       }
     } else if (p.causal) {
-      const int* first = granules + tile % 4 * kGranules;
+      const int* first = granules + tile % 2 * kGranules;
       const int i = first_row + row + g;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {

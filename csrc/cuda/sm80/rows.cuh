@@ -29,22 +29,22 @@ struct RowStream {
   float* lses;      // [2][kRows] log2 units, +inf: a row without weight
   float* deltas;    // [2][kRows]
   uint2* masks;     // [2][keys]: rows of the tile that a pooled key doesn't see
-  int* granules;    // [4][kGranules]: first row of each granule of a tile, -1: none
-  int* heads;       // [4]: head of the tile, -1: there is no such tile
+  int* granules;    // [2][kGranules]: first row of each granule, -1: none (causal only)
 
   int b, end_head, keys, y;
   int first_tile, last_tile;  // kPooled: tiles of this split
-  Place ahead;                // the next tile to look up
-  int entry, entry_head, entry_tile;  // looked up: list entry of granule threadIdx.x
-  int base_head;                      // the head that these are of:
-  const T *q, *grad;
+  Place at;                   // the next tile to fetch
+  // Its window of 32 granules, the same in every warp: first row of this lane's granule, -1: none,
+  // and the list entry of this lane's granule of the next window, asked for early.
+  int granule, entry;
+  const T *q, *grad;          // of head at.h
   const float *lse, *delta;
   // kPooled: the cursor of pooled key threadIdx.x
   const int *cursor, *cursor_end;
   int cursor_head, next;
 
   static size_t shared_bytes(int keys) {
-    return sizeof(T) * 4 * kTile + sizeof(float) * 4 * kRows + sizeof(int) * 4 * (kGranules + 1) +
+    return sizeof(T) * 4 * kTile + sizeof(float) * 4 * kRows + sizeof(int) * 2 * kGranules +
            (kPooled ? sizeof(uint2) * 2 * keys : 0);
   }
 
@@ -58,25 +58,22 @@ struct RowStream {
     deltas = lses + 2 * kRows;
     masks = reinterpret_cast<uint2*>(deltas + 2 * kRows);
     granules = reinterpret_cast<int*>(masks + (kPooled ? 2 * keys : 0));
-    heads = granules + 4 * kGranules;
     const int group = p.H / p.Hk;
     end_head = (hk + 1) * group;
-    cursor_head = base_head = -1;
-    ahead = place(hk * group);
-    look_up();
-    find_granules(0);
-    __syncthreads();
+    cursor_head = -1;
+    enter(hk * group);
   }
 
-  __device__ bool exists(int step) const { return heads[step % 4] >= 0; }
+  // More tiles to fetch?
+  __device__ bool more() const { return at.h < end_head; }
 
   __device__ List column(int h, int y) const {
     return list_of(p.column_lists, static_cast<int64_t>(b) * p.H + h, y);
   }
 
-  // First tile of the first head from h on that has one.
-  __device__ Place place(int h) const {
-    Place at{h, 0, 0, {nullptr, 0}};
+  // Goes to the first tile of the first head from h on that has one.
+  __device__ void enter(int h) {
+    at = {h, 0, 0, {nullptr, 0}};
     for (; at.h < end_head; ++at.h) {
       if (kPooled) {
         at.tiles = last_tile - first_tile;
@@ -87,60 +84,41 @@ struct RowStream {
       }
       if (at.tiles > 0) break;
     }
-    return at;
+    if (!more()) return;
+    entry = entry_of(0);
+    q = static_cast<const T*>(p.q) + b * p.q_strides.b + at.h * p.q_strides.h;
+    grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + at.h * p.grad_out_strides.h;
+    const int64_t head = (static_cast<int64_t>(b) * p.H + at.h) * p.rows;
+    lse = p.lse2 + head;
+    delta = (kPooled ? p.pooled_delta : p.delta) + head;
   }
 
-  // Asks for the list entries of the tile `ahead` and moves on.
-  __device__ void look_up() {
-    entry = -1;
-    entry_head = ahead.h < end_head ? ahead.h : -1;
-    if (entry_head < 0) return;
-    entry_tile = ahead.tile;
-    if (!kPooled && threadIdx.x < kGranules) {
-      const int i = (ahead.tile * kRows + 16 * static_cast<int>(threadIdx.x)) / p.block_q;
-      if (i < ahead.list.count) entry = ahead.list.entries[i];
-    }
-    if (++ahead.tile >= ahead.tiles) ahead = place(ahead.h + 1);
+  // The list entry that this lane's granule of a window lies in, -1: none.
+  __device__ int entry_of(int window) const {
+    if (kPooled) return -1;
+    const int i = (32 * window + static_cast<int>(threadIdx.x % 32)) * 16 / p.block_q;
+    return i < at.list.count ? at.list.entries[i] : -1;
   }
 
-  // Tells all threads where the granules of a tile are: a tile ahead of its fetch, with entries
-  // that were asked for another tile before, so that nobody waits for them.
-  __device__ void find_granules(int step) {
-    const int i = threadIdx.x;
-    if (i < kGranules && entry_head >= 0) {
-      int first;
-      if (kPooled) {
-        first = (first_tile + entry_tile) * kRows + 16 * i;
-      } else {
-        const int64_t row = static_cast<int64_t>(entry) * p.block_q +
-                            (entry_tile * kRows + 16 * i) % p.block_q;
-        first = entry >= 0 && row < p.rows ? static_cast<int>(row) : -1;
-      }
-      granules[step % 4 * kGranules + i] = first < p.rows ? first : -1;
-    }
-    if (i == 0) heads[step % 4] = entry_head;
-    look_up();
+  __device__ void open_window(int window) {
+    const int y = entry;
+    entry = entry_of(window + 1);
+    const int64_t row = static_cast<int64_t>(y) * p.block_q +
+                        static_cast<int>(threadIdx.x % 32) * 16 % p.block_q;
+    granule = y >= 0 && row < p.rows ? static_cast<int>(row) : -1;
   }
 
-  // Starts the copies of a tile, if there is one, and looks up the next.
-  __device__ __forceinline__ void fetch_ahead(int step) {
-    if (exists(step)) fetch(step);
-    find_granules(step + 1);
-  }
-
-  // Starts the copies of a tile that exists: call with its granules found and seen by all threads,
-  // and its buffer no longer read. Rows that aren't there are zeros, which add nothing.
-  __device__ void fetch(int step) {
-    const int h = heads[step % 4], buffer = step % 2;
-    const int* first = granules + step % 4 * kGranules;
-    if (h != base_head) {
-      base_head = h;
-      q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
-      grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + h * p.grad_out_strides.h;
-      const int64_t head = (static_cast<int64_t>(b) * p.H + h) * p.rows;
-      lse = p.lse2 + head;
-      delta = (kPooled ? p.pooled_delta : p.delta) + head;
-    }
+  // Starts the copies of the next tile, of which there is one, into a buffer that is no longer read.
+  // Rows that aren't there are zeros, which add nothing.
+  __device__ void fetch(int buffer) {
+    const int g = at.tile * kGranules % 32;
+    if (!kPooled && g == 0) open_window(at.tile * kGranules / 32);
+    const int own = (first_tile + at.tile) * kRows;  // kPooled: first row of the tile
+    // First row of granule i; called by whole warps.
+    auto first_of = [&](int i) {
+      if (kPooled) return own + 16 * i < p.rows ? own + 16 * i : -1;
+      return __shfl_sync(0xffffffffu, granule, g + i);
+    };
     const int warp = warp_index();
 #pragma unroll
     for (int n = 0; n < 2 * kGranules; n += kWarps) {
@@ -148,21 +126,25 @@ struct RowStream {
       if (2 * kGranules % kWarps != 0 && job >= 2 * kGranules) break;
       const bool grads = kGranules % kWarps == 0 ? n >= kGranules : job >= kGranules;
       T* to = (grads ? grad_tiles : q_tiles) + buffer * kTile + 16 * (job % kGranules) * kLdR;
-      const T* from = grads ? grad : q;
       const int stride = static_cast<int>(grads ? p.grad_out_strides.l : p.q_strides.l);
-      const int i = first[job % kGranules];
-      copy_sixteen<T, DP>(to, from, stride, i, i < 0 ? 0 : p.rows - i, p.D, p.q);
+      const int i = first_of(job % kGranules);
+      copy_sixteen<T, DP>(to, grads ? grad : q, stride, i, i < 0 ? 0 : p.rows - i, p.D, p.q);
     }
-    for (int r = threadIdx.x; r < kRows; r += 32 * kWarps) {
-      const int f = first[r / 16], i = f + r % 16;
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int r0 = 0; r0 < kRows; r0 += 32 * kWarps) {
+      const int r = r0 + thread, f = first_of(r / 16 % kGranules), i = f + r % 16;
+      if (r >= kRows) continue;
       const bool valid = f >= 0 && i < p.rows;
       copy_4_bytes(lses + buffer * kRows + r, lse + (valid ? i : 0), valid);
       copy_4_bytes(deltas + buffer * kRows + r, delta + (valid ? i : 0), valid);
     }
-    if (kPooled && static_cast<int>(threadIdx.x) < keys) {
-      masks[buffer * keys + threadIdx.x] = own_mask(h, first[0]);
+    if (!kPooled && p.causal) {
+      const int first = first_of(thread % kGranules);
+      if (thread < kGranules) granules[buffer * kGranules + thread] = first;
     }
-    commit_copies();
+    if (kPooled && thread < keys) masks[buffer * keys + thread] = own_mask(at.h, own);
+    if (++at.tile >= at.tiles) enter(at.h + 1);
   }
 
   __device__ void advance() { next = cursor < cursor_end ? *cursor++ : INT_MAX; }
