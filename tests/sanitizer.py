@@ -1,0 +1,58 @@
+"""Every CUDA kernel once or more over small shapes, forward and backward, for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitizer.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py
+
+It compares nothing (the tests do); it prints how many calls ran. Not collected by pytest.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers import Case  # noqa: E402
+
+import mra_attention as mra  # noqa: E402
+
+FORMS = [("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def cases():
+    """(dtype, options) of every call."""
+    modes = itertools.product(DTYPES, FORMS, ["row", "global"], [False, True], ["none", "both"])
+    for dtype, (coarse, order), selection, is_causal, masks in modes:
+        yield dtype, dict(
+            coarse=coarse, order=order, selection=selection, is_causal=is_causal, masks=masks
+        )
+    for dtype, D, (coarse, order) in itertools.product(DTYPES, [64, 80, 128, 256], FORMS[1::2]):
+        yield dtype, dict(D=D, coarse=coarse, order=order)
+    for block in itertools.product([32, 64, 128], [16, 32, 64, 128]):
+        yield torch.bfloat16, dict(D=64, N=260, block_size=block)
+    # many key blocks: wide score tiles, and a map that one block of threads can't hold
+    yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
+    yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
+
+
+def main():
+    if not torch.cuda.is_available():
+        sys.exit("sanitizer.py: needs a CUDA device")
+    calls = 0
+    for dtype, options in cases():
+        case = Case("cuda", dtype, **options)
+        inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
+        out, lse = mra.mra_attention(
+            *inputs, case.key_mask, case.query_mask, return_lse=True, **case.options
+        )
+        torch.autograd.grad((out, lse), inputs, (case.grad_out, case.grad_lse))
+        calls += 1
+    torch.cuda.synchronize()
+    print(f"{calls} calls, forward and backward")
+
+
+if __name__ == "__main__":
+    main()
