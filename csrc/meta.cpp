@@ -115,7 +115,10 @@ BackwardResult backward(
                  {query_mean, key_mean, value_mean, query_count, key_count},
                  {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
                   is_causal, scale});
-  const auto like = [](const Tensor& x) { return empty(x.sym_sizes(), x, x.scalar_type()); };
+  const auto like = [](const Tensor& x) {
+    return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())
+        .transpose(1, 2);
+  };
   return {like(query), like(key), like(value)};
 }
 

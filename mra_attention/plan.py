@@ -133,7 +133,7 @@ class Plan:
         )
 
     def __str__(self):
-        if self.B * self.H == 0 or self.row_start.is_meta:
+        if self.row_start.numel() == 0 or self.row_start.is_meta:
             return repr(self)
         head = f"{repr(self)[:-1]}, density={self.density():.2%}\n"
         return f"{head}(0, 0)\n{_picture(self.to_dense()[0, 0])}\n)"

@@ -62,6 +62,23 @@ def test_same_bits_on_one_thread_and_two(device, dtype, mode):
     assert_same_bits(one, two)
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_long_sequences(device, dtype, coarse, order, is_causal):
+    """Long enough that sums over all queries or keys are made in parts."""
+    mode = {"coarse": coarse, "order": order, "is_causal": is_causal}
+    case = make(
+        device, dtype, mode, B=1, H=2, Hk=1, N=5000, M=5000, D=16, density=0.02, masks="none"
+    )  # fmt: skip
+    first = case.ours()
+    assert_same_bits(first, case.ours())
+    if device == "cpu":
+        for n in (1, 2, 3):
+            with threads(n):
+                assert_same_bits(first, case.ours())
+
+
 @pytest.mark.parametrize("selection", ["row", "global"])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_same_plan_twice(device, dtype, selection):

@@ -143,7 +143,8 @@ struct Stages {
   FineResult (*fine)(const Inputs&, const BlockList& rows, const std::optional<CoarseState>& state,
                      const std::optional<PooledInputs>& pooled, const Options&);
   // `pooled` is set for coarse = row: the gradients of the pooled keys and values are then spread
-  // over the rows of their blocks inside. Results have T, and the shapes of the inputs.
+  // over the rows of their blocks inside. Results have T and the shapes of the inputs, memory laid
+  // out as (B, L, H, D).
   Grads (*fine_backward)(const Inputs&, const BlockList& rows, const BlockList& columns,
                          const std::optional<PooledInputs>& pooled, const FineBackward&,
                          const Options&);

@@ -193,7 +193,7 @@ class FineGradients {
         add_row(query_block_->head(b, h).row(x), D_, grad);
       }
       if (query_extra_) add_row(query_extra_->head(b, h).row(first + r), D_, grad);
-      store_row(grad, D_, grad_query + (at + r) * D_);
+      store_row(grad, D_, grad_query + ((b * N_ + first + r) * H_ + h) * D_);
     }
   }
 
@@ -223,7 +223,7 @@ class FineGradients {
     }
     if (coarse_key_) sum_coarse(b, hk, y, t);
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = ((b * Hk_ + hk) * M_ + first + j) * D_;
+      const int64_t at = ((b * M_ + first + j) * Hk_ + hk) * D_;
       const bool valid = key_mask_(b, first + j);
       finish(b, hk, y, first + j, valid, coarse_key_ ? t.coarse_key : nullptr, key_block_,
              key_extra_, t.grad_key + j * D_, grad_key + at);
@@ -295,9 +295,11 @@ class FineGradients {
 Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& columns,
                     const std::optional<PooledInputs>& pooled, const FineBackward& grads,
                     const Options& o) {
-  Grads result{at::empty(in.query.sizes(), in.query.options()),
-               at::empty(in.key.sizes(), in.key.options()),
-               at::empty(in.value.sizes(), in.value.options())};
+  // [B, H, L, D], laid out as (B, L, H, D)
+  const auto heads_last = [](const Tensor& x) {
+    return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+  };
+  Grads result{heads_last(in.query), heads_last(in.key), heads_last(in.value)};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_fine_backward", [&] {
         FineGradients<scalar_t> work(in, rows, columns, pooled, grads, o);
