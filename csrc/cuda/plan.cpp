@@ -3,6 +3,7 @@
 #include "plan.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -56,8 +57,9 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
       "mra_attention on CUDA takes plans of at most 2^31 - 1 entries a head, got room for ",
       capacity, "; lower density or blocks_per_row, or use larger blocks");
   const auto ints = query.mean.options().dtype(at::kInt);
+  // Zeros behind short lists, so that the operator's results are the same every time.
   BlockList rows{at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
-                 at::empty({B, H, capacity}, ints)};
+                 at::zeros({B, H, capacity}, ints)};
   if (rows.start.numel() == 0) return rows;
 
   PlanParams p = plan_params(query, key, N, options);
