@@ -195,16 +195,21 @@ def patch_mra_model():
 
 
 def _mra_model_attention(self, hidden_states, attention_mask=None):
-    """Stands for MraSelfAttention.forward: hidden_states (B, N, E), mask 4-D or None; 1-tuple."""
+    """Stands for MraSelfAttention.forward: hidden_states (B, N, E), mask (B, N), 4-D or None; 1-tuple.
+
+    Up to transformers 5.17 a mask comes as (B, 1, 1, N), added to scores; 5.23 hands it on as the
+    caller gave it, (B, N), where 0 is padding."""
     D = self.attention_head_size
     query, key, value = (
         _padded(project(hidden_states).unflatten(-1, (-1, D)).transpose(1, 2))
         for project in (self.query, self.key, self.value)
     )
     mask = attention_mask
-    if mask is not None:
+    if mask is not None and mask.dim() == 4:
         mask = mask[:, 0, -1]
         mask = mask if mask.dtype == torch.bool else mask > -1  # 0, or a large negative number
+    elif mask is not None:
+        mask = mask != 0
     if self.approx_mode not in ("full", "sparse"):
         raise ValueError(f"approx_mode: got {self.approx_mode!r}, expected 'full' or 'sparse'")
     preset = MRAConfig.mra2 if self.approx_mode == "full" else MRAConfig.mra2_s
