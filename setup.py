@@ -1,6 +1,6 @@
 """Builds mra_attention._C: the CPU operators always, the CUDA kernels when nvcc fits torch.
 
-Reads only TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, and MRA_CPU_ONLY=1 (leave the CUDA kernels out).
+Reads only TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, and MRA_CPU_ONLY=1 (no CUDA kernels).
 """
 
 import os
@@ -16,8 +16,8 @@ try:
     from torch.utils import cpp_extension
 except ImportError:
     raise SystemExit(
-        "mra_attention is built against the PyTorch that is installed: install torch first, then run "
-        "'pip install --no-build-isolation .' (pip's isolated build environment hides torch)."
+        "mra_attention is built against the PyTorch that is installed: install torch first, then "
+        "run 'pip install --no-build-isolation .' (pip's isolated build environment hides torch)."
     ) from None
 
 WITHOUT_TORCH = {"egg_info", "dist_info", "sdist"}  # commands that compile nothing

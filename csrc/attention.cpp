@@ -17,14 +17,15 @@
 namespace mra {
 namespace {
 
-// Rows that a kernel can read: last stride 1 and, on a GPU, every row on a 16-byte boundary and less
-// than 2^31 elements behind the one before.
+// Rows that a kernel can read: last stride 1 and, on a GPU, every row on a 16-byte boundary and
+// less than 2^31 elements behind the one before.
 Tensor readable(const Tensor& x) {
   bool fits = x.stride(-1) == 1;
   if (x.is_cuda()) {
     const int64_t bytes = x.element_size();
     fits = fits && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-    for (int64_t d = 0; d < 3; ++d) fits = fits && (x.size(d) == 1 || x.stride(d) * bytes % 16 == 0);
+    for (int64_t d = 0; d < 3; ++d)
+      fits = fits && (x.size(d) == 1 || x.stride(d) * bytes % 16 == 0);
     fits = fits && (x.size(2) == 1 || std::abs(x.stride(2)) <= std::numeric_limits<int>::max());
   }
   return fits ? x : x.clone(at::MemoryFormat::Contiguous);
@@ -73,13 +74,21 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
     return x.defined() ? x : at::empty({0}, lse.options().dtype(at::kInt));
   };
   const bool queries = o.coarse == Coarse::block;
-  return {out, lse, acc(share), ints(rows.start), ints(rows.count), ints(rows.index),
-          acc(queries ? means.query : Tensor()), acc(means.key), acc(means.value),
-          ints(queries ? means.query_count : Tensor()), ints(means.key_count)};
+  return {out,
+          lse,
+          acc(share),
+          ints(rows.start),
+          ints(rows.count),
+          ints(rows.index),
+          acc(queries ? means.query : Tensor()),
+          acc(means.key),
+          acc(means.value),
+          ints(queries ? means.query_count : Tensor()),
+          ints(means.key_count)};
 }
 
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
-                    const Options& o) {
+                          const Options& o) {
   const int64_t N = in.query.size(2);
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
 
@@ -113,8 +122,9 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
 }
 
 BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
-                      const Inputs& in, const Tensor& out, const Tensor& lse, const Tensor& share,
-                      const BlockList& rows, const MeanTensors& means, const Options& o) {
+                            const Inputs& in, const Tensor& out, const Tensor& lse,
+                            const Tensor& share, const BlockList& rows, const MeanTensors& means,
+                            const Options& o) {
   const int64_t nk = ceil_div(in.key.size(2), o.block_k);
   FineBackward grads;
   grads.grad_out = grad_out;
@@ -148,8 +158,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // order 1
   if (has_order1(o)) {
-    const Order1Grads first =
-        stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
+    const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;
@@ -222,10 +231,9 @@ struct Operators {
       const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
       std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale) {
-    const Options o = check_plan(
-        query, key, key_mask, query_mask,
-        {blocks_per_row, density, block_q, block_k, "none", 0, selection, diagonal_blocks,
-         first_blocks, is_causal, scale});
+    const Options o = check_plan(query, key, key_mask, query_mask,
+                                 {blocks_per_row, density, block_q, block_k, "none", 0, selection,
+                                  diagonal_blocks, first_blocks, is_causal, scale});
     const at::DeviceGuard guard(query.device());
     const Stages& stages = device_stages();
     BlockList rows;
@@ -240,39 +248,40 @@ struct Operators {
   }
 
   static ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                         const OptTensor& key_mask, const OptTensor& query_mask,
-                         const OptTensor& row_start, const OptTensor& row_count,
-                         const OptTensor& row_index, std::optional<c10::SymInt> blocks_per_row,
-                         std::optional<double> density, int64_t block_q, int64_t block_k,
-                         std::string_view coarse, int64_t order, std::string_view selection,
-                         int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                         std::optional<double> scale) {
+                               const OptTensor& key_mask, const OptTensor& query_mask,
+                               const OptTensor& row_start, const OptTensor& row_count,
+                               const OptTensor& row_index,
+                               std::optional<c10::SymInt> blocks_per_row,
+                               std::optional<double> density, int64_t block_q, int64_t block_k,
+                               std::string_view coarse, int64_t order, std::string_view selection,
+                               int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+                               std::optional<double> scale) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
-    const Options o =
-        check_forward(in, plan, {blocks_per_row, density, block_q, block_k, coarse, order,
-                                 selection, diagonal_blocks, first_blocks, is_causal, scale});
+    const Options o = check_forward(in, plan,
+                                    {blocks_per_row, density, block_q, block_k, coarse, order,
+                                     selection, diagonal_blocks, first_blocks, is_causal, scale});
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) return empty_forward(in, plan, o);
     return run_forward(device_stages(), readable(in), plan, o);
   }
 
-  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
-                           const Tensor& key, const Tensor& value, const OptTensor& key_mask,
-                           const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
-                           const Tensor& coarse_share, const Tensor& row_start,
-                           const Tensor& row_count, const Tensor& row_index, int64_t block_q,
-                           int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
-                           std::optional<double> scale, const OptTensor& query_mean,
-                           const OptTensor& key_mean, const OptTensor& value_mean,
-                           const OptTensor& query_count, const OptTensor& key_count) {
+  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse,
+                                 const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const OptTensor& key_mask, const OptTensor& query_mask,
+                                 const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
+                                 const Tensor& row_start, const Tensor& row_count,
+                                 const Tensor& row_index, int64_t block_q, int64_t block_k,
+                                 std::string_view coarse, int64_t order, bool is_causal,
+                                 std::optional<double> scale, const OptTensor& query_mean,
+                                 const OptTensor& key_mean, const OptTensor& value_mean,
+                                 const OptTensor& query_count, const OptTensor& key_count) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count};
-    const Options o =
-        check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
-                       {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
-                        is_causal, scale});
+    const Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
+                                     {std::nullopt, std::nullopt, block_q, block_k, coarse, order,
+                                      "row", 0, 0, is_causal, scale});
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) {
       const auto zeros = [](const Tensor& x) {

@@ -22,11 +22,13 @@ c10::DispatchKeySet autocast_keys(c10::DeviceType device) {
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::plan", "")
@@ -37,13 +39,14 @@ std::tuple<Tensor, Tensor, Tensor> plan(
 }
 
 template <c10::DeviceType device>
-ForwardResult forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& key_mask,
-    const OptTensor& query_mask, const OptTensor& row_start, const OptTensor& row_count,
-    const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
-    std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view coarse,
-    int64_t order, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale) {
+ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const OptTensor& key_mask, const OptTensor& query_mask,
+                      const OptTensor& row_start, const OptTensor& row_count,
+                      const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
+                      std::optional<double> density, int64_t block_q, int64_t block_k,
+                      std::string_view coarse, int64_t order, std::string_view selection,
+                      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+                      std::optional<double> scale) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")

@@ -66,19 +66,18 @@ using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tenso
 using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const Tensor&,
                                          const Tensor&, const Tensor&, const OptTensor&,
                                          const OptTensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, int64_t, int64_t, std::string_view,
-                                         int64_t, bool, std::optional<double>, const OptTensor&,
-                                         const OptTensor&, const OptTensor&, const OptTensor&,
-                                         const OptTensor&);
+                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         int64_t, int64_t, std::string_view, int64_t, bool,
+                                         std::optional<double>, const OptTensor&, const OptTensor&,
+                                         const OptTensor&, const OptTensor&, const OptTensor&);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<ForwardSignature>("mra_attention::forward");
-  return op.call(query, key, value, r.key_mask, r.query_mask, r.row_start, r.row_count,
-                 r.row_index, r.blocks_per_row, r.density, r.block_q, r.block_k, r.coarse, r.order,
-                 r.selection, r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale);
+  return op.call(query, key, value, r.key_mask, r.query_mask, r.row_start, r.row_count, r.row_index,
+                 r.blocks_per_row, r.density, r.block_q, r.block_k, r.coarse, r.order, r.selection,
+                 r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale);
 }
 
 class Attention : public Function<Attention> {
@@ -116,13 +115,12 @@ class Attention : public Function<Attention> {
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
     static const auto op = find<BackwardSignature>("mra_attention::backward");
     const std::string coarse = data.at("coarse").toStringRef();
-    std::tie(result[0], result[1], result[2]) =
-        op.call(grad_out, optional(grads[1]), query, s[1], s[2], optional(s[3]), optional(s[4]),
-                out, s[6], s[7], s[8], s[9], s[10], data.at("block_q").toInt(),
-                data.at("block_k").toInt(), coarse, data.at("order").toInt(),
-                data.at("is_causal").toBool(), data.at("scale").toOptional<double>(),
-                unless_empty(s[11]), unless_empty(s[12]), unless_empty(s[13]), unless_empty(s[14]),
-                unless_empty(s[15]));
+    std::tie(result[0], result[1], result[2]) = op.call(
+        grad_out, optional(grads[1]), query, s[1], s[2], optional(s[3]), optional(s[4]), out, s[6],
+        s[7], s[8], s[9], s[10], data.at("block_q").toInt(), data.at("block_k").toInt(), coarse,
+        data.at("order").toInt(), data.at("is_causal").toBool(),
+        data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
+        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]));
     return result;
   }
 };
@@ -136,9 +134,9 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
                       std::optional<double> scale) {
   refuse_forward_mode("forward", {query, key, value});
-  const Rest rest{key_mask,  query_mask, row_start,       row_count,    row_index, blocks_per_row,
-                  density,   block_q,    block_k,         coarse,       order,     selection,
-                  diagonal_blocks,       first_blocks,    is_causal,    scale};
+  const Rest rest{key_mask,        query_mask,   row_start, row_count, row_index, blocks_per_row,
+                  density,         block_q,      block_k,   coarse,    order,     selection,
+                  diagonal_blocks, first_blocks, is_causal, scale};
   if (!needs_grad({query, key, value})) return call_forward(query, key, value, rest);
   ForwardResult result;
   const variable_list with_grad = Attention::apply(query, key, value, rest, &result);
@@ -147,16 +145,16 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   return result;
 }
 
-BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse,
-                             const Tensor& query, const Tensor& key, const Tensor& value,
-                             const OptTensor& key_mask, const OptTensor& query_mask,
-                             const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                             const Tensor& row_start, const Tensor& row_count,
-                             const Tensor& row_index, int64_t block_q, int64_t block_k,
-                             std::string_view coarse, int64_t order, bool is_causal,
-                             std::optional<double> scale, const OptTensor& query_mean,
-                             const OptTensor& key_mean, const OptTensor& value_mean,
-                             const OptTensor& query_count, const OptTensor& key_count) {
+BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
+                             const Tensor& key, const Tensor& value, const OptTensor& key_mask,
+                             const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
+                             const Tensor& coarse_share, const Tensor& row_start,
+                             const Tensor& row_count, const Tensor& row_index, int64_t block_q,
+                             int64_t block_k, std::string_view coarse, int64_t order,
+                             bool is_causal, std::optional<double> scale,
+                             const OptTensor& query_mean, const OptTensor& key_mean,
+                             const OptTensor& value_mean, const OptTensor& query_count,
+                             const OptTensor& key_count) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
@@ -176,8 +174,9 @@ class Once : public Function<Once> {
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(
-        false, "mra_attention::backward: double backward is not supported (a second derivative "
-               "of mra_attention was asked for)");
+        false,
+        "mra_attention::backward: double backward is not supported (a second derivative "
+        "of mra_attention was asked for)");
   }
 };
 
@@ -191,10 +190,10 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
-  const BackwardResult result = call_backward(
-      grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
-      row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale,
-      query_mean, key_mean, value_mean, query_count, key_count);
+  const BackwardResult result =
+      call_backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
+                    coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
+                    is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }
@@ -209,11 +208,13 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
   return op.call(input, mask, block);
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<decltype(plan)>("mra_attention::plan");
   return op.call(query, key, key_mask, query_mask, blocks_per_row, density, block_q, block_k,

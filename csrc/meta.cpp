@@ -53,31 +53,34 @@ std::tuple<Tensor, Tensor, Tensor> empty_plan(const Tensor& query, const Tensor&
 std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int64_t block) {
   check_pool(input, mask, block);
   const SymInt n = ceil_div(input.sym_size(2), block);
-  return {empty({input.sym_size(0), input.sym_size(1), n, input.sym_size(3)}, input,
-                acc_dtype(input)),
-          empty({input.sym_size(0), n}, input, at::kInt)};
+  return {
+      empty({input.sym_size(0), input.sym_size(1), n, input.sym_size(3)}, input, acc_dtype(input)),
+      empty({input.sym_size(0), n}, input, at::kInt)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale) {
   const CallOptions call{blocks_per_row, density,         block_q,      block_k,   "none", 0,
                          selection,      diagonal_blocks, first_blocks, is_causal, scale};
   check_plan(query, key, key_mask, query_mask, call);
   return empty_plan(query, key, call);
 }
 
-ForwardResult forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& key_mask,
-    const OptTensor& query_mask, const OptTensor& row_start, const OptTensor& row_count,
-    const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
-    std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view coarse,
-    int64_t order, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale) {
-  const CallOptions call{blocks_per_row,  density,      block_q,   block_k, coarse, order, selection,
-                         diagonal_blocks, first_blocks, is_causal, scale};
+ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const OptTensor& key_mask, const OptTensor& query_mask,
+                      const OptTensor& row_start, const OptTensor& row_count,
+                      const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
+                      std::optional<double> density, int64_t block_q, int64_t block_k,
+                      std::string_view coarse, int64_t order, std::string_view selection,
+                      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+                      std::optional<double> scale) {
+  const CallOptions call{blocks_per_row, density,         block_q,      block_k,   coarse, order,
+                         selection,      diagonal_blocks, first_blocks, is_causal, scale};
   const PlanTensors plan{row_start, row_count, row_index};
   const Options o = check_forward({query, key, value, key_mask, query_mask}, plan, call);
   const SymInt B = query.sym_size(0), H = query.sym_size(1), N = query.sym_size(2);
@@ -98,23 +101,32 @@ ForwardResult forward(
   const auto none = [&] { return empty({0}, query, at::kInt); };
   auto [start, count, index] =
       plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call);
-  return {out, lse, share, start, count, index, means(queries, H, nq), means(keys, Hk, nk),
-          means(keys, Hk, nk), ints(queries, nq), ints(keys, nk)};
+  return {out,
+          lse,
+          share,
+          start,
+          count,
+          index,
+          means(queries, H, nq),
+          means(keys, Hk, nk),
+          means(keys, Hk, nk),
+          ints(queries, nq),
+          ints(keys, nk)};
 }
 
-BackwardResult backward(
-    const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask, const Tensor& out,
-    const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
-    const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
-    std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
-    const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
-    const OptTensor& query_count, const OptTensor& key_count) {
-  check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
-                 coarse_share, {row_start, row_count, row_index},
-                 {query_mean, key_mean, value_mean, query_count, key_count},
-                 {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
-                  is_causal, scale});
+BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
+                        const Tensor& key, const Tensor& value, const OptTensor& key_mask,
+                        const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
+                        const Tensor& coarse_share, const Tensor& row_start,
+                        const Tensor& row_count, const Tensor& row_index, int64_t block_q,
+                        int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
+                        std::optional<double> scale, const OptTensor& query_mean,
+                        const OptTensor& key_mean, const OptTensor& value_mean,
+                        const OptTensor& query_count, const OptTensor& key_count) {
+  check_backward(
+      grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse, coarse_share,
+      {row_start, row_count, row_index}, {query_mean, key_mean, value_mean, query_count, key_count},
+      {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0, is_causal, scale});
   const auto like = [](const Tensor& x) {
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())
         .transpose(1, 2);

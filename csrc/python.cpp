@@ -71,6 +71,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build information of mra_attention; loading this module registers its operators.";
   m.def("build_info", &build_info,
         "dict: torch_version, compiler, with_cuda, cuda_version, cuda_archs");
-  m.def("kernels", &kernels,
-        "list of dicts: device, stage, kernel, file, arch, dtypes, head_dims");
+  m.def("kernels", &kernels, "list of dicts: device, stage, kernel, file, arch, dtypes, head_dims");
 }

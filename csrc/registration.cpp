@@ -6,9 +6,11 @@ TORCH_LIBRARY(mra_attention, m) {
   // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
   m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");
 
-  // Selection: the row lists of a plan. row_start, row_count (B, H, nq), row_index (B, H, capacity).
+  // Selection: the row lists of a plan. row_start, row_count (B, H, nq), row_index (B, H,
+  // capacity).
   m.def(
-      "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? blocks_per_row, "
+      "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? "
+      "blocks_per_row, "
       "float? density, int block_q, int block_k, str selection, int diagonal_blocks, "
       "int first_blocks, bool is_causal, float? scale) "
       "-> (Tensor row_start, Tensor row_count, Tensor row_index)");

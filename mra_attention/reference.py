@@ -35,8 +35,9 @@ def mra_attention_reference(
     # plan: which pairs of blocks are exact
     L = s * q_mean @ k_mean.mT
     if plan is None:
-        m = row_budgets(nq_nk=L.shape[-2:], bq=bq, bk=bk, density=density, blocks_per_row=blocks_per_row, is_causal=is_causal)  # fmt: skip
-        plan = _plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_blocks, is_causal)  # fmt: skip
+        m = row_budgets(L.shape[-2:], bq, bk, density, blocks_per_row, is_causal)
+        forced = (diagonal_blocks, first_blocks, is_causal)
+        plan = _plan(L, q_count, k_count, m, bq, bk, N, selection, *forced)
     x = torch.arange(N, device=query.device) // bq  # block of each query
     y = torch.arange(M, device=query.device) // bk  # block of each key
     past = _past(L.shape[-2:], bq, bk, is_causal, query.device)
@@ -106,11 +107,16 @@ def plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_bl
     tier = torch.where(crossing, 4, tier).masked_fill(~exists, -1).expand(B, H, nq, nk)
     m = torch.tensor(m, device=L.device)
     if selection == "global":
-        L = L - L.masked_fill(~exists, -math.inf).amax(-1, keepdim=True).clamp(min=torch.finfo(L.dtype).min)  # fmt: skip
+        best = L.masked_fill(~exists, -math.inf).amax(-1, keepdim=True)
+        L = L - best.clamp(min=torch.finfo(L.dtype).min)
         L, tier, m, crossing = L.flatten(2), tier.flatten(2), m.sum(), crossing.flatten(2)
     order = L.sort(dim=-1, descending=True, stable=True).indices
-    order = order.gather(-1, tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(L.shape[-1], device=L.device).expand_as(order))
+    order = order.gather(
+        -1, tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
+    )
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(L.shape[-1], device=L.device).expand_as(order)
+    )
     budget = torch.maximum(m, crossing.sum(-1)).unsqueeze(-1)
     return ((rank < budget) & (tier >= 0)).view(B, H, nq, nk)
 
@@ -129,7 +135,7 @@ def coarse(form, s, query, k_mean, L, k_count, unselected, x):
 
 def fine(s, query, key, value, v_mean, live, b, query_mask):
     """One softmax over exact keys and coarse blocks. Returns out (B, H, N, D), lse (B, H, N) and
-    the coarse share of each row's mass (B, H, N); zeros, -inf and zeros for a row without weight."""
+    the coarse share of each row's mass (B, H, N); a row without weight: zeros, -inf and zeros."""
     a = (s * query @ key.mT).to(b.dtype).masked_fill(~live, -math.inf)
     logits = torch.cat([a, b], -1).masked_fill(~query_mask[:, None, :, None], -math.inf)
     empty = (logits == -math.inf).all(-1)

@@ -195,7 +195,8 @@ def patch_mra_model():
 
 
 def _mra_model_attention(self, hidden_states, attention_mask=None):
-    """Stands for MraSelfAttention.forward: hidden_states (B, N, E), mask (B, N), 4-D or None; 1-tuple.
+    """Stands for MraSelfAttention.forward: hidden_states (B, N, E), mask (B, N), 4-D or None.
+    Returns a 1-tuple.
 
     Up to transformers 5.17 a mask comes as (B, 1, 1, N), added to scores; 5.23 hands it on as the
     caller gave it, (B, N), where 0 is padding."""

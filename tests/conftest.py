@@ -1,4 +1,4 @@
-"""Fresh inputs by default, `--seed N` repeats a run; GPU tests skip, and are counted, without one."""
+"""Fresh inputs by default, `--seed N` repeats a run; without a GPU, its tests skip, counted."""
 
 import sys
 from pathlib import Path

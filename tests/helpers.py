@@ -117,9 +117,7 @@ class Case:
 
     def _run(self, function, dtype, options, backward):
         # New leaves with the strides of the inputs: what a layout does is part of a test.
-        q, k, v = (
-            t.detach().to(dtype).requires_grad_(backward) for t in (self.q, self.k, self.v)
-        )
+        q, k, v = (t.detach().to(dtype).requires_grad_(backward) for t in (self.q, self.k, self.v))
         out, lse = function(
             q, k, v, self.key_mask, self.query_mask, **options, return_lse=True
         )  # fmt: skip
@@ -174,7 +172,9 @@ def compare(ours, same, exact, dtype, device, note="", tf32=False):
         error = relative_error(got, exact[name])
         same_error = relative_error(same[name], exact[name]) if same is not None else 0.0
         allowed = limit(dtype, device, same_error, tf32)
-        lines.append(f"{name}: {error:.3g} (same-dtype PyTorch {same_error:.3g}, limit {allowed:.3g})")
+        lines.append(
+            f"{name}: {error:.3g} (same-dtype PyTorch {same_error:.3g}, limit {allowed:.3g})"
+        )
         good = good and error <= allowed
     assert good, "\n".join([note, *lines])
 

@@ -27,8 +27,9 @@ def cases():
     """(dtype, options) of every call."""
     modes = itertools.product(DTYPES, FORMS, ["row", "global"], [False, True], ["none", "both"])
     for dtype, (coarse, order), selection, is_causal, masks in modes:
-        yield dtype, dict(
-            coarse=coarse, order=order, selection=selection, is_causal=is_causal, masks=masks
+        yield (
+            dtype,
+            dict(coarse=coarse, order=order, selection=selection, is_causal=is_causal, masks=masks),
         )
     for dtype, D, (coarse, order) in itertools.product(DTYPES, [64, 80, 128, 256], FORMS[1::2]):
         yield dtype, dict(D=D, coarse=coarse, order=order)

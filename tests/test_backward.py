@@ -61,7 +61,7 @@ def test_one_query_one_key(device, dtype):
             s = 16**-0.5
             q, k = case.q.double(), case.k.double()
             g = case.grad_lse.double().unsqueeze(-1) * s
-            # dq and dk hold p (dO.v - delta), which cancels: rounding scales with |dO| |v| |q or k|.
+            # dq and dk hold p (dO.v - delta), which cancels: errors scale with |dO| |v| |q or k|.
             terms = (case.grad_out.double() * case.v.double()).abs().sum(-1).max() * s
             size = max(1.0, float(terms * torch.maximum(q.abs().max(), k.abs().max())))
             tight = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps * size}
@@ -129,13 +129,17 @@ def test_gradcheck(coarse, order, is_causal):
     assert torch.autograd.gradcheck(finite, inputs, fast_mode=False)
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True)]
+)
 @pytest.mark.parametrize("coarse, order", FORMS)
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_one_input_needs_a_gradient(device, dtype, coarse, order, needed):
     case = Case(device, dtype, coarse=coarse, order=order)
     full = case.ours()
-    inputs = [t.detach().requires_grad_(r) for t, r in zip((case.q, case.k, case.v), needed)]
+    inputs = [
+        t.detach().requires_grad_(r) for t, r in zip((case.q, case.k, case.v), needed, strict=True)
+    ]
     out, lse = mra.mra_attention(*inputs, **case.options, return_lse=True)
     loss = (out * case.grad_out).sum() + (lse * case.grad_lse).sum()
     loss.backward()
@@ -158,10 +162,11 @@ def test_layouts_of_the_gradient(device, dtype, coarse, order):
         g.transpose(1, 2).contiguous().transpose(1, 2), torch.stack([g, g], -1)[..., 0],
         g.mT.contiguous().mT,
     ):  # fmt: skip
-        for a, b in zip(plain, torch.autograd.grad(out, (q, k, v), other, retain_graph=True)):
+        grads = torch.autograd.grad(out, (q, k, v), other, retain_graph=True)
+        for a, b in zip(plain, grads, strict=True):
             assert torch.equal(a, b)
     ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
-    for a, b in zip(ones, torch.autograd.grad(out.sum(), (q, k, v))):
+    for a, b in zip(ones, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert torch.equal(a, b)
 
 

@@ -40,7 +40,7 @@ def test_constant_blocks_are_exact_attention(device, dtype, coarse, order):
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_nothing_selected_is_attention_to_pooled_keys(device, dtype, coarse):
     """A plan without a pair: softmax attention over block means with the bias log c_y, of the
-    rows themselves ("row") or of their block's mean ("block"). Gradients through torch's autograd."""
+    rows themselves ("row") or of their block's mean ("block"). Gradients by torch's autograd."""
     g = torch.Generator().manual_seed(new_seed())
     N, M, D, b = 128, 300, 16, 32
     q, k, v = (torch.randn(1, 2, L, D, generator=g).to(device, dtype) for L in (N, M, M))
@@ -58,7 +58,12 @@ def test_nothing_selected_is_attention_to_pooled_keys(device, dtype, coarse):
             for t in (k, v)
         )
         if coarse == "block":
-            q = q.view(1, 2, -1, b, D).mean(-2, keepdim=True).expand(-1, -1, -1, b, -1).flatten(2, 3)
+            q = (
+                q.view(1, 2, -1, b, D)
+                .mean(-2, keepdim=True)
+                .expand(-1, -1, -1, b, -1)
+                .flatten(2, 3)
+            )
         return F.scaled_dot_product_attention(q, k, v, attn_mask=count[..., 0].log().unsqueeze(-2))
 
     def ours(q, k, v):

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    BEST, CUDA_DTYPES, DEVICE_DTYPES, DEVICES, Case, compare, limit, new_seed, relative_error,
+    BEST,
+    CUDA_DTYPES,
+    DEVICE_DTYPES,
+    DEVICES,
+    Case,
+    compare,
+    limit,
+    new_seed,
+    relative_error,
 )  # fmt: skip
 
 import mra_attention as mra
@@ -46,7 +54,9 @@ def test_masks(device, dtype, masks):
         Case(device, dtype, coarse=coarse, masks=masks, N=222, M=301).check(backward=False)
 
 
-@pytest.mark.parametrize("N, M", [(1, 1), (1, 300), (300, 1), (31, 33), (32, 32), (129, 64), (257, 511)])
+@pytest.mark.parametrize(
+    "N, M", [(1, 1), (1, 300), (300, 1), (31, 33), (32, 32), (129, 64), (257, 511)]
+)
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_lengths(device, dtype, N, M):
     for coarse, order in FORMS:
@@ -226,7 +236,9 @@ def test_values_far_from_zero(device, dtype):
         case = Case(device, dtype, coarse=coarse, order=order)
         case.v.fill_(1000.0)
         out = case.ours(backward=False)["out"]
-        assert relative_error(out, torch.full_like(out, 1000.0)) <= (1e-12 if device == "cpu" else 1e-6)
+        assert relative_error(out, torch.full_like(out, 1000.0)) <= (
+            1e-12 if device == "cpu" else 1e-6
+        )
 
 
 @pytest.mark.gpu

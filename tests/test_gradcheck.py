@@ -1,4 +1,4 @@
-"""Gradients against finite differences in float64, with the plan held fixed, as the gradient sees it."""
+"""Gradients against finite differences in float64, the plan held fixed, as the gradient sees it."""
 
 import itertools
 

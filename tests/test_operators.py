@@ -141,7 +141,9 @@ def test_plan_and_pool_are_constants(device):
     x = torch.randn(1, 1, 40, 8, device=device, requires_grad=True)
     mean, count = OPS.pool(x, None, 32)
     assert not mean.requires_grad and not count.requires_grad
-    assert not any(t.requires_grad for t in vars(mra.make_plan(x, x)).values() if torch.is_tensor(t))
+    assert not any(
+        t.requires_grad for t in vars(mra.make_plan(x, x)).values() if torch.is_tensor(t)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

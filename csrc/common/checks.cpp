@@ -32,10 +32,9 @@ int64_t check_rows(const char* name, const Tensor& x) {
   TORCH_CHECK_TYPE(x.layout() == c10::kStrided, name, ": got layout ", x.layout(),
                    ", expected a dense (strided) tensor");
   const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
-                       dtype == at::kHalf,
-                   name, ": got dtype ", dtype,
-                   ", expected float64, float32, bfloat16 or float16");
+  TORCH_CHECK_TYPE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      name, ": got dtype ", dtype, ", expected float64, float32, bfloat16 or float16");
   TORCH_CHECK_VALUE(x.dim() == 4, name, ": got shape ", x.sym_sizes(),
                     ", expected 4 dimensions (batch, heads, length, head_dim)");
   TORCH_CHECK_VALUE(holds(x.sym_size(1).sym_gt(0)), name, ": got shape ", x.sym_sizes(),
@@ -172,11 +171,9 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
 }
 
 Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptions& call) {
-  const int64_t D =
-      check_query_key(in.query, in.key, in.key_mask, in.query_mask, call.is_causal);
+  const int64_t D = check_query_key(in.query, in.key, in.key_mask, in.query_mask, call.is_causal);
   check_like("value", in.value, "key", in.key);
-  const Options o =
-      check_options(call, plan.given() ? Budget::optional : Budget::required, D);
+  const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required, D);
   check_lists(plan, in.query, o.block_q);
   check_device("query", in.query, o.block_q);
   return o;
@@ -184,11 +181,9 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
 
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                       const PlanTensors& plan, const MeanTensors& means,
-                       const CallOptions& call) {
+                       const PlanTensors& plan, const MeanTensors& means, const CallOptions& call) {
   const Options o = check_forward(in, plan, call);
-  const std::vector<SymInt> rows{in.query.sym_size(0), in.query.sym_size(1),
-                                 in.query.sym_size(2)};
+  const std::vector<SymInt> rows{in.query.sym_size(0), in.query.sym_size(1), in.query.sym_size(2)};
   const auto acc = in.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   check_like("grad_out", grad_out, "query", in.query);
   check_like("out", out, "query", in.query);

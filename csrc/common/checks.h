@@ -34,7 +34,6 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
 // (B, heads, blocks, D) of that dtype, counts (B, blocks) int32.
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                       const PlanTensors& plan, const MeanTensors& means,
-                       const CallOptions& call);
+                       const PlanTensors& plan, const MeanTensors& means, const CallOptions& call);
 
 }  // namespace mra

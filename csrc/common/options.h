@@ -1,4 +1,5 @@
-// Options of a call: as they come through an operator's schema, checked, and as the stages read them.
+// Options of a call: as they come through an operator's schema, checked, and as the stages read
+// them.
 #pragma once
 
 #include <c10/core/SymInt.h>

@@ -60,18 +60,18 @@ struct CoarseState {
 };
 
 struct Inputs {
-  Tensor query;        // [B, H, N, D] T, any strides with the last one 1 (16-byte aligned rows)
-  Tensor key, value;   // [B, Hk, M, D] T, likewise
+  Tensor query;          // [B, H, N, D] T, any strides with the last one 1 (16-byte aligned rows)
+  Tensor key, value;     // [B, Hk, M, D] T, likewise
   OptTensor key_mask;    // [B, M] bool, contiguous, true = takes part
   OptTensor query_mask;  // [B, N] bool, contiguous
 };
 
 // What the coarse form needs of the pooled inputs; `query` is defined for coarse = block only.
 struct PooledInputs {
-  Tensor query;   // [B, H, nq, D] acc
-  Tensor key;     // [B, Hk, nk, D] acc
-  Tensor value;   // [B, Hk, nk, D] acc
-  Tensor key_count;  // [B, nk] int32
+  Tensor query;        // [B, H, nq, D] acc
+  Tensor key;          // [B, Hk, nk, D] acc
+  Tensor value;        // [B, Hk, nk, D] acc
+  Tensor key_count;    // [B, nk] int32
   Tensor query_count;  // [B, nq] int32, defined for coarse = block only
 };
 
@@ -111,15 +111,15 @@ struct BlockRows {
 };
 
 struct FineBackward {
-  Tensor grad_out;  // [B, H, N, D] T, any strides with the last one 1
-  Tensor lse;       // [B, H, N] acc
-  Tensor delta;     // [B, H, N] acc: dO_i . o_i - dlse_i, for exact keys
+  Tensor grad_out;      // [B, H, N, D] T, any strides with the last one 1
+  Tensor lse;           // [B, H, N] acc
+  Tensor delta;         // [B, H, N] acc: dO_i . o_i - dlse_i, for exact keys
   Tensor coarse_delta;  // [B, H, N] acc: for coarse keys (differs from delta under order 1)
   // Added to the results where defined:
-  Tensor query_block;            // [B, H, nq, D] acc: added to every valid row of the block
-  Tensor key_block, value_block; // [B, Hk, nk, D] acc: added to every valid row of the block
-  Tensor query_extra;            // [B, H, N, D] T
-  Tensor key_extra, value_extra; // [B, Hk, M, D] T
+  Tensor query_block;             // [B, H, nq, D] acc: added to every valid row of the block
+  Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
+  Tensor query_extra;             // [B, H, N, D] T
+  Tensor key_extra, value_extra;  // [B, Hk, M, D] T
 };
 
 struct Stages {

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads) share_sums_kernel(const ShareSumsPar
 
 cudaError_t share_sums(const ShareSumsParams& p, cudaStream_t stream) {
   const int64_t quads = int64_t{2} * p.B * p.Hk * p.nk * (p.D / 4);
-  share_sums_kernel<<<static_cast<unsigned>((quads + kThreads - 1) / kThreads), kThreads, 0, stream>>>(p);
+  share_sums_kernel<<<static_cast<unsigned>((quads + kThreads - 1) / kThreads), kThreads, 0,
+                      stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -6,9 +6,9 @@
 namespace mra::cuda {
 
 struct ShareSumsParams {
-  const float* sums;   // [2, splits, B, Hk, nk, D]: keys, values
-  const int* count;    // [B, nk]
-  float* shares;       // [2, B, Hk, nk, D]: summed over splits, divided by max(1, count)
+  const float* sums;  // [2, splits, B, Hk, nk, D]: keys, values
+  const int* count;   // [B, nk]
+  float* shares;      // [2, B, Hk, nk, D]: summed over splits, divided by max(1, count)
   int splits, B, Hk, nk, D;
 };
 

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams
 // Of one query block, by one warp: M = min lse over rows that have weight (lse > -inf), then the
 // sums of dO and delta weighted by exp(M - lse), at most 1 each. delta(g): that of row 32 g + lane.
 template <typename T, int kLanes, typename Delta>
-__device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit, int b, int h, int x,
-                                          const Delta& delta_of) {
+__device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit, int b, int h,
+                                          int x, const Delta& delta_of) {
   const int lane = threadIdx.x % 32;
   const int64_t head = int64_t{b} * p.H + h, first = int64_t{x} * p.block;
 
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
   sum_block<T, kLanes>(p, unit, b, h, x, [&](int g) { return delta[g]; });
 }
 
-__global__ void __launch_bounds__(256) lse_to_log2_kernel(const float* lse, float* lse2, int64_t n) {
+__global__ void __launch_bounds__(256)
+    lse_to_log2_kernel(const float* lse, float* lse2, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (i < n) lse2[i] = lse[i] == -INFINITY ? INFINITY : lse[i] * 1.4426950408889634f;
 }

@@ -31,7 +31,8 @@ cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
 
 }  // namespace
 
-cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
+cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
+                    cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -67,7 +68,8 @@ std::vector<KernelInfo> kernel_table() {
       {"plan", "plan_global", "csrc/cuda/plan_global.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "transpose", "csrc/cuda/plan_transpose.cu", "sm_80+", "-", "-"},
       {"coarse", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", "float32 means", dims},
-      {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means", dims},
+      {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means",
+       dims},
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kScoreThreads, (kScoreBlocks<kRows, kTileCols>
   const int head = static_cast<int>(blockIdx.x) / row_tiles;
   const int x0 = static_cast<int>(blockIdx.x) % row_tiles * kRows;
   uint32_t* keys = map + (int64_t{head} * p.nq + x0) * p.nk;
-  const int written = score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, p.nk, p.nk);
+  const int written =
+      score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, p.nk, p.nk);
   __syncthreads();
 
   for (int r = warp; r < kRows && x0 + r < p.nq; r += kScoreWarps) {
@@ -296,8 +297,8 @@ cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t strea
 }  // namespace
 
 cudaError_t plan_global(const PlanParams& p, int64_t budget, uint32_t* map, cudaStream_t stream) {
-  const cudaError_t error =
-      tile_cols(p.nk) == 128 ? launch_scores<128>(p, map, stream) : launch_scores<256>(p, map, stream);
+  const cudaError_t error = tile_cols(p.nk) == 128 ? launch_scores<128>(p, map, stream)
+                                                   : launch_scores<256>(p, map, stream);
   if (error != cudaSuccess) return error;
 
   const int64_t size = int64_t{p.nq} * p.nk;

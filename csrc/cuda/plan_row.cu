@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(kScoreThreads, (kScoreBlocks<kRows, kTileCols>
     const int head = tile / row_tiles;
     // Later query blocks see more under causality: they go first.
     const int x0 = (row_tiles - 1 - tile % row_tiles) * kRows;
-    const int written = score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, pitch, pitch);
+    const int written =
+        score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, pitch, pitch);
     __syncthreads();
 
     for (int r = warp; r < kRows && x0 + r < p.nq; r += kScoreWarps) {

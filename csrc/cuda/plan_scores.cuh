@@ -1,8 +1,8 @@
 // Scores of pairs of blocks, L = scale * q_mean . k_mean, in float32, as keys.
 //
 // One block of kScoreThreads threads makes kRows query blocks against tiles of 128 key blocks (all
-// warps share out the rows) or 256 (half of them each half). The pooled queries stay in shared memory; the pooled keys come through a
-// ring of two stages of kDepth dimensions by cp.async.
+// warps share out the rows) or 256 (half of them each half). The pooled queries stay in shared
+// memory; the pooled keys come through a ring of two stages of kDepth dimensions by cp.async.
 #pragma once
 
 #include "plan_select.cuh"

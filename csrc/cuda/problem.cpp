@@ -38,8 +38,7 @@ void fill_common(Problem& p, const Tensor& q, int64_t key_heads, const BlockList
 }  // namespace
 
 void check_supported(const Options& o) {
-  TORCH_CHECK_NOT_IMPLEMENTED(o.block_q >= 32,
-                              "block_size: the query block is ", o.block_q,
+  TORCH_CHECK_NOT_IMPLEMENTED(o.block_q >= 32, "block_size: the query block is ", o.block_q,
                               "; on CUDA it is 32, 64 or 128 (16 is available for keys)");
 }
 
@@ -83,8 +82,8 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
   launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
-  launch.check(share_sums({sums.const_data_ptr<float>(), p.key_count, shares.mutable_data_ptr<float>(),
-                           p.splits, p.B, p.Hk, p.nk, p.D},
+  launch.check(share_sums({sums.const_data_ptr<float>(), p.key_count,
+                           shares.mutable_data_ptr<float>(), p.splits, p.B, p.Hk, p.nk, p.D},
                           launch.stream));
   return shares;
 }

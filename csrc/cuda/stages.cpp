@@ -9,7 +9,8 @@ Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
 BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& o);
 BlockList transpose(const BlockList& rows, int64_t nk);
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
-BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta, int64_t block_q);
+BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
+                     int64_t block_q);
 std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const Tensor& out,
                                                   const Tensor& grad_lse, const Tensor& lse,
                                                   int64_t block_q);

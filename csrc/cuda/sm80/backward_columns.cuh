@@ -10,19 +10,20 @@
 namespace mra::cuda {
 
 template <typename T, int DP, int kWarps>
-inline constexpr int kBackwardRows =
-    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : 32) : (DP <= 64 ? 32 : 16);
+inline constexpr int kBackwardRows = sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : 32)
+                                                    : (DP <= 64 ? 32 : 16);
 // Warps that share 16 keys, each with its part of the columns of dK and dV: keeps two accumulators
 // of head_dim 256 in registers.
 template <int DP>
 inline constexpr int kColumnParts = DP <= 128 ? 1 : 2;
 
 template <typename T, int DP, int kSixteens>
-inline constexpr int kColumnsRegisters =
-    sizeof(T) == 2 && DP <= 64 ? (kSixteens <= 2 ? 144 : 168) : 255;
+inline constexpr int kColumnsRegisters = sizeof(T) == 2 && DP <= 64 ? (kSixteens <= 2 ? 144 : 168)
+                                                                    : 255;
 
 template <typename T, int DP, bool kPooled, int kSixteens>
-__global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_columns_kernel(const BackwardParams p) {
+__global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
+    backward_columns_kernel(const BackwardParams p) {
   constexpr int kWarps = kSixteens * kColumnParts<DP>;
   constexpr int kRows = kBackwardRows<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr int kParts = kColumnParts<DP>, kWidth = DP / kParts;
@@ -49,8 +50,8 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_colu
     last_tile = min(first_tile + share, row_tiles);
   }
   RowStream<T, DP, kRows, kPooled, kWarps> rows(p, smem + sizeof(T) * 2 * tile_keys * kLdT, b, hk,
-                                        kPooled ? first_key : first_key >> p.log2_block_k,
-                                        tile_keys, first_tile, last_tile);
+                                                kPooled ? first_key : first_key >> p.log2_block_k,
+                                                tile_keys, first_tile, last_tile);
   {
     const int64_t pooled_head = (static_cast<int64_t>(b) * p.Hk + hk) * p.nk * p.D;
     const T* from_k = kPooled ? static_cast<const T*>(p.pooled_k) + pooled_head
@@ -155,7 +156,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_colu
   const int64_t head = static_cast<int64_t>(b) * p.Hk + hk;
   const int own = first_key + key, present = keys - key;
   const int64_t block = (head * p.nk + (first_key >> p.log2_block_k)) * p.D;
-  auto store = [&](float (&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
+  auto store = [&](float(&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
                    const Strides& strides, const float* per_block, const void* extra,
                    const Strides& extra_strides) {
     const float factor[2] = {scale, scale};
@@ -175,8 +176,10 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>)) backward_colu
                     own * extra_strides.l;
     store_rows<T>(c, to, strides.l, present, column, p.D, more, extra_strides.l, live);
   };
-  store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra, p.k_extra_strides);
-  store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra, p.v_extra_strides);
+  store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra,
+        p.k_extra_strides);
+  store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra,
+        p.v_extra_strides);
 }
 
 // 16 keys a warp (or kColumnParts warps): those of one key block, or up to 64 pooled keys.
@@ -184,9 +187,8 @@ template <typename T, int DP, bool kPooled>
 cudaError_t launch_columns(const BackwardParams& p, const Device& device, cudaStream_t stream) {
   constexpr int kMost = 8 / kColumnParts<DP>;
   auto with_sixteens = [](int n, auto f) {
-    return with_warps(n, [&](auto s) {
-      return f(std::integral_constant<int, (s < kMost ? s : kMost)>{});
-    });
+    return with_warps(
+        n, [&](auto s) { return f(std::integral_constant<int, (s < kMost ? s : kMost)>{}); });
   };
   auto needed = [&](int sixteens) {
     return with_sixteens(sixteens, [&](auto n) {
@@ -209,11 +211,13 @@ cudaError_t launch_columns(const BackwardParams& p, const Device& device, cudaSt
 }
 
 template <typename T, int DP>
-cudaError_t launch_backward_columns(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+cudaError_t launch_backward_columns(const BackwardParams& p, const Device& device,
+                                    cudaStream_t stream) {
   return launch_columns<T, DP, false>(p, device, stream);
 }
 template <typename T, int DP>
-cudaError_t launch_backward_pooled(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+cudaError_t launch_backward_pooled(const BackwardParams& p, const Device& device,
+                                   cudaStream_t stream) {
   return launch_columns<T, DP, true>(p, device, stream);
 }
 

@@ -9,15 +9,17 @@ namespace mra::cuda {
 
 // Keys a tile: scores and their gradients live in registers beside the accumulator.
 template <typename T, int DP, int kWarps>
-inline constexpr int kBackwardKeys =
-    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : DP <= 128 ? 64 : 32)
-                   : (DP <= 64 ? 32 : 16);
+inline constexpr int kBackwardKeys = sizeof(T) == 2 ? (DP <= 64    ? (kWarps <= 2 ? 32 : 64)
+                                                       : DP <= 128 ? 64
+                                                                   : 32)
+                                                    : (DP <= 64 ? 32 : 16);
 
 template <typename T, int DP, int kWarps>
 inline constexpr int kRowsRegisters = sizeof(T) == 2 && DP <= 64 ? (kWarps <= 2 ? 128 : 168) : 255;
 
 template <typename T, int DP, int kWarps>
-__global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>)) backward_rows_kernel(const BackwardParams p) {
+__global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
+    backward_rows_kernel(const BackwardParams p) {
   constexpr int kKeys = kBackwardKeys<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ __align__(16) char smem[];
@@ -34,12 +36,14 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>)) backward_rows_kerne
   T* q = reinterpret_cast<T*>(smem);
   T* grad_out = q + tile_rows * kLdT;
   auto load = [&](T* to, const void* from, const Strides& strides) {
-    copy_sixteen<T, DP>(to + row * kLdT, static_cast<const T*>(from) + b * strides.b + h * strides.h,
-                        strides.l, first_row + row, rows - row, p.D, p.q);
+    copy_sixteen<T, DP>(to + row * kLdT,
+                        static_cast<const T*>(from) + b * strides.b + h * strides.h, strides.l,
+                        first_row + row, rows - row, p.D, p.q);
   };
   load(q, p.q, p.q_strides);
   load(grad_out, p.grad_out, p.grad_out_strides);
-  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * 2 * tile_rows * kLdT, b, h, first_row, rows);
+  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * 2 * tile_rows * kLdT, b, h, first_row,
+                                       rows);
 
   float lse[2], delta[2], pooled_delta[2];
 #pragma unroll
@@ -128,7 +132,8 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>)) backward_rows_kerne
 }
 
 template <typename T, int DP>
-cudaError_t launch_backward_rows(const BackwardParams& p, const Device& device, cudaStream_t stream) {
+cudaError_t launch_backward_rows(const BackwardParams& p, const Device& device,
+                                 cudaStream_t stream) {
   auto needed = [&](int warps) {
     return with_warps(warps, [&](auto w) {
       return sizeof(T) * 2 * w * 16 * kLd<T, DP> +

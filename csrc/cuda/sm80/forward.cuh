@@ -9,9 +9,12 @@ namespace mra::cuda {
 
 // Keys a tile: what keeps two stages of keys and values within 99 KB (sm_86, sm_89).
 template <typename T, int DP, int kWarps>
-inline constexpr int kForwardKeys =
-    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : DP <= 128 ? 64 : 32)
-                   : (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : DP <= 128 ? 32 : 16);
+inline constexpr int kForwardKeys = sizeof(T) == 2 ? (DP <= 64    ? (kWarps <= 2 ? 32 : 64)
+                                                      : DP <= 128 ? 64
+                                                                  : 32)
+                                                   : (DP <= 64    ? (kWarps <= 2 ? 32 : 64)
+                                                      : DP <= 128 ? 32
+                                                                  : 16);
 
 // More blocks of threads a multiprocessor are worth a few spilled words outside of the loop.
 template <typename T, int DP>
@@ -36,8 +39,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // Logits (scores times `scale`) -> weights. The shift follows the maximum only when that has grown
-  // by more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale nothing.
+  // Logits (scores times `scale`) -> weights. The shift follows the maximum only when that has
+  // grown by more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale
+  // nothing.
   template <int kScores>
   __device__ __forceinline__ void update(float (&s)[kScores][4], float scale) {
     constexpr float kSlack = 8.f;
@@ -88,7 +92,8 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
   T* q = reinterpret_cast<T*>(smem);
   const T* q_head = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
   copy_sixteen<T, DP>(q + row * kLdT, q_head, p.q_strides.l, first_row + row, rows - row, p.D, p.q);
-  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * tile_rows * kLdT, b, h, first_row, rows);
+  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * tile_rows * kLdT, b, h, first_row,
+                                       rows);
 
   OnlineSoftmax<T, DP> softmax;
 #pragma unroll
@@ -140,8 +145,10 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     float s[kKeys / 8][4] = {};
     const int buffer = tile % 2;
     const T* k = keys.k_tiles + buffer * keys.kTile;
-    if constexpr (kKeepRows) multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
-    else multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
+    if constexpr (kKeepRows)
+      multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
+    else
+      multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
     float scale = p.scale * kLog2e;
     if (!keys.plain) {
       keys.to_logits(s, tile, row, scale);
@@ -159,7 +166,8 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     const int r = row + g + 8 * half, i = first_row + r;
     float sum = quad_sum(softmax.sum[half]);
     const float pooled = quad_sum(softmax.pooled_sum[half]);
-    if (r < rows && p.row_mask != nullptr && !p.row_mask[static_cast<int64_t>(b) * p.rows + i]) sum = 0.f;
+    if (r < rows && p.row_mask != nullptr && !p.row_mask[static_cast<int64_t>(b) * p.rows + i])
+      sum = 0.f;
     const bool weight = !(sum == 0.f);  // NaN in, NaN out
     inverse[half] = weight ? 1.f / sum : 0.f;
     if (t == 0 && r < rows) {

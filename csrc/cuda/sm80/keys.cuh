@@ -25,12 +25,12 @@ struct KeyStream {
   static constexpr float kNone = -INFINITY;
 
   const Problem& p;
-  T* k_tiles;         // [2][kKeys][kLdK]
-  T* v_tiles;         // [2][kKeys][kLdK]
-  float* biases;      // [2][kKeys]
-  int* granules;      // [2][kGranules]: first key of each granule, -1: none (tiles that aren't plain)
-  uint2* row_masks;   // [2][rows of the tile]: keys of the tile that row r doesn't see (own lists only)
-  uint32_t* bitmap;   // [ceil(nk / 32)]: selected key blocks (shared list only)
+  T* k_tiles;     // [2][kKeys][kLdK]
+  T* v_tiles;     // [2][kKeys][kLdK]
+  float* biases;  // [2][kKeys]
+  int* granules;  // [2][kGranules]: first key of each granule, -1: none (tiles that aren't plain)
+  uint2* row_masks;  // [2][rows of the tile]: keys that row r doesn't see (own lists only)
+  uint32_t* bitmap;  // [ceil(nk / 32)]: selected key blocks (shared list only)
 
   int b, hk, first_row, rows, x;
   const T *k, *v, *pooled_k, *pooled_v;
@@ -46,10 +46,10 @@ struct KeyStream {
   int next, visible;
 
   static size_t shared_bytes(const Problem& p) {
-    size_t bytes =
-        sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 2 * kGranules;
+    size_t bytes = sizeof(T) * 4 * kTile + sizeof(float) * 2 * kKeys + sizeof(int) * 2 * kGranules;
     if (p.pooled_k == nullptr) return bytes;
-    return bytes + (p.list_rows == 1 ? sizeof(uint2) * 32 * kWarps : sizeof(uint32_t) * ((p.nk + 31) / 32));
+    return bytes +
+           (p.list_rows == 1 ? sizeof(uint2) * 32 * kWarps : sizeof(uint32_t) * ((p.nk + 31) / 32));
   }
 
   __device__ KeyStream(const Problem& p, char* smem, int b, int h, int first_row, int rows)
@@ -112,9 +112,7 @@ struct KeyStream {
     return min(p.nk, static_cast<int>(static_cast<int64_t>(x) * p.block_q >> p.log2_block_k));
   }
 
-  __device__ void advance() {
-    next = cursor < cursor_end ? *cursor++ : INT_MAX;
-  }
+  __device__ void advance() { next = cursor < cursor_end ? *cursor++ : INT_MAX; }
 
   // The list entry that this lane's granule of a window lies in, -1: none.
   __device__ int entry_of(int window) const {
@@ -152,8 +150,10 @@ struct KeyStream {
       constexpr unsigned kAll = (1u << kGranules) - 1;
       plain_fetched = (whole >> g & kAll) == kAll && p.key_mask == nullptr && p.scale > 0.f;
     }
-    if (plain_fetched && p.D == DP) fetch_plain(tile);
-    else if (tile < tiles) fetch_any(tile);
+    if (plain_fetched && p.D == DP)
+      fetch_plain(tile);
+    else if (tile < tiles)
+      fetch_any(tile);
     commit_copies();
   }
 
@@ -172,8 +172,9 @@ struct KeyStream {
   __device__ __forceinline__ void fetch_plain(int tile) {
     const int buffer = tile % 2 * kTile;
     share([&](int i, bool values) {
-      SixteenRows<T, DP>::copy((values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK, values ? v : k,
-                               static_cast<int>(values ? p.v_strides.l : p.k_strides.l), first_of(tile, i));
+      SixteenRows<T, DP>::copy(
+          (values ? v_tiles : k_tiles) + buffer + 16 * i * kLdK, values ? v : k,
+          static_cast<int>(values ? p.v_strides.l : p.k_strides.l), first_of(tile, i));
     });
   }
 
@@ -235,7 +236,8 @@ struct KeyStream {
   }
 
   // Scores of a tile that is not plain, as a warp holds them -> logits in log2 units, -inf where a
-  // key has no weight for the row. `row` is the first of the warp's 16 rows, counted from first_row.
+  // key has no weight for the row. `row` is the first of the warp's 16 rows, counted from
+  // first_row.
   template <int kTiles>
   __device__ __forceinline__ void to_logits(float (&s)[kTiles][4], int tile, int row,
                                             float scale_log2) const {
@@ -286,10 +288,12 @@ template <class Needed>
 int row_warps(const Problem& p, const Device& device, Needed needed) {
   int warps = p.list_rows == 1 ? 4 : p.list_rows / 16;
   auto wasteful = [&] {
-    return p.list_rows == 1 && (16 * warps >= 2 * p.rows ||
-                                (warps > 2 && (p.rows / (16 * warps) + 1ll) * p.B * p.H < 4 * device.sms));
+    return p.list_rows == 1 &&
+           (16 * warps >= 2 * p.rows ||
+            (warps > 2 && (p.rows / (16 * warps) + 1ll) * p.B * p.H < 4 * device.sms));
   };
-  while (warps > 1 && (wasteful() || needed(warps) > static_cast<size_t>(device.max_smem))) warps /= 2;
+  while (warps > 1 && (wasteful() || needed(warps) > static_cast<size_t>(device.max_smem)))
+    warps /= 2;
   return warps;
 }
 

@@ -155,8 +155,7 @@ struct Mma<float> {
   }
   static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4],
                                                  const uint32_t (&b)[2]) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -205,7 +204,8 @@ struct Fragments {
   typename Mma<T>::A a[DP / Mma<T>::kStep];
   __device__ __forceinline__ void load(const T* tile, int ld, int m) {
 #pragma unroll
-    for (int i = 0; i < DP / Mma<T>::kStep; ++i) a[i] = Mma<T>::load_a(tile, ld, m, i * Mma<T>::kStep);
+    for (int i = 0; i < DP / Mma<T>::kStep; ++i)
+      a[i] = Mma<T>::load_a(tile, ld, m, i * Mma<T>::kStep);
   }
 };
 

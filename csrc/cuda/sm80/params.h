@@ -19,20 +19,20 @@ struct Lists {
 // the means of query blocks and of key blocks: then list_rows is 1, exact is false and T is float.
 struct Problem {
   int B, H, Hk;
-  int rows;             // N, or nq
+  int rows;  // N, or nq
   int M, D;
-  int nk;               // key blocks
+  int nk;  // key blocks
   int block_q, block_k;
   int log2_block_k;
-  int list_rows;        // rows that share one row list: block_q, or 1
+  int list_rows;  // rows that share one row list: block_q, or 1
   float scale;
   bool causal;
-  bool exact;           // attend the listed key blocks, key by key
-  bool tf32;            // float32 only: one TF32 product instead of three
+  bool exact;  // attend the listed key blocks, key by key
+  bool tf32;   // float32 only: one TF32 product instead of three
 
-  const void* q;        // [B, H, rows, D] T
-  const void* k;        // [B, Hk, M, D] T
-  const void* v;        // [B, Hk, M, D] T
+  const void* q;  // [B, H, rows, D] T
+  const void* k;  // [B, Hk, M, D] T
+  const void* v;  // [B, Hk, M, D] T
   Strides q_strides, k_strides, v_strides;
   const uint8_t* key_mask;  // [B, M] or null
   const uint8_t* row_mask;  // [B, rows] or null

@@ -24,12 +24,12 @@ struct RowStream {
   };
 
   const BackwardParams& p;
-  T* q_tiles;       // [2][kRows][kLdR]
-  T* grad_tiles;    // [2][kRows][kLdR]
-  float* lses;      // [2][kRows] log2 units, +inf: a row without weight
-  float* deltas;    // [2][kRows]
-  uint2* masks;     // [2][keys]: rows of the tile that a pooled key doesn't see
-  int* granules;    // [2][kGranules]: first row of each granule, -1: none (causal only)
+  T* q_tiles;     // [2][kRows][kLdR]
+  T* grad_tiles;  // [2][kRows][kLdR]
+  float* lses;    // [2][kRows] log2 units, +inf: a row without weight
+  float* deltas;  // [2][kRows]
+  uint2* masks;   // [2][keys]: rows of the tile that a pooled key doesn't see
+  int* granules;  // [2][kGranules]: first row of each granule, -1: none (causal only)
 
   int b, end_head, keys, y;
   int first_tile, last_tile;  // kPooled: tiles of this split
@@ -37,7 +37,7 @@ struct RowStream {
   // Its window of 32 granules, the same in every warp: first row of this lane's granule, -1: none,
   // and the list entry of this lane's granule of the next window, asked for early.
   int granule, entry;
-  const T *q, *grad;          // of head at.h
+  const T *q, *grad;  // of head at.h
   const float *lse, *delta;
   // kPooled: the cursor of pooled key threadIdx.x
   const int *cursor, *cursor_end;
@@ -79,15 +79,16 @@ struct RowStream {
         at.tiles = last_tile - first_tile;
       } else {
         at.list = column(at.h, y);
-        at.tiles = static_cast<int>(
-            (static_cast<int64_t>(at.list.count) * p.block_q + kRows - 1) / kRows);
+        at.tiles =
+            static_cast<int>((static_cast<int64_t>(at.list.count) * p.block_q + kRows - 1) / kRows);
       }
       if (at.tiles > 0) break;
     }
     if (!more()) return;
     entry = entry_of(0);
     q = static_cast<const T*>(p.q) + b * p.q_strides.b + at.h * p.q_strides.h;
-    grad = static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + at.h * p.grad_out_strides.h;
+    grad =
+        static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + at.h * p.grad_out_strides.h;
     const int64_t head = (static_cast<int64_t>(b) * p.H + at.h) * p.rows;
     lse = p.lse2 + head;
     delta = (kPooled ? p.pooled_delta : p.delta) + head;
@@ -103,13 +104,13 @@ struct RowStream {
   __device__ void open_window(int window) {
     const int y = entry;
     entry = entry_of(window + 1);
-    const int64_t row = static_cast<int64_t>(y) * p.block_q +
-                        static_cast<int>(threadIdx.x % 32) * 16 % p.block_q;
+    const int64_t row =
+        static_cast<int64_t>(y) * p.block_q + static_cast<int>(threadIdx.x % 32) * 16 % p.block_q;
     granule = y >= 0 && row < p.rows ? static_cast<int>(row) : -1;
   }
 
-  // Starts the copies of the next tile, of which there is one, into a buffer that is no longer read.
-  // Rows that aren't there are zeros, which add nothing.
+  // Starts the copies of the next tile, of which there is one, into a buffer that is no longer
+  // read. Rows that aren't there are zeros, which add nothing.
   __device__ void fetch(int buffer) {
     const int g = at.tile * kGranules % 32;
     if (!kPooled && g == 0) open_window(at.tile * kGranules / 32);

@@ -47,8 +47,8 @@ struct SixteenRows {
     }
   }
 
-  // The first `present` of them, of D columns: zeros elsewhere. `anything` is a readable address for
-  // copies of no bytes.
+  // The first `present` of them, of D columns: zeros elsewhere. `anything` is a readable address
+  // for copies of no bytes.
   static __device__ __forceinline__ void copy_some(T* tile, const T* from, int stride, int first,
                                                    int present, int D, const void* anything) {
     const int lane = threadIdx.x % 32, r0 = lane / kLanes, d0 = lane % kLanes * kChunk;
@@ -69,12 +69,16 @@ template <typename T, int DP>
 __device__ __forceinline__ void copy_sixteen(T* tile, const T* from, int stride, int first,
                                              int present, int D, const void* anything) {
   using Rows = SixteenRows<T, DP>;
-  if (present >= 16 && D == DP) Rows::copy(tile, from, stride, first);
-  else Rows::copy_some(tile, from, stride, first, present, D, anything);
+  if (present >= 16 && D == DP)
+    Rows::copy(tile, from, stride, first);
+  else
+    Rows::copy_some(tile, from, stride, first, present, D, anything);
 }
 
 // The warp of this thread, known to be the same for all of its lanes.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+__device__ __forceinline__ int warp_index() {
+  return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+}
 
 // One list of blocks. Kept inside the index whatever a given plan holds.
 struct List {
@@ -85,8 +89,9 @@ __device__ __forceinline__ List list_of(const Lists& lists, int64_t head, int wh
   const int64_t at = head * lists.lists + which, start = lists.start[at];
   if (start < 0 || start >= lists.capacity) return {lists.index, 0};
   const int64_t room = lists.capacity - start, count = lists.count[at];
-  return {lists.index + head * lists.capacity + start,
-          static_cast<int>(count < 0 ? 0 : count < room ? count : room)};
+  return {lists.index + head * lists.capacity + start, static_cast<int>(count < 0      ? 0
+                                                                        : count < room ? count
+                                                                                       : room)};
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -107,10 +112,12 @@ __device__ __forceinline__ void store_pair(T* p, float x, float y) {
   }
 }
 
-// c times each row's factor, plus `block` [D] (or null) for the rows that are live; zeros for others.
+// c times each row's factor, plus `block` [D] (or null) for the rows that are live; zeros for
+// others.
 template <int kTiles>
 __device__ __forceinline__ void finish_rows(float (&c)[kTiles][4], const float (&factor)[2],
-                                            const bool (&live)[2], const float* block, int n0, int D) {
+                                            const bool (&live)[2], const float* block, int n0,
+                                            int D) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
@@ -143,9 +150,9 @@ __device__ __forceinline__ void store_rows(const float (&c)[kTiles][4], T* to, i
   }
 }
 template <typename T, int kTiles>
-__device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t stride, int present,
-                                           int n0, int D, const T* extra, int64_t extra_stride,
-                                           const bool (&live)[2]) {
+__device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t stride,
+                                           int present, int n0, int D, const T* extra,
+                                           int64_t extra_stride, const bool (&live)[2]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -166,10 +173,14 @@ __device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t
 template <class F>
 auto with_warps(int warps, F f) {
   switch (warps) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, 8>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
   }
 }
 
