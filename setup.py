@@ -42,11 +42,11 @@ def cuda_problem():
 
 
 def default_archs():
-    """Architectures of the visible GPUs, else the oldest that the kernels take."""
+    """Architectures of the visible GPUs (9.0a is Hopper's), else the oldest that the kernels take."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         found = sorted({torch.cuda.get_device_capability(i) for i in range(count)})
-        return ";".join(f"{a}.{b}" for a, b in found)
+        return ";".join("9.0a" if gpu == (9, 0) else f"{gpu[0]}.{gpu[1]}" for gpu in found)
     return "8.0+PTX"
 
 
@@ -68,11 +68,17 @@ def extension():
     print(f"mra_attention: CPU and CUDA build for {archs}.", file=sys.stderr)
     for pattern in ("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp"):
         sources += glob(pattern, recursive=True)
+    macros = []
+    if "9.0a" in archs:
+        macros = [("MRA_SM90A", None)]
+    else:  # Hopper's own kernels are for this architecture alone
+        sources = [s for s in sources if "/sm90/" not in s]
     return cpp_extension.CUDAExtension(
         "mra_attention._C",
         sorted(sources),
         include_dirs=include_dirs,
-        define_macros=[
+        define_macros=macros
+        + [
             ("MRA_WITH_CUDA", None),
             ("MRA_CUDA_VERSION", f'"{torch.version.cuda}"'),
             ("MRA_CUDA_ARCHS", f'"{archs}"'),

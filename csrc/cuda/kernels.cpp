@@ -5,6 +5,8 @@
 
 #include <type_traits>
 
+#include "sm90/forward.h"
+
 namespace mra::cuda {
 namespace {
 
@@ -33,6 +35,17 @@ cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
 
 cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
                     cudaStream_t stream) {
+#ifdef MRA_SM90A
+  if (device.major == 9 && dtype != Dtype::f32 && p.D <= 128) {
+    auto by_dim = [&](auto t) {
+      using T = decltype(t);
+      return p.D <= 64 ? sm90::launch_forward<T, 64>(p, device, stream)
+                       : sm90::launch_forward<T, 128>(p, device, stream);
+    };
+    const cudaError_t error = dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
+    if (error != cudaErrorNotSupported) return error;
+  }
+#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -73,6 +86,10 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
+#ifdef MRA_SM90A
+      {"fine", "forward", "csrc/cuda/sm90/forward.cuh", "sm_90a", "float16, bfloat16",
+       "8..128 (64, 128)"},
+#endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},
       {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},

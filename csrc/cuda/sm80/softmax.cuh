@@ -1,0 +1,138 @@
+// Online softmax of 16 rows a warp, in log2 units, with the accumulators of their output in
+// registers as mma.sync and wgmma leave them: thread 4g + t of a warp holds columns 8n + 2t, 8n +
+// 2t + 1 of rows g and g + 8.
+#pragma once
+
+#include "tile.cuh"
+
+namespace mra::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+template <typename T, int DP>
+struct OnlineSoftmax {
+  static constexpr int kTiles = DP / 8;
+  float acc[kTiles][4];
+  float max[2], sum[2];                // sum: of this thread's columns only
+  float pooled_max[2], pooled_sum[2];  // state after the pooled keys
+
+  // Starts empty, or (mean not null) from a state of D columns that all rows share; its mean is
+  // zero where its lse is -inf.
+  __device__ __forceinline__ void start(const float* mean, const float* lse, int D) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      max[half] = -INFINITY;
+      sum[half] = 0.f;
+    }
+    if (mean != nullptr && *lse != -INFINITY) {
+      max[0] = max[1] = *lse * kLog2e;
+      sum[0] = sum[1] = t == 0 ? 1.f : 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int d = 8 * n + 2 * t;
+      float2 u = make_float2(0.f, 0.f);
+      if (mean != nullptr && d < D) u = *reinterpret_cast<const float2*>(mean + d);
+      acc[n][0] = acc[n][2] = u.x;
+      acc[n][1] = acc[n][3] = u.y;
+    }
+    keep_pooled();
+  }
+
+  __device__ __forceinline__ void keep_pooled() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      pooled_max[half] = max[half];
+      pooled_sum[half] = sum[half];
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      acc[n][0] *= factor[0];
+      acc[n][1] *= factor[0];
+      acc[n][2] *= factor[1];
+      acc[n][3] *= factor[1];
+    }
+  }
+
+  // Logits (scores times `scale`) -> weights; factor: what the accumulators are due, true if that
+  // is not 1 for some row of the warp. The shift follows the maximum only when that has grown by
+  // more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale nothing.
+  template <int kScores>
+  __device__ __forceinline__ bool weigh(float (&s)[kScores][4], float scale, float (&factor)[2]) {
+    constexpr float kSlack = 8.f;
+    float shift[2];
+    bool grown = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float m = s[0][2 * half];
+#pragma unroll
+      for (int n = 0; n < kScores; ++n) m = fmaxf(m, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      m = quad_max(m) * scale;
+      const float old = max[half];
+      if (m > old + kSlack) {
+        max[half] = m;
+        grown = true;
+      }
+      shift[half] = max[half] == -INFINITY ? 0.f : max[half];
+      factor[half] = exp2_approx(old - shift[half]);
+    }
+    grown = __any_sync(0xffffffffu, grown);
+    if (grown) {
+      sum[0] *= factor[0];
+      sum[1] *= factor[1];
+    }
+#pragma unroll
+    for (int n = 0; n < kScores; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
+        sum[i / 2] += s[n][i];
+      }
+    }
+    return grown;
+  }
+
+  template <int kScores>
+  __device__ __forceinline__ void update(float (&s)[kScores][4], float scale) {
+    float factor[2];
+    if (weigh(s, scale, factor)) rescale(factor);
+  }
+
+  // Divides by the mass, and writes lse and share of the warp's 16 rows from `row` of batch b, head
+  // h on; `present` of them are there.
+  __device__ __forceinline__ void finish(const ForwardParams& p, int b, int h, int row,
+                                         int present) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int64_t head = static_cast<int64_t>(b) * p.H + h;
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = g + 8 * half, i = row + r;
+      float total = quad_sum(sum[half]);
+      const float pooled = quad_sum(pooled_sum[half]);
+      if (r < present && p.row_mask != nullptr && !p.row_mask[static_cast<int64_t>(b) * p.rows + i])
+        total = 0.f;
+      const bool weight = !(total == 0.f);  // NaN in, NaN out
+      inverse[half] = weight ? 1.f / total : 0.f;
+      if (t == 0 && r < present) {
+        p.lse[head * p.rows + i] = weight ? (max[half] + log2f(total)) * kLn2 : -INFINITY;
+        if (p.share != nullptr) {
+          const bool any = weight && pooled > 0.f;
+          p.share[head * p.rows + i] =
+              any ? pooled * exp2_approx(pooled_max[half] - max[half]) / total : 0.f;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] *= inverse[i / 2];
+    }
+  }
+};
+
+}  // namespace mra::cuda

@@ -1,0 +1,13 @@
+// Hopper's kernels (sm_90a). Each returns cudaErrorNotSupported, and does nothing, for what it does
+// not serve.
+#pragma once
+
+#include "../sm80/params.h"
+
+namespace mra::cuda::sm90 {
+
+// Half types, head dims up to DP = 64 or 128, query blocks of 64 or 128 rows.
+template <typename T, int DP>
+cudaError_t launch_forward(const ForwardParams&, const Device&, cudaStream_t);
+
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,5 @@
+#include "../forward.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_forward<__half, 64>(const ForwardParams&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

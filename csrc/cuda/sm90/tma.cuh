@@ -1,0 +1,83 @@
+// Hopper's bulk tensor copies and the barriers that they complete on.
+#pragma once
+
+#include <cuda.h>
+
+#include "../sm80/mma.cuh"
+#include "../types.h"
+
+namespace mra::cuda::sm90 {
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
+               "r"(arrivals));
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\nbra wait;\ndone:\n}" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// 64 columns from column d and row l on of head h of batch b; zeros outside of the tensor.
+__device__ __forceinline__ void copy_panel(void* to, const CUtensorMap& map, uint64_t* barrier,
+                                           int d, int l, int h, int b) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(to)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(d), "r"(l), "r"(h), "r"(b)
+      : "memory");
+}
+
+// The same way back; only what lies inside of the tensor is written.
+__device__ __forceinline__ void store_panel(const CUtensorMap& map, const void* from, int d, int l,
+                                            int h, int b) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(&map),
+      "r"(smem_address(from)), "r"(d), "r"(l), "r"(h), "r"(b)
+      : "memory");
+}
+__device__ __forceinline__ void store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until this thread's stores have read what they store.
+__device__ __forceinline__ void store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+// What this thread wrote to shared memory is seen by copies that follow.
+__device__ __forceinline__ void fence_for_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// `bytes` (a multiple of 16) as they lie.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes,
+                                           uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem_address(to)),
+      "l"(from), "r"(bytes), "r"(smem_address(barrier))
+      : "memory");
+}
+
+// Map of a [B, H, L, D] tensor of a half type for copies of `rows` rows x 64 columns; false where
+// the tensor has no map.
+bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& strides, int B,
+                int H, int L, int D, int rows);
+
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,95 @@
+// Hopper's warpgroup products: D[64 x N] += A[64 x 16] B[16 x N] by wgmma, for bfloat16 and float16
+// with float accumulators, laid out in each warp as mma.sync's (sm80/mma.cuh): warp w of the group
+// holds rows 16 w to 16 w + 15.
+//
+// Operands in shared memory lie in panels of 64 columns, 128 bytes a row, as the bulk tensor copy
+// with a swizzle of 128 bytes leaves them; a panel starts on a multiple of 1024 bytes.
+#pragma once
+
+#include "../sm80/mma.cuh"
+
+namespace mra::cuda::sm90 {
+
+// Matrix descriptor of a swizzled panel: `leading` is the distance in bytes between panels of 64
+// columns (read for operands stored with the product's inner dimension in rows only).
+__device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 16) {
+  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = 1024 >> 4;
+  return kSwizzle128 | kEightRows << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
+         ((smem_address(panel) & 0x3ffff) >> 4);
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kLeft>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+
+// Keeps the compiler from moving reads and writes of accumulators across a product in flight.
+template <int kTiles>
+__device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
+  }
+}
+
+// N / 8 tiles of accumulators. `a`, `b`: descriptors; `add`: 0 starts from zero.
+// multiply_nt: A from shared memory, B stored [n][k]. multiply_pn: A in registers, B stored [k][n].
+template <typename T, int N>
+struct Wgmma;
+
+#define MRA_D4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define MRA_D16(d, n) MRA_D4(d, n), MRA_D4(d, n + 1), MRA_D4(d, n + 2), MRA_D4(d, n + 3)
+#define MRA_D32(d, n) MRA_D16(d, n), MRA_D16(d, n + 4)
+#define MRA_D64(d, n) MRA_D32(d, n), MRA_D32(d, n + 8)
+#define MRA_R32                                                                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MRA_R64                                                                             \
+  MRA_R32                                                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
+  "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define MRA_WGMMA(T, TYPE, N, REGS, D, i0, i1, i2, i3, i4, i5)                               \
+  template <>                                                                                \
+  struct Wgmma<T, N> {                                                                       \
+    static __device__ __forceinline__ void multiply_nt(float (&d)[N / 8][4], uint64_t a,     \
+                                                       uint64_t b, int add) {                \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, " i2                                       \
+                   ", 0;"                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS  \
+                   "}, " i0 ", " i1 ", p, 1, 1, 0, 0;}"                                      \
+                   : D(d, 0)                                                                 \
+                   : "l"(a), "l"(b), "r"(add));                                              \
+    }                                                                                        \
+    static __device__ __forceinline__ void multiply_pn(float (&d)[N / 8][4],                 \
+                                                       const uint32_t (&a)[4], uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS  \
+                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 1;"                \
+                   : D(d, 0)                                                                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+    }                                                                                        \
+  };
+#define MRA_WGMMA_TYPE(T, TYPE)                                                      \
+  MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37") \
+  MRA_WGMMA(T, TYPE, 128, MRA_R64, MRA_D64, "%64", "%65", "%66", "%67", "%68", "%69")
+
+MRA_WGMMA_TYPE(__nv_bfloat16, "bf16")
+MRA_WGMMA_TYPE(__half, "f16")
+
+#undef MRA_WGMMA_TYPE
+#undef MRA_WGMMA
+#undef MRA_R64
+#undef MRA_R32
+#undef MRA_D64
+#undef MRA_D32
+#undef MRA_D16
+#undef MRA_D4
+
+}  // namespace mra::cuda::sm90
