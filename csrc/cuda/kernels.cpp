@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "sm90/backward.h"
 #include "sm90/forward.h"
 
 namespace mra::cuda {
@@ -31,20 +32,28 @@ cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
   return cudaErrorInvalidValue;
 }
 
+#ifdef MRA_SM90A
+// f as dispatch calls it, for what sm90/ has; cudaErrorNotSupported for the rest.
+template <class F>
+cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
+  if (device.major != 9 || dtype == Dtype::f32 || head_dim > 128) return cudaErrorNotSupported;
+  const auto by_dim = [&](auto t) {
+    return head_dim <= 64 ? f(t, std::integral_constant<int, 64>{})
+                          : f(t, std::integral_constant<int, 128>{});
+  };
+  return dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
+}
+#endif
+
 }  // namespace
 
 cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
                     cudaStream_t stream) {
 #ifdef MRA_SM90A
-  if (device.major == 9 && dtype != Dtype::f32 && p.D <= 128) {
-    auto by_dim = [&](auto t) {
-      using T = decltype(t);
-      return p.D <= 64 ? sm90::launch_forward<T, 64>(p, device, stream)
-                       : sm90::launch_forward<T, 128>(p, device, stream);
-    };
-    const cudaError_t error = dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
-    if (error != cudaErrorNotSupported) return error;
-  }
+  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    return sm90::launch_forward<decltype(t), d()>(p, device, stream);
+  });
+  if (error != cudaErrorNotSupported) return error;
 #endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
@@ -53,6 +62,12 @@ cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
 
 cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& device,
                           cudaStream_t stream) {
+#ifdef MRA_SM90A
+  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    return sm90::launch_backward_rows<decltype(t), d()>(p, device, stream);
+  });
+  if (error != cudaErrorNotSupported) return error;
+#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_rows<decltype(t), d()>(p, device, stream);
   });
@@ -60,6 +75,12 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
 
 cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device& device,
                              cudaStream_t stream) {
+#ifdef MRA_SM90A
+  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    return sm90::launch_backward_columns<decltype(t), d()>(p, device, stream);
+  });
+  if (error != cudaErrorNotSupported) return error;
+#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_columns<decltype(t), d()>(p, device, stream);
   });
@@ -89,6 +110,10 @@ std::vector<KernelInfo> kernel_table() {
 #ifdef MRA_SM90A
       {"fine", "forward", "csrc/cuda/sm90/forward.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
+      {"fine", "backward_rows", "csrc/cuda/sm90/backward_rows.cuh", "sm_90a", "float16, bfloat16",
+       "8..128 (64, 128)"},
+      {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
 #endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},

@@ -27,7 +27,6 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
   constexpr int kWarps = kSixteens * kColumnParts<DP>;
   constexpr int kRows = kBackwardRows<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr int kParts = kColumnParts<DP>, kWidth = DP / kParts;
-  constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ __align__(16) char smem[];
 
   constexpr int tile_keys = 16 * kSixteens;

@@ -21,7 +21,6 @@ template <typename T, int DP, int kWarps>
 __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     backward_rows_kernel(const BackwardParams p) {
   constexpr int kKeys = kBackwardKeys<T, DP, kWarps>, kLdT = kLd<T, DP>;
-  constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ __align__(16) char smem[];
 
   constexpr int tile_rows = 16 * kWarps;

@@ -7,8 +7,6 @@
 
 namespace mra::cuda {
 
-inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-
 template <typename T, int DP>
 struct OnlineSoftmax {
   static constexpr int kTiles = DP / 8;

@@ -9,6 +9,8 @@
 
 namespace mra::cuda {
 
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 // Rows are padded by 16 bytes: eight rows of 16 bytes then fall in different banks.
 template <typename T, int DP>
 inline constexpr int kLd = DP + 16 / static_cast<int>(sizeof(T));

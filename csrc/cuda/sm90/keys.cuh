@@ -11,35 +11,36 @@
 
 namespace mra::cuda::sm90 {
 
-struct ForwardMaps : ForwardParams {
-  int items;  // tiles of rows in all
-  CUtensorMap q_map, k_map, v_map, pooled_k_map, pooled_v_map, out_map;
+struct KeyMaps {
+  CUtensorMap k_map, v_map, pooled_k_map, pooled_v_map;
+
+  // False where a tensor has no map.
+  bool set(const Problem& p, Dtype dtype) {
+    const int run = p.block_k < 64 ? p.block_k : 64;
+    if (!tensor_map(&k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, run) ||
+        !tensor_map(&v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, run)) {
+      return false;
+    }
+    if (p.pooled_k == nullptr) return true;
+    const int64_t head = static_cast<int64_t>(p.nk) * p.D;
+    const Strides strides{p.Hk * head, head, p.D};
+    return tensor_map(&pooled_k_map, dtype, p.pooled_k, strides, p.B, p.Hk, p.nk, p.D, 64) &&
+           tensor_map(&pooled_v_map, dtype, p.pooled_v, strides, p.B, p.Hk, p.nk, p.D, 64);
+  }
 };
 
-// Measured choices (docs/kernels.md): keys a tile, stages of the ring, blocks of threads a
-// multiprocessor.
-template <int DP>
-struct ForwardTraits {
-#ifdef MRA_KEYS
-  static constexpr int kKeys = MRA_KEYS, kStages = MRA_STAGES, kBlocks = MRA_BLOCKS;
-#else
-  static constexpr int kKeys = 64, kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2;
-#endif
-  static constexpr int kRows = 64, kThreads = 160;
-#ifdef MRA_PERSIST
-  static constexpr bool kPersistent = MRA_PERSIST;
-#else
-  static constexpr bool kPersistent = false;
-#endif
-};
+// Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
+inline size_t bitmap_bytes(const Problem& p) {
+  return p.pooled_k != nullptr ? (p.nk + 31) / 32 * 4 : 0;
+}
 
 // A tile of rows and the keys that it attends.
-struct ForwardTile {
+struct RowTile {
   int b, h, hk, first_row, rows, pooled_blocks, pooled_tiles, tiles;
   int64_t list_at;
   List list;
 
-  __device__ ForwardTile(const ForwardParams& p, unsigned item, int tile_rows, int tile_keys) {
+  __device__ RowTile(const Problem& p, unsigned item, int tile_rows, int tile_keys) {
     const unsigned row_tiles = (p.rows + tile_rows - 1) / tile_rows;
     // Under causal the last tiles have most keys: start them first.
     const unsigned bh = item / row_tiles, from_start = item - bh * row_tiles;
@@ -63,43 +64,65 @@ struct ForwardTile {
   }
 };
 
-// What the consumers are told of a tile.
-struct ForwardWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
-  float state_lse;
-};
-
-template <int DP>
-struct ForwardShared {
-  using Traits = ForwardTraits<DP>;
-  static constexpr int kKeys = Traits::kKeys, kStages = Traits::kStages, kPanels = DP / 64;
-  uint16_t q[2][kPanels][64][64];  // also the output on its way to memory
+// Tiles of keys on their way to the consumers.
+template <int DP, int kTileKeys, int kTiles>
+struct KeyRing {
+  static constexpr int kKeys = kTileKeys, kStages = kTiles, kPanels = DP / 64;
   uint16_t k[kStages][kPanels][kKeys][64];
   uint16_t v[kStages][kPanels][kKeys][64];
-  float state_mean[2][DP];
-  ForwardWork work[2];
   float bias[kStages][kKeys];      // log2 units; read where a tile is not plain
   int first[kStages][kKeys / 16];  // first key of each sixteen, under causal
   int plain[kStages];
-  uint64_t q_full[2], q_empty[2];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
-  uint32_t bitmap[1];  // [ceil(nk / 32)]: selected key blocks, with pooled keys only
+
+  // By one thread. Four warps read a tile.
+  __device__ void init() {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&k_full[i], 1);
+      barrier_init(&v_full[i], 1);
+      barrier_init(&k_empty[i], 4);
+      barrier_init(&v_empty[i], 4);
+    }
+  }
+
+  // Scores of a tile that is not plain -> logits in log2 units. `row`: this lane's first.
+  __device__ __forceinline__ void to_logits(float (&c)[kKeys / 8][4], int stage, float scale,
+                                            bool causal, int row) const {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const float2 u = *reinterpret_cast<const float2*>(&bias[stage][8 * n + 2 * t]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[n][i] = fmaf(c[n][i], scale, i % 2 ? u.y : u.x);
+      if (causal) {
+        const int key = first[stage][n / 2] + n % 2 * 8 + 2 * t;
+        if (key > row) c[n][0] = -INFINITY;
+        if (key + 1 > row) c[n][1] = -INFINITY;
+        if (key > row + 8) c[n][2] = -INFINITY;
+        if (key + 1 > row + 8) c[n][3] = -INFINITY;
+      }
+    }
+  }
 };
 
-template <int DP>
-struct ForwardProducer {
-  using Shared = ForwardShared<DP>;
-  static constexpr int kKeys = Shared::kKeys, kStages = Shared::kStages, kPanels = Shared::kPanels;
+// Run by one warp.
+template <int DP, class Ring>
+struct KeyProducer {
+  static constexpr int kKeys = Ring::kKeys, kStages = Ring::kStages, kPanels = Ring::kPanels;
 
-  const ForwardMaps& p;
-  Shared& s;
-  ForwardTile at;
+  const Problem& p;
+  const KeyMaps& maps;
+  Ring& s;
+  uint32_t* bitmap;  // [ceil(nk / 32)]: selected key blocks, with pooled keys only
+  RowTile at;
   int fetched = 0;            // tiles of keys so far
   const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
 
-  __device__ ForwardProducer(const ForwardMaps& p, Shared& s)
+  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmap)
       : p(p),
+        maps(maps),
         s(s),
+        bitmap(bitmap),
         at(p, blockIdx.x, 64, kKeys),
         lane(threadIdx.x % 32),
         run(min(p.block_k, 64)),
@@ -112,11 +135,11 @@ struct ForwardProducer {
   }
 
   __device__ void mark_selected() {
-    for (int i = lane; i < (p.nk + 31) / 32; i += 32) s.bitmap[i] = 0;
+    for (int i = lane; i < (p.nk + 31) / 32; i += 32) bitmap[i] = 0;
     __syncwarp();
     for (int i = lane; i < at.list.count; i += 32) {
       const unsigned y = at.list.entries[i];
-      if (y < static_cast<unsigned>(p.nk)) atomicOr(s.bitmap + y / 32, 1u << y % 32);
+      if (y < static_cast<unsigned>(p.nk)) atomicOr(bitmap + y / 32, 1u << y % 32);
     }
     __syncwarp();
   }
@@ -127,14 +150,14 @@ struct ForwardProducer {
     for (int i = lane; i < kKeys; i += 32) {
       const int y = y0 + i;
       float bias = -INFINITY;
-      if (y < at.pooled_blocks && !(s.bitmap[y / 32] >> y % 32 & 1)) {
+      if (y < at.pooled_blocks && !(bitmap[y / 32] >> y % 32 & 1)) {
         bias = log2f(static_cast<float>(p.key_count[static_cast<int64_t>(at.b) * p.nk + y]));
       }
       s.bias[stage][i] = bias;
     }
     if (lane == 0) s.plain[stage] = 0;
     for (int i = lane; i < kKeys / 16; i += 32) s.first[stage][i] = INT_MIN / 2;
-    fetch(p.pooled_k_map, p.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
+    fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
   __device__ void fetch_listed(int tile, int stage, int block) {
@@ -154,7 +177,7 @@ struct ForwardProducer {
       }
     }
     if (lane == 0) s.plain[stage] = plain;
-    fetch(p.k_map, p.v_map, runs, run, first);
+    fetch(maps.k_map, maps.v_map, runs, run, first);
   }
 
   // Lane i < copies fetches `rows` keys and values from `from` on. What the warp wrote for the
@@ -178,40 +201,18 @@ struct ForwardProducer {
     ++fetched;
   }
 
-  // Tells the consumers of the tile of rows, and fetches what belongs to it alone.
-  __device__ void fetch_rows(int slot) {
-    const bool state = p.state_mean != nullptr;
-    if (lane == 0) {
-      s.work[slot] = {at.b,
-                      at.h,
-                      at.first_row,
-                      at.rows,
-                      at.pooled_tiles,
-                      at.tiles,
-                      state ? p.state_lse[at.list_at] : 0.f};
-      barrier_expect(&s.q_full[slot], 64 * DP * 2 + (state ? p.D * 4 : 0));
-      for (int i = 0; i < kPanels; ++i) {
-        copy_panel(s.q[slot][i], p.q_map, &s.q_full[slot], 64 * i, at.first_row, at.h, at.b);
-      }
-      if (state) {
-        copy_bytes(s.state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &s.q_full[slot]);
-      }
-    }
-    __syncwarp();
-  }
-
-  __device__ void run_all() {
+  // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone.
+  template <class FetchRows>
+  __device__ void run_all(unsigned items, FetchRows fetch_rows) {
     int turn = 0;
 #pragma unroll 1
-    for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
-      const int slot = turn % 2;
-      if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
-      fetch_rows(slot);
+    for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
+      fetch_rows(at, turn);
       if (at.pooled_tiles > 0) mark_selected();
       int block = block_of(0);
       // The list of the next tile of rows is looked up while this one's keys arrive.
-      const unsigned next_item = item + gridDim.x < p.items ? item + gridDim.x : item;
-      const ForwardTile next_rows(p, next_item, 64, kKeys);
+      const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
+      const RowTile next_rows(p, next_item, 64, kKeys);
 #pragma unroll 1
       for (int tile = 0; tile < at.tiles; ++tile) {
         const int stage = fetched % kStages, listed = tile - at.pooled_tiles;

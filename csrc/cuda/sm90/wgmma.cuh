@@ -18,6 +18,10 @@ __device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 
          ((smem_address(panel) & 0x3ffff) >> 4);
 }
 
+// The same value in every lane: tells the compiler so, which keeps what derives from it, descriptors
+// above all, out of the lanes' registers.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -27,6 +31,16 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kLeft>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+
+// Moves registers between the warpgroups of a block of threads; every warp of a group takes part.
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Keeps the compiler from moving reads and writes of accumulators across a product in flight.
@@ -82,6 +96,41 @@ struct Wgmma;
 
 MRA_WGMMA_TYPE(__nv_bfloat16, "bf16")
 MRA_WGMMA_TYPE(__half, "f16")
+
+// c = A B^T over DP columns: A of 64 rows, B of N, both in panels.
+template <typename T, int N, int kPanels>
+__device__ __forceinline__ void multiply_nt(float (&c)[N / 8][4],
+                                            const uint16_t (&a)[kPanels][64][64],
+                                            const uint16_t (&b)[kPanels][N][64]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kPanels; ++i) {
+    Wgmma<T, N>::multiply_nt(c, descriptor(a[i / 4]) + 2 * (i % 4),
+                             descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
+  }
+}
+
+// acc += A B: A of 64 rows x K in registers, B of K rows in panels.
+template <typename T, int K, int kPanels>
+__device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
+                                            const uint32_t (&a)[K / 16][4],
+                                            const uint16_t (&b)[kPanels][K][64]) {
+#pragma unroll
+  for (int j = 0; j < K / 16; ++j) {
+    Wgmma<T, 64 * kPanels>::multiply_pn(acc, a[j], descriptor(b, K * 128) + 128 * j);
+  }
+}
+
+// What a product left in a warp's registers, as the left operand of the next.
+template <typename T, int kTiles>
+__device__ __forceinline__ void pack(uint32_t (&a)[kTiles / 2][4], const float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kTiles / 2; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      a[j][i] = Mma<T>::pack(c[2 * j + i / 2][i % 2 * 2], c[2 * j + i / 2][i % 2 * 2 + 1]);
+    }
+  }
+}
 
 #undef MRA_WGMMA_TYPE
 #undef MRA_WGMMA

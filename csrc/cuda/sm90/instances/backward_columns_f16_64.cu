@@ -1,0 +1,5 @@
+#include "../backward_columns.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_backward_columns<__half, 64>(const BackwardParams&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

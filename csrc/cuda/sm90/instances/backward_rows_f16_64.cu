@@ -1,0 +1,5 @@
+#include "../backward_rows.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_backward_rows<__half, 64>(const BackwardParams&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90
