@@ -93,13 +93,19 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
 
   // pool: means over the valid rows of each block
-  Pooled query, key, value;
+  Pooled query, key;
+  PooledInputs pooled;
   if (!has_plan || o.coarse == Coarse::block) {
     query = stages.pool(in.query, in.query_mask, o.block_q);
   }
-  if (!has_plan || has_coarse) key = stages.pool(in.key, in.key_mask, o.block_k);
-  if (has_coarse) value = stages.pool(in.value, in.key_mask, o.block_k);
-  const PooledInputs pooled{query.mean, key.mean, value.mean, key.count, query.count};
+  if (has_coarse) {
+    pooled = stages.pool_keys(in, o);
+    pooled.query = query.mean;
+    pooled.query_count = query.count;
+    key = {pooled.key, pooled.key_count};
+  } else if (!has_plan) {
+    key = stages.pool(in.key, in.key_mask, o.block_k);
+  }
 
   // plan: which pairs of blocks are exact
   const BlockList rows = has_plan ? given_plan(plan) : make_plan(stages, query, key, N, o);
@@ -111,10 +117,10 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   if (o.coarse == Coarse::row) coarse_keys = pooled;
 
   // fine: the pairs that are, and one softmax over both
-  FineResult result = stages.fine(in, rows, state, coarse_keys, o);
+  FineResult result = stages.fine(in, rows, state, coarse_keys, pooled.moments, o);
 
   // order 1: what a block mean throws away
-  if (has_order1(o)) stages.order1(result, in, pooled, o);
+  if (has_order1(o) && !result.order1) stages.order1(result, in, pooled, o);
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
   return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows,
@@ -144,13 +150,14 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   if (o.coarse != Coarse::none && means.given()) {
     const auto contiguous = [](const OptTensor& x) { return x ? x->contiguous() : Tensor(); };
     pooled = {contiguous(means.query), contiguous(means.key), contiguous(means.value),
-              contiguous(means.key_count), contiguous(means.query_count)};
+              contiguous(means.key_count), contiguous(means.query_count), {}};
   } else if (o.coarse != Coarse::none) {
-    const Pooled key = stages.pool(in.key, in.key_mask, o.block_k);
-    const Tensor value = stages.pool(in.value, in.key_mask, o.block_k).mean;
-    Pooled query;
-    if (o.coarse == Coarse::block) query = stages.pool(in.query, in.query_mask, o.block_q);
-    pooled = {query.mean, key.mean, value, key.count, query.count};
+    pooled = stages.pool_keys(in, o);
+    if (o.coarse == Coarse::block) {
+      const Pooled query = stages.pool(in.query, in.query_mask, o.block_q);
+      pooled.query = query.mean;
+      pooled.query_count = query.count;
+    }
   }
 
   // plan, seen from the keys
@@ -203,7 +210,7 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
   PooledInputs means;
   if (o.coarse != Coarse::none) {
     const int64_t Hk = in.key.size(1);
-    means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq)};
+    means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
   }
   return forward_result(out, lse, share, plan.given() ? BlockList{} : empty_plan(in.query, nk, o),
                         means, o);

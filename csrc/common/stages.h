@@ -67,12 +67,14 @@ struct Inputs {
 };
 
 // What the coarse form needs of the pooled inputs; `query` is defined for coarse = block only.
+// `moments` are C and Sigma of order 1, as the device keeps them, where they came with the means.
 struct PooledInputs {
   Tensor query;        // [B, H, nq, D] acc
   Tensor key;          // [B, Hk, nk, D] acc
   Tensor value;        // [B, Hk, nk, D] acc
   Tensor key_count;    // [B, nk] int32
   Tensor query_count;  // [B, nq] int32, defined for coarse = block only
+  Tensor moments;
 };
 
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
@@ -86,6 +88,7 @@ struct FineResult {
   Tensor out;    // [B, H, N, D] T, memory laid out as (B, N, H, D)
   Tensor lse;    // [B, H, N] acc, natural log, -inf for a row without weight
   Tensor share;  // [B, H, N] acc: coarse part of each row's mass; undefined unless order 1 applies
+  bool order1 = false;  // the order-1 term is in `out`
 };
 
 struct Grads {
@@ -126,6 +129,9 @@ struct Stages {
   // x [B, H, L, D], mask [B, L] bool.
   Pooled (*pool)(const Tensor& x, const OptTensor& mask, int64_t block);
 
+  // The key part of PooledInputs, for a call that has a coarse part.
+  PooledInputs (*pool_keys)(const Inputs&, const Options&);
+
   // Selection of reference.py::plan. Budgets and capacity come from common/budget.h.
   BlockList (*plan)(const Pooled& query, const Pooled& key, int64_t N, const Options&);
 
@@ -139,9 +145,11 @@ struct Stages {
   Grads (*coarse_backward)(const PooledInputs&, const BlockList& rows, const BlockList& columns,
                            const BlockRows&, const Options&);
 
-  // `state` is set for coarse = block, `pooled` for coarse = row; the order-1 term is not in it.
+  // `state` is set for coarse = block, `pooled` for coarse = row. May take the order-1 term along
+  // where there are `moments`.
   FineResult (*fine)(const Inputs&, const BlockList& rows, const std::optional<CoarseState>& state,
-                     const std::optional<PooledInputs>& pooled, const Options&);
+                     const std::optional<PooledInputs>& pooled, const Tensor& moments,
+                     const Options&);
   // `pooled` is set for coarse = row: the gradients of the pooled keys and values are then spread
   // over the rows of their blocks inside. Results have T and the shapes of the inputs, memory laid
   // out as (B, L, H, D).
@@ -158,7 +166,7 @@ struct Stages {
                                                        const Tensor& grad_lse, const Tensor& lse,
                                                        int64_t block_q);
 
-  // What a block mean throws away, damped; only where has_order1. Adds to result.out, in place,
+  // What a block mean throws away, damped; only where has_order1 and fine left it out. Adds to result.out, in place,
   //   gamma_i P_i u_i,   u_i = s q_i C,   gamma_i = 1 / (1 + t_i / 4),   t_i = s^2 q_i S q_i^T
   // with P = result.share. C and S (Sigma in docs/notation.md) are the within-block moments of
   // (k, v) and (k, k), averaged over the valid keys; with causal, over the key blocks wholly before

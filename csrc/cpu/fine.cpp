@@ -180,7 +180,7 @@ class FineForward {
 }  // namespace
 
 FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
-                const std::optional<PooledInputs>& pooled, const Options& o) {
+                const std::optional<PooledInputs>& pooled, const Tensor&, const Options& o) {
   const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
   const auto acc = in.query.options().dtype(acc_type(in.query.scalar_type()));
   FineResult result;

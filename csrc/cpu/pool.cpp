@@ -53,4 +53,9 @@ Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
   return {mean, count};
 }
 
+PooledInputs pool_keys(const Inputs& in, const Options& o) {
+  const Pooled key = pool(in.key, in.key_mask, o.block_k);
+  return {{}, key.mean, pool(in.value, in.key_mask, o.block_k).mean, key.count, {}, {}};
+}
+
 }  // namespace mra::cpu

@@ -6,6 +6,7 @@
 namespace mra::cpu {
 
 Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
+PooledInputs pool_keys(const Inputs&, const Options&);
 
 BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&);
 BlockList transpose(const BlockList& rows, int64_t nk);
@@ -15,7 +16,7 @@ Grads coarse_backward(const PooledInputs&, const BlockList& rows, const BlockLis
                       const BlockRows&, const Options&);
 
 FineResult fine(const Inputs&, const BlockList& rows, const std::optional<CoarseState>&,
-                const std::optional<PooledInputs>&, const Options&);
+                const std::optional<PooledInputs>&, const Tensor& moments, const Options&);
 Grads fine_backward(const Inputs&, const BlockList& rows, const BlockList& columns,
                     const std::optional<PooledInputs>&, const FineBackward&, const Options&);
 

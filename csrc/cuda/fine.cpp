@@ -31,7 +31,7 @@ Tensor empty_heads_last(const Tensor& like) {
 }  // namespace
 
 FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
-                const std::optional<PooledInputs>& pooled, const Options& o) {
+                const std::optional<PooledInputs>& pooled, const Tensor& moments, const Options& o) {
   const Launch launch(in.query);
   const PooledKeys keys(pooled, in.query.scalar_type());
   ForwardParams p{};
@@ -50,7 +50,9 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.out_strides = strides_of(r.out);
   p.lse = data_of<float>(r.lse);
   p.share = data_of<float>(r.share);
+  p.moments = const_bytes_of(moments);
   launch.check(forward(p, dtype_of(in.query), launch.device, launch.stream));
+  r.order1 = p.moments != nullptr;
   return r;
 }
 

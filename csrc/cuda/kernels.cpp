@@ -47,7 +47,7 @@ cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
 
 }  // namespace
 
-cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
+cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device,
                     cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
@@ -55,6 +55,7 @@ cudaError_t forward(const ForwardParams& p, Dtype dtype, const Device& device,
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
+  p.moments = nullptr;
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -98,6 +99,9 @@ std::vector<KernelInfo> kernel_table() {
   constexpr const char* dims = "8..256 (32, 64, 128, 256)";
   return {
       {"pool", "pool_forward", "csrc/cuda/pool_fwd.cu", "sm_80+", all, "8..256"},
+#ifdef MRA_SM90A
+      {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "40..128 (64, 128)"},
+#endif
       {"plan", "plan_row", "csrc/cuda/plan_row.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_global", "csrc/cuda/plan_global.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "transpose", "csrc/cuda/plan_transpose.cu", "sm_80+", "-", "-"},

@@ -9,7 +9,8 @@
 namespace mra::cuda {
 
 // Every kernel takes head dims of multiples of 8 up to 256, padded to the next compiled size.
-cudaError_t forward(const ForwardParams&, Dtype, const Device&, cudaStream_t);
+// Clears `moments` where the kernel leaves out the order-1 term.
+cudaError_t forward(ForwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);

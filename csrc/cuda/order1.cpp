@@ -10,6 +10,7 @@
 #include "../common/budget.h"
 #include "../common/stages.h"
 #include "launch.h"
+#include "moments.h"
 
 namespace mra::cuda {
 namespace {
@@ -133,6 +134,10 @@ struct Term {
   }
 
   Tensor moments() const {
+    if (pooled.moments.defined()) return pooled.moments;
+    if (const Tensor made = pool_moments(in, o, nullptr, pooled.key_count); made.defined()) {
+      return made;
+    }
     Order1Gram p{};
     p.x = in.key.const_data_ptr();
     p.y = in.value.const_data_ptr();

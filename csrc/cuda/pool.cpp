@@ -7,6 +7,7 @@
 
 #include "../common/budget.h"
 #include "launch.h"
+#include "moments.h"
 
 namespace mra::cuda {
 
@@ -41,6 +42,17 @@ Pooled pool(const Tensor& x_in, const OptTensor& mask, int64_t block) {
   p.dtype = dtype_of(x);
   launch.check(pool_forward(p, launch.stream));
   return out;
+}
+
+PooledInputs pool_keys(const Inputs& in, const Options& o) {
+  PooledInputs pooled;
+  if (has_order1(o)) pooled.moments = pool_moments(in, o, &pooled, {});
+  if (pooled.moments.defined()) return pooled;
+  const Pooled key = pool(in.key, in.key_mask, o.block_k);
+  pooled.key = key.mean;
+  pooled.key_count = key.count;
+  pooled.value = pool(in.value, in.key_mask, o.block_k).mean;
+  return pooled;
 }
 
 }  // namespace mra::cuda

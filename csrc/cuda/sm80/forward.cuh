@@ -78,7 +78,8 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
   }
   wait_for_copies();
 
-  softmax.finish(p, b, h, first_row + row, rows - row);
+  float share[2];
+  softmax.finish(p, b, h, first_row + row, rows - row, share);
   T* out = static_cast<T*>(p.out) + b * p.out_strides.b + h * p.out_strides.h +
            (first_row + row) * p.out_strides.l;
   store_rows<T>(softmax.acc, out, p.out_strides.l, rows - row, 0, p.D == DP ? DP : p.D);

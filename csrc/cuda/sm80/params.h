@@ -51,6 +51,8 @@ struct ForwardParams : Problem {
   Strides out_strides;
   float* lse;    // [B, H, rows]
   float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
+  // [B, Hk, 2, DP, DP] bfloat16 or null: C and Sigma; the order-1 term is then added to `out`
+  const void* moments;
 };
 
 struct BackwardParams : Problem {

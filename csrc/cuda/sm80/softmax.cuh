@@ -101,9 +101,9 @@ struct OnlineSoftmax {
   }
 
   // Divides by the mass, and writes lse and share of the warp's 16 rows from `row` of batch b, head
-  // h on; `present` of them are there.
-  __device__ __forceinline__ void finish(const ForwardParams& p, int b, int h, int row,
-                                         int present) {
+  // h on; `present` of them are there. `share`: of this thread's rows.
+  __device__ __forceinline__ void finish(const ForwardParams& p, int b, int h, int row, int present,
+                                         float (&share)[2]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int64_t head = static_cast<int64_t>(b) * p.H + h;
     float inverse[2];
@@ -116,13 +116,12 @@ struct OnlineSoftmax {
         total = 0.f;
       const bool weight = !(total == 0.f);  // NaN in, NaN out
       inverse[half] = weight ? 1.f / total : 0.f;
+      share[half] = weight && pooled > 0.f
+                        ? pooled * exp2_approx(pooled_max[half] - max[half]) * inverse[half]
+                        : 0.f;
       if (t == 0 && r < present) {
         p.lse[head * p.rows + i] = weight ? (max[half] + log2f(total)) * kLn2 : -INFINITY;
-        if (p.share != nullptr) {
-          const bool any = weight && pooled > 0.f;
-          p.share[head * p.rows + i] =
-              any ? pooled * exp2_approx(pooled_max[half] - max[half]) / total : 0.f;
-        }
+        if (p.share != nullptr) p.share[head * p.rows + i] = share[half];
       }
     }
 #pragma unroll

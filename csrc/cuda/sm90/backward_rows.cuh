@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         }
       }
       __syncwarp();
-    });
+    }, [] {});
     return;
   }
 

@@ -14,17 +14,13 @@ namespace mra::cuda::sm90 {
 
 struct ForwardMaps : ForwardParams, KeyMaps {
   int items;  // tiles of rows in all
-  CUtensorMap q_map, out_map;
+  CUtensorMap q_map, out_map, moments_map;
 };
 
 // Measured choices (docs/kernels.md): stages of the ring, blocks of threads a multiprocessor.
 template <int DP>
 struct ForwardTraits {
-#ifdef MRA_KEYS
-  static constexpr int kKeys = MRA_KEYS, kStages = MRA_STAGES, kBlocks = MRA_BLOCKS;
-#else
   static constexpr int kKeys = 64, kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2;
-#endif
   static constexpr int kRows = 64, kThreads = 160;
 };
 
@@ -48,7 +44,10 @@ struct ForwardShared {
 template <int DP>
 __device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
   KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
-  producer.run_all(p.items, [&](const RowTile& at, int turn) {
+  const auto fetch_last = [&] {
+    if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
+  };
+  const auto fetch_rows = [&](const RowTile& at, int turn) {
     const int slot = turn % 2;
     if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
     const bool state = p.state_mean != nullptr;
@@ -69,11 +68,70 @@ __device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
       }
     }
     __syncwarp();
-  });
+  };
+  producer.run_all(p.items, fetch_rows, fetch_last);
 }
 
 // The 128 threads that attend.
 __device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+// Adds the order-1 term to the output of the tile whose queries are `q`: Sigma and C lie in the
+// ring's next places. `share`: the pooled part of this thread's rows.
+template <typename T, int DP, class Ring>
+__device__ __forceinline__ void add_order1(float (&acc)[DP / 8][4], const float (&share)[2],
+                                           const uint16_t (&q)[DP / 64][64][64], Ring& ring,
+                                           int place, float scale) {
+  constexpr int kPanels = DP / 64, kStages = Ring::kStages;
+  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float x[DP / 8][4];
+  // x = q times matrix `which` in the order of the ring.
+  const auto multiply = [&](int which) {
+    const int i = place + (kPanels == 1 ? 0 : which), stage = i % kStages, phase = i / kStages & 1;
+    const uint16_t(*pieces[kPanels])[64][64];
+    if constexpr (kPanels == 1) {
+      barrier_wait(which == 0 ? &ring.k_full[stage] : &ring.v_full[stage], phase);
+      pieces[0] = which == 0 ? ring.k[stage] : ring.v[stage];
+    } else {
+      barrier_wait(&ring.k_full[stage], phase);
+      barrier_wait(&ring.v_full[stage], phase);
+      pieces[0] = ring.k[stage];
+      pieces[1] = ring.v[stage];
+    }
+    pin(x);
+    wgmma_fence();
+    multiply_nn<T, kPanels, kPanels>(x, q, pieces);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pin(x);
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    if (kPanels > 1 || which == 0) barrier_arrive(&ring.k_empty[stage]);
+    if (kPanels > 1 || which == 1) barrier_arrive(&ring.v_empty[stage]);
+  };
+  multiply(0);
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = warp_row + g + 8 * half;
+    float dot = 0.f;
+#pragma unroll
+    for (int n = 0; n < DP / 8; ++n) {
+      const uint16_t* at = &q[n / 8][r][(n % 8 ^ g) * 8 + 2 * t];
+      const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
+      dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
+    }
+    const float gamma = 1.f / (1.f + scale * scale / 4 * quad_sum(dot));
+    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma * scale;
+  }
+  multiply(1);
+#pragma unroll
+  for (int n = 0; n < DP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (factor[i / 2] != 0.f) acc[n][i] = fmaf(factor[i / 2], x[n][i], acc[n][i]);
+    }
+  }
+}
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
@@ -181,7 +239,14 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       if (first_lane) barrier_arrive(&ring.v_empty[(before + tiles - 1) % kStages]);
       before += tiles;
     }
-    softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row);
+    float share[2];
+    softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (p.moments != nullptr) {
+        add_order1<T, DP>(softmax.acc, share, s.q[slot], ring, before, p.scale);
+        before += kPanels;
+      }
+    }
 
     // Out through the place of the queries, once every warp is done with them.
     group_sync();
@@ -220,6 +285,14 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
       tensor_map(&p.out_map, dtype, p.out, p.out_strides, p.B, p.H, p.rows, p.D, 64) &&
       p.set(p, dtype);
   if (!maps) return cudaErrorNotSupported;
+  if (p.moments != nullptr) {
+    constexpr int64_t kMatrix = DP * DP;
+    if (dtype != Dtype::bf16 || p.D <= DP / 2 ||
+        !tensor_map(&p.moments_map, dtype, p.moments, {p.Hk * 2 * kMatrix, 2 * kMatrix, DP}, p.B,
+                    p.Hk, 2 * DP, DP, 64)) {
+      return cudaErrorNotSupported;
+    }
+  }
   const int64_t items =
       (p.rows + Traits::kRows - 1) / Traits::kRows * static_cast<int64_t>(p.B) * p.H;
   if (items == 0) return cudaSuccess;

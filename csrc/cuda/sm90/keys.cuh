@@ -157,7 +157,7 @@ struct KeyProducer {
     }
     if (lane == 0) s.plain[stage] = 0;
     for (int i = lane; i < kKeys / 16; i += 32) s.first[stage][i] = INT_MIN / 2;
-    fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
+    fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane, y0 + 64 * lane);
   }
 
   __device__ void fetch_listed(int tile, int stage, int block) {
@@ -177,15 +177,32 @@ struct KeyProducer {
       }
     }
     if (lane == 0) s.plain[stage] = plain;
-    fetch(maps.k_map, maps.v_map, runs, run, first);
+    fetch(maps.k_map, maps.v_map, runs, run, first, first);
   }
 
-  // Lane i < copies fetches `rows` keys and values from `from` on. What the warp wrote for the
-  // stage is seen by whoever waits for its keys.
-  __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows,
-                        int from) {
+  // Two matrices of DP x DP that lie behind each other, the second one first, in as many places of
+  // the ring as they fill.
+  __device__ void fetch_matrices(const CUtensorMap& map) {
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      wait_for_keys();
+      const int first = kPanels == 1 ? DP : (kPanels - 1 - i) * DP;
+      fetch(map, map, 1, 64, first, kPanels == 1 ? 0 : first + 64);
+    }
+  }
+
+  // Until the place of the next tile's keys is free.
+  __device__ void wait_for_keys() {
+    if (fetched >= kStages) barrier_wait(&s.k_empty[fetched % kStages], fetched / kStages - 1 & 1);
+  }
+
+  // Lane i < copies fetches `rows` keys and values from `k_row` and `v_row` on. What the warp wrote
+  // for the stage is seen by whoever waits for its keys.
+  __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows, int k_row,
+                        int v_row) {
     const int stage = fetched % kStages;
-    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
+    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64],
+                    int from) {
       __syncwarp();
       if (lane == 0) barrier_expect(full, kKeys * DP * 2);
       __syncwarp();
@@ -195,15 +212,16 @@ struct KeyProducer {
         copy_panel(to[i][rows * lane], map, full, 64 * i, from, at.hk, at.b);
       }
     };
-    copy(k, &s.k_full[stage], s.k[stage]);
+    copy(k, &s.k_full[stage], s.k[stage], k_row);
     if (fetched >= kStages) barrier_wait(&s.v_empty[stage], fetched / kStages - 1 & 1);
-    copy(v, &s.v_full[stage], s.v[stage]);
+    copy(v, &s.v_full[stage], s.v[stage], v_row);
     ++fetched;
   }
 
-  // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone.
-  template <class FetchRows>
-  __device__ void run_all(unsigned items, FetchRows fetch_rows) {
+  // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone, fetch_last() what comes
+  // behind its keys.
+  template <class FetchRows, class FetchLast>
+  __device__ void run_all(unsigned items, FetchRows fetch_rows, FetchLast fetch_last) {
     int turn = 0;
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
@@ -217,13 +235,14 @@ struct KeyProducer {
       for (int tile = 0; tile < at.tiles; ++tile) {
         const int stage = fetched % kStages, listed = tile - at.pooled_tiles;
         const int next = listed >= 0 ? block_of(listed + 1) : block;
-        if (fetched >= kStages) barrier_wait(&s.k_empty[stage], fetched / kStages - 1 & 1);
+        wait_for_keys();
         if (listed < 0)
           fetch_pooled(tile, stage);
         else
           fetch_listed(listed, stage, block);
         block = next;
       }
+      fetch_last();
       at = next_rows;
     }
   }

@@ -54,7 +54,8 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 }
 
 // N / 8 tiles of accumulators. `a`, `b`: descriptors; `add`: 0 starts from zero.
-// multiply_nt: A from shared memory, B stored [n][k]. multiply_pn: A in registers, B stored [k][n].
+// multiply: both from shared memory; multiply_pn: A in registers, B stored [k][n].
+// kLeft: A is stored [k][m] (else [m][k]); kRight: B is stored [k][n] (else [n][k]).
 template <typename T, int N>
 struct Wgmma;
 
@@ -73,14 +74,15 @@ struct Wgmma;
 #define MRA_WGMMA(T, TYPE, N, REGS, D, i0, i1, i2, i3, i4, i5)                               \
   template <>                                                                                \
   struct Wgmma<T, N> {                                                                       \
-    static __device__ __forceinline__ void multiply_nt(float (&d)[N / 8][4], uint64_t a,     \
-                                                       uint64_t b, int add) {                \
+    template <bool kLeft, bool kRight>                                                       \
+    static __device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a,        \
+                                                    uint64_t b, int add) {                   \
       asm volatile("{.reg .pred p; setp.ne.b32 p, " i2                                       \
                    ", 0;"                                                                    \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS  \
-                   "}, " i0 ", " i1 ", p, 1, 1, 0, 0;}"                                      \
+                   "}, " i0 ", " i1 ", p, 1, 1, " i3 ", " i4 ";}"                            \
                    : D(d, 0)                                                                 \
-                   : "l"(a), "l"(b), "r"(add));                                              \
+                   : "l"(a), "l"(b), "r"(add), "n"(kLeft), "n"(kRight));                     \
     }                                                                                        \
     static __device__ __forceinline__ void multiply_pn(float (&d)[N / 8][4],                 \
                                                        const uint32_t (&a)[4], uint64_t b) { \
@@ -104,8 +106,8 @@ __device__ __forceinline__ void multiply_nt(float (&c)[N / 8][4],
                                             const uint16_t (&b)[kPanels][N][64]) {
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
-    Wgmma<T, N>::multiply_nt(c, descriptor(a[i / 4]) + 2 * (i % 4),
-                             descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
+    Wgmma<T, N>::template multiply<false, false>(c, descriptor(a[i / 4]) + 2 * (i % 4),
+                                                 descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
   }
 }
 
@@ -117,6 +119,31 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
 #pragma unroll
   for (int j = 0; j < K / 16; ++j) {
     Wgmma<T, 64 * kPanels>::multiply_pn(acc, a[j], descriptor(b, K * 128) + 128 * j);
+  }
+}
+
+// c = A B or c += A B: A of 64 rows in panels, B of 64 kBs rows in kBs pieces of 64, each in panels.
+template <typename T, int kBs, int kPanels>
+__device__ __forceinline__ void multiply_nn(float (&c)[8 * kPanels][4],
+                                            const uint16_t (&a)[kBs][64][64],
+                                            const uint16_t (*(&b)[kBs])[64][64],
+                                            bool add = false) {
+#pragma unroll
+  for (int i = 0; i < 4 * kBs; ++i) {
+    Wgmma<T, 64 * kPanels>::template multiply<false, true>(
+        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4], 64 * 128) + 128 * (i % 4),
+        add || i > 0);
+  }
+}
+
+// c = A^T B or, with `add`, c += A^T B over 64 rows: A one panel of columns, B in panels.
+template <typename T, int kPanels>
+__device__ __forceinline__ void multiply_tn(float (&c)[8 * kPanels][4], const uint16_t (&a)[64][64],
+                                            const uint16_t (&b)[kPanels][64][64], bool add) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    Wgmma<T, 64 * kPanels>::template multiply<true, true>(
+        c, descriptor(a) + 128 * j, descriptor(b, 64 * 128) + 128 * j, add || j > 0);
   }
 }
 

@@ -1,0 +1,84 @@
+#include "moments.h"
+
+#include <ATen/ops/empty.h>
+
+#include <limits>
+
+#include "../common/budget.h"
+#include "launch.h"
+#include "order1.h"
+#include "sm90/moments.h"
+
+namespace mra::cuda {
+
+#ifdef MRA_SM90A
+
+Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
+                    const Tensor& key_count) {
+  const int64_t B = in.key.size(0), Hk = in.key.size(1), M = in.key.size(2), D = in.key.size(3);
+  const int64_t nk = ceil_div(M, o.block_k);
+  const Launch launch(in.key);
+  if (launch.device.major != 9 || in.key.scalar_type() != at::kBFloat16 || o.causal || D <= 32 ||
+      D > 128 || o.block_k > 64 || M > std::numeric_limits<int>::max() / 2) {
+    return {};
+  }
+  const int dim = D <= 64 ? 64 : 128;
+  const auto acc = in.key.options().dtype(at::kFloat);
+  sm90::Moments p{};
+  p.k = in.key.const_data_ptr();
+  p.v = in.value.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.v_strides = strides_of(in.value);
+  if (in.key_mask) p.mask = reinterpret_cast<const uint8_t*>(in.key_mask->const_data_ptr<bool>());
+  p.B = static_cast<int>(B);
+  p.Hk = static_cast<int>(Hk);
+  p.M = static_cast<int>(M);
+  p.D = static_cast<int>(D);
+  p.nk = static_cast<int>(nk);
+  while (int64_t{1} << p.log2_block_k < o.block_k) ++p.log2_block_k;
+  Tensor count = key_count;
+  if (pooled != nullptr) {
+    pooled->key = at::empty({B, Hk, nk, D}, acc);
+    pooled->value = at::empty({B, Hk, nk, D}, acc);
+    count = pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+    p.k_mean = pooled->key.mutable_data_ptr<float>();
+    p.v_mean = pooled->value.mutable_data_ptr<float>();
+    p.key_count = count.mutable_data_ptr<int>();
+  }
+  p.chunks = sm90::moments_chunks(p.B * p.Hk, p.M, dim, launch.device);
+  const Tensor matrices = at::empty({B, Hk, 1, 2, dim, dim}, in.key.options());
+  p.matrices = matrices.mutable_data_ptr();
+  Tensor sums;
+  if (p.chunks > 1) {
+    sums = at::empty({B, Hk, p.chunks, 2, dim, dim}, acc);
+    p.sums = sums.mutable_data_ptr<float>();
+  }
+  const cudaError_t error = dim == 64
+                                ? sm90::launch_moments<64>(p, launch.device, launch.stream)
+                                : sm90::launch_moments<128>(p, launch.device, launch.stream);
+  if (error == cudaErrorNotSupported) return {};
+  launch.check(error);
+  if (!sums.defined()) return matrices;
+  Order1Sum s{};
+  s.dtype = Dtype::bf16;
+  s.B = p.B;
+  s.heads = p.Hk;
+  s.units = 1;
+  s.chunks = p.chunks;
+  s.dim = dim;
+  s.key_count = count.const_data_ptr<int>();
+  s.nk = p.nk;
+  s.sums = p.sums;
+  s.matrices = p.matrices;
+  s.factor = 1.f;
+  launch.check(order1_sum(s, launch.stream));
+  return matrices;
+}
+
+#else
+
+Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&) { return {}; }
+
+#endif
+
+}  // namespace mra::cuda

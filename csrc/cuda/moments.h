@@ -1,0 +1,13 @@
+// C and Sigma of order 1 where a kernel makes them from one reading of keys and values.
+#pragma once
+
+#include "../common/stages.h"
+
+namespace mra::cuda {
+
+// [B, Hk, 1, 2, dim, dim] as order1.h has them, or undefined where no kernel does it. Fills the key
+// part of `pooled` too unless it is null.
+Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
+                    const Tensor& key_count);
+
+}  // namespace mra::cuda

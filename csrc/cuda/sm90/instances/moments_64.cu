@@ -1,0 +1,5 @@
+#include "../moments.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_moments<64>(const Moments&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

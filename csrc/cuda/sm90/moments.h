@@ -1,0 +1,43 @@
+// Pool and the moments of order 1 in one reading of the keys and values, on Hopper; see forward.h.
+#pragma once
+
+#include <algorithm>
+#include "../types.h"
+
+namespace mra::cuda::sm90 {
+
+struct Moments {
+  const void *k, *v;  // [B, Hk, M, D] bfloat16
+  Strides k_strides, v_strides;
+  const uint8_t* mask;  // [B, M] or null
+  int B, Hk, M, D, nk, log2_block_k;
+
+  float *k_mean, *v_mean;  // [B, Hk, nk, D], or null: not written
+  int* key_count;          // [B, nk], or null
+  int chunks;              // parts of a head that are summed apart: see moments_chunks
+  float* sums;             // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
+  void* matrices;          // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
+};
+
+// As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
+// tiles besides its own.
+inline int moments_chunks(int heads, int M, int DP, const Device& device) {
+  const int64_t slots = device.sms * (DP == 64 ? 2 : 1);
+  const int64_t tiles = (M + 63) / 64;
+  int best = 1;
+  int64_t least = tiles * heads * 8;
+  for (int chunks = 1; chunks <= std::min<int64_t>(tiles, 64); ++chunks) {
+    const int64_t each = (tiles + chunks - 1) / chunks;
+    if (chunks > 1 && (tiles + each - 1) / each != chunks) continue;
+    const int64_t waves = (static_cast<int64_t>(heads) * chunks + slots - 1) / slots;
+    const int64_t cost = waves * (each + 4);
+    if (cost < least) least = cost, best = chunks;
+  }
+  return best;
+}
+
+// Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
+template <int DP>
+cudaError_t launch_moments(const Moments&, const Device&, cudaStream_t);
+
+}  // namespace mra::cuda::sm90
