@@ -45,6 +45,15 @@ __device__ __forceinline__ float2 unpack2(uint32_t bits, __nv_bfloat16) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
 
+// Two neighbouring elements as floats.
+__device__ __forceinline__ float2 load_pair(const float* p) {
+  return *reinterpret_cast<const float2*>(p);
+}
+template <typename T>
+__device__ __forceinline__ float2 load_pair(const T* p) {
+  return unpack2(*reinterpret_cast<const uint32_t*>(p), T{});
+}
+
 // The kVec<T> elements in 16 loaded bytes.
 template <typename T>
 __device__ __forceinline__ void unpack16(const uint4& v, float (&out)[kVec<T>]) {

@@ -74,13 +74,22 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
   });
 }
 
+bool columns_take_moments(Dtype dtype, int D, int block_q, int block_k, const Device& device) {
+#ifdef MRA_SM90A
+  return device.major == 9 && dtype == Dtype::bf16 && D > 32 && D <= 128 && block_q >= 16 &&
+         block_k % 64 == 0;
+#else
+  return false;
+#endif
+}
+
 cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device& device,
                              cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     return sm90::launch_backward_columns<decltype(t), d()>(p, device, stream);
   });
-  if (error != cudaErrorNotSupported) return error;
+  if (error != cudaErrorNotSupported || p.moment_grads != nullptr) return error;
 #endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_columns<decltype(t), d()>(p, device, stream);
@@ -118,6 +127,10 @@ std::vector<KernelInfo> kernel_table() {
        "8..128 (64, 128)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
+#endif
+#ifdef MRA_SM90A
+      {"order1", "rows", "csrc/cuda/sm90/order1_rows.cuh", "sm_90a", "bfloat16",
+       "40..128 (64, 128)"},
 #endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},

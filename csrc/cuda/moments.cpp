@@ -45,7 +45,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     p.v_mean = pooled->value.mutable_data_ptr<float>();
     p.key_count = count.mutable_data_ptr<int>();
   }
-  p.chunks = sm90::moments_chunks(p.B * p.Hk, p.M, dim, launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
   const Tensor matrices = at::empty({B, Hk, 1, 2, dim, dim}, in.key.options());
   p.matrices = matrices.mutable_data_ptr();
   Tensor sums;

@@ -9,8 +9,11 @@
 
 #include "../common/budget.h"
 #include "../common/stages.h"
+#include "kernels.h"
 #include "launch.h"
 #include "moments.h"
+#include "sm90/moments.h"
+#include "sm90/order1_rows.h"
 
 namespace mra::cuda {
 namespace {
@@ -114,23 +117,27 @@ struct Term {
     launch.check(order1_gram(p, launch.stream));
     if (!sums.defined()) return result;
 
+    sum(p.sums, p.chunks, p.units, backward, result);
+    return result;
+  }
+
+  void sum(const float* sums, int chunks, int units, bool backward, const Tensor& result) const {
     Order1Sum s{};
     s.dtype = dtype;
     s.causal = o.causal;
     s.backward = backward;
     s.B = B;
     s.heads = Hk;
-    s.units = p.units;
-    s.chunks = p.chunks;
+    s.units = units;
+    s.chunks = chunks;
     s.dim = dim;
-    s.key_count = p.key_count;
+    s.key_count = pooled.key_count.const_data_ptr<int>();
     s.nk = nk;
     s.unit_blocks = static_cast<int>(unit_causal / o.block_k);
-    s.sums = p.sums;
-    s.matrices = p.matrices;
-    s.factor = p.factor;
+    s.sums = sums;
+    s.matrices = result.mutable_data_ptr();
+    s.factor = backward ? 2.f : 1.f;  // Sigma is quadratic in the keys
     launch.check(order1_sum(s, launch.stream));
-    return result;
   }
 
   Tensor moments() const {
@@ -201,6 +208,79 @@ void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, co
   launch.check(order1_rows(p, launch.stream));
 }
 
+namespace {
+
+// Rows of the backward on the generic kernels: fills grads.query and grads.coarse_delta, returns dC
+// and dSigma.
+Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad_out,
+                     const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
+  const int64_t B = term.B, H = term.H, N = term.N;
+  const Tensor weights = at::empty({2, B, H, N}, term.acc());
+  float* weight = weights.mutable_data_ptr<float>();
+  Order1Rows p = term.rows(moments, share, true);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.delta = delta.const_data_ptr<float>();
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
+  p.weight_c = weight;
+  p.weight_s = weight + B * H * N;
+  p.grad_q = grads.query.mutable_data_ptr();
+  term.launch.check(order1_rows(p, term.launch.stream));
+
+  Order1Gram g{};
+  g.weighted = true;
+  g.x = term.in.query.const_data_ptr();
+  g.y = grad_out.const_data_ptr();
+  g.x_strides = strides_of(term.in.query);
+  g.y_strides = strides_of(grad_out);
+  g.weight[0] = weight;
+  g.weight[1] = weight + B * H * N;
+  return term.matrices(g, true);
+}
+
+// The same in one reading of the rows, or undefined where no kernel does it.
+Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tensor& grad_out,
+                             const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
+#ifdef MRA_SM90A
+  const Device& device = term.launch.device;
+  if (device.major != 9 || term.dtype != Dtype::bf16 || term.o.causal || term.D <= 32 ||
+      term.D > 128) {
+    return {};
+  }
+  sm90::Order1Rows p{};
+  p.q = term.in.query.const_data_ptr();
+  p.grad_out = grad_out.const_data_ptr();
+  p.q_strides = strides_of(term.in.query);
+  p.grad_out_strides = strides_of(grad_out);
+  p.moments = moments.const_data_ptr();
+  p.share = share.const_data_ptr<float>();
+  p.delta = delta.const_data_ptr<float>();
+  p.B = term.B;
+  p.H = term.H;
+  p.Hk = term.Hk;
+  p.N = term.N;
+  p.D = term.D;
+  p.scale = static_cast<float>(term.o.scale);
+  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
+  p.grad_q = grads.query.mutable_data_ptr();
+  const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
+  p.sums = sums.mutable_data_ptr<float>();
+  const cudaError_t error = term.dim == 64
+                                ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
+                                : sm90::launch_order1_rows<128>(p, device, term.launch.stream);
+  if (error == cudaErrorNotSupported) return {};
+  term.launch.check(error);
+  const Tensor result = term.empty_matrices(1);
+  term.sum(p.sums, p.H / p.Hk * p.chunks, 1, true, result);
+  return result;
+#else
+  return {};
+#endif
+}
+
+}  // namespace
+
 Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o) {
   const Launch launch(in.query);
@@ -208,34 +288,19 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   const Tensor grad_out = with_aligned_rows(grad_out_in);
   const int64_t B = term.B, H = term.H, Hk = term.Hk, N = term.N, M = term.M, D = term.D;
   Order1Grads grads{at::empty({B, H, N}, term.acc()), at::empty({B, H, N, D}, in.query.options()),
-                    at::empty({B, Hk, M, D}, in.key.options()),
-                    at::empty({B, Hk, M, D}, in.value.options())};
-  const Tensor weights = at::empty({2, B, H, N}, term.acc());
-  float* weight = weights.mutable_data_ptr<float>();
-
-  {
-    const Tensor moments = term.moments();
-    Order1Rows p = term.rows(moments, share, true);
-    p.grad_out = grad_out.const_data_ptr();
-    p.grad_out_strides = strides_of(grad_out);
-    p.delta = delta.const_data_ptr<float>();
-    p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
-    p.weight_c = weight;
-    p.weight_s = weight + B * H * N;
-    p.grad_q = grads.query.mutable_data_ptr();
-    launch.check(order1_rows(p, launch.stream));
+                    {}, {}, {}};
+  const Tensor moments = term.moments();
+  Tensor moment_grads = backward_rows_at_once(term, moments, grad_out, share, delta, grads);
+  if (!moment_grads.defined()) {
+    moment_grads = backward_rows(term, moments, grad_out, share, delta, grads);
+  }
+  if (!o.causal && columns_take_moments(term.dtype, term.D, o.block_q, o.block_k, launch.device)) {
+    grads.moments = moment_grads;
+    return grads;
   }
 
-  Order1Gram g{};
-  g.weighted = true;
-  g.x = in.query.const_data_ptr();
-  g.y = grad_out.const_data_ptr();
-  g.x_strides = strides_of(in.query);
-  g.y_strides = strides_of(grad_out);
-  g.weight[0] = weight;
-  g.weight[1] = weight + B * H * N;
-  const Tensor moment_grads = term.matrices(g, true);
-
+  grads.key = at::empty({B, Hk, M, D}, in.key.options());
+  grads.value = at::empty({B, Hk, M, D}, in.value.options());
   Order1Keys p{};
   term.fill(p, moment_grads, term.M, term.Hk,
             order1_keys_warps(term.dtype, term.dim, launch.device));

@@ -129,14 +129,6 @@ __device__ __forceinline__ void load_tile(Operand<T>* tile, const T* rows, int64
   }
 }
 
-// Two neighbouring operands as floats.
-__device__ __forceinline__ float2 load_pair(const float* p) {
-  return *reinterpret_cast<const float2*>(p);
-}
-__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
-  return unpack2(*reinterpret_cast<const uint32_t*>(p), __nv_bfloat16{});
-}
-
 // w[j] of lane t of each four lanes becomes w[t] of lane j.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;

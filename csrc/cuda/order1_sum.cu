@@ -4,9 +4,8 @@
 namespace mra::cuda {
 namespace {
 
-constexpr int kColumns = 32;  // float4s of the matrices in a block
-constexpr int kLanes = 8;     // threads that share the chunks of one float4
-constexpr int kBatch = 8;     // loads in flight
+constexpr int kThreads = 256;
+constexpr int kBatch = 8;  // loads in flight
 
 template <typename S>
 __device__ __forceinline__ void store4(S* to, float4 v, float factor) {
@@ -18,29 +17,30 @@ __device__ __forceinline__ void add(float4& sum, const float4& v, float factor =
   sum.x += v.x * factor, sum.y += v.y * factor, sum.z += v.z * factor, sum.w += v.w * factor;
 }
 
-// One unit a head: lane l sums chunks l, l + 8, ...; then the lanes are summed in order.
+// One unit a head: `lanes` threads share the chunks of one float4, lane l sums chunks l, l + lanes,
+// ...; then the lanes are summed in order.
 template <typename S>
-__global__ void __launch_bounds__(kColumns* kLanes) total_kernel(const Order1Sum p) {
-  __shared__ float4 partial[kLanes][kColumns];
+__global__ void __launch_bounds__(kThreads) total_kernel(const Order1Sum p, int lanes) {
+  __shared__ float4 partial[kThreads];
   __shared__ int scratch[32];
-  const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kColumns
-  const int columns = static_cast<int>(pair / (4 * kColumns));
-  const int head = blockIdx.x / columns, lane = threadIdx.x / kColumns;
-  const int column = threadIdx.x % kColumns;
-  const int64_t at = (int64_t{blockIdx.x % columns} * kColumns + column) * 4;
-  const int n = sum_counts(p.key_count + int64_t{head / p.heads} * p.nk, p.nk, scratch);
+  const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kThreads
+  const int width = kThreads / lanes, columns = static_cast<int>(pair / (4 * width));
+  const int head = blockIdx.x / columns, lane = threadIdx.x / width;
+  const int64_t at = (int64_t{blockIdx.x % columns} * width + threadIdx.x % width) * 4;
 
   const float* from = p.sums + int64_t{head} * p.chunks * pair + at;
   float4 sum{};
 #pragma unroll kBatch
-  for (int c = lane; c < p.chunks; c += kLanes) {
+  for (int c = lane; c < p.chunks; c += lanes) {
     add(sum, __ldg(reinterpret_cast<const float4*>(from + c * pair)));
   }
-  partial[lane][column] = sum;
-  __syncthreads();
-  if (lane != 0) return;
-#pragma unroll
-  for (int l = 1; l < kLanes; ++l) add(sum, partial[l][column]);
+  const int n = sum_counts(p.key_count + int64_t{head / p.heads} * p.nk, p.nk, scratch);
+  if (lanes > 1) {
+    partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (lane != 0) return;
+    for (int l = 1; l < lanes; ++l) add(sum, partial[l * width + threadIdx.x]);
+  }
   const float factor = at < pair / 2 ? 1.f : p.factor;
   store4(static_cast<S*>(p.matrices) + head * pair + at, sum, factor / max(n, 1));
 }
@@ -94,13 +94,15 @@ __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
 template <typename S>
 cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
   const int64_t pair = int64_t{2} * p.dim * p.dim;
-  const int columns = p.causal ? 4 * 128 : 4 * kColumns;
+  int lanes = 1;
+  while (lanes < 8 && lanes * 4 <= p.chunks) lanes *= 2;
+  const int columns = p.causal ? 4 * 128 : 4 * kThreads / lanes;
   const int64_t blocks = pair / columns * p.B * p.heads;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   if (p.causal) {
     scan_kernel<S><<<static_cast<unsigned>(blocks), 128, 0, stream>>>(p);
   } else {
-    total_kernel<S><<<static_cast<unsigned>(blocks), kColumns * kLanes, 0, stream>>>(p);
+    total_kernel<S><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p, lanes);
   }
   return cudaGetLastError();
 }

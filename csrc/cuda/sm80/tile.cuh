@@ -164,8 +164,9 @@ __device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       if (n0 + 8 * n + 2 * t >= D) break;
-      c[n][2 * half] += to_float(row[8 * n]);
-      c[n][2 * half + 1] += to_float(row[8 * n + 1]);
+      const float2 u = load_pair(row + 8 * n);
+      c[n][2 * half] += u.x;
+      c[n][2 * half + 1] += u.y;
     }
   }
   store_rows<T>(c, to, stride, present, n0, D);

@@ -12,7 +12,7 @@
 namespace mra::cuda::sm90 {
 
 struct BackwardColumnsMaps : BackwardParams {
-  CUtensorMap q_map, grad_out_map, k_map, v_map;
+  CUtensorMap q_map, grad_out_map, k_map, v_map, moments_map;
 };
 
 template <int DP>
@@ -30,8 +30,10 @@ struct KeyTile {
   int b, hk, first_key, keys, block;
 
   __device__ explicit KeyTile(const BackwardParams& p) {
-    const unsigned key_tiles = (p.M + 63) / 64, head = blockIdx.x / key_tiles;
-    first_key = (blockIdx.x - head * key_tiles) * 64;
+    unsigned item;  // looked up anew each time: kept, what follows from it would cost registers
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(item));
+    const unsigned key_tiles = (p.M + 63) / 64, head = item / key_tiles;
+    first_key = (item - head * key_tiles) * 64;
     b = head / static_cast<unsigned>(p.Hk);
     hk = head - b * p.Hk;
     keys = min(64, p.M - first_key);
@@ -106,6 +108,68 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<D
       __syncwarp();
     }
   }
+  if (p.moment_grads == nullptr || lane != 0) return;
+  // dC and dSigma: one in the queries and one in the output gradients of a place or, of 128 columns,
+  // each in a place of its own, a panel in either.
+#pragma unroll
+  for (int i = 0; i < kPanels; ++i, ++fetched) {
+    const int stage = fetched % kStages, row = i * DP;
+    if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
+    barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+    for (int r = 0; r < DP; r += 64) {
+      copy_panel(s.q[stage][r / 64], p.moments_map, &s.full[stage], 0, row + r, at.hk, at.b);
+      copy_panel(s.grad_out[stage][r / 64], p.moments_map, &s.full[stage], kPanels == 1 ? 0 : 64,
+                 kPanels == 1 ? DP : row + r, at.hk, at.b);
+    }
+  }
+}
+
+// A warp's 16 keys or values less the mean of their block where they lie, zeros for those that
+// don't count.
+template <typename T, int kPanels>
+__device__ __forceinline__ void centre_rows(uint16_t (&x)[kPanels][64][64], const float* mean,
+                                            int D, const bool (&live)[2]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp_index() + g;
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; ++n) {
+    const int d = 8 * n + 2 * t;
+    const float2 m = d < D ? *reinterpret_cast<const float2*>(mean + d) : float2{};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      auto* at = reinterpret_cast<uint32_t*>(&x[n / 8][row + 8 * half][(n % 8 ^ g) * 8 + 2 * t]);
+      const float2 u = unpack2(*at, T{});
+      *at = live[half] ? Mma<T>::pack(u.x - m.x, u.y - m.y) : 0;
+    }
+  }
+}
+
+// Order 1 of the keys of a tile, whose place the first of the matrices has in the ring:
+// dv_j += kappa_j dC, dk_j += nu_j dC^T + kappa_j dSigma. The keys and values are centred in place.
+template <typename T, int DP>
+__device__ __forceinline__ void add_moments(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
+                                            const BackwardColumnsMaps& p,
+                                            BackwardColumnsShared<DP>& s, int64_t block,
+                                            const bool (&live)[2], int place) {
+  constexpr int kStages = BackwardColumnsShared<DP>::kStages, kPanels = DP / 64;
+  centre_rows<T>(s.k, p.k_mean + block, p.D, live);
+  centre_rows<T>(s.v, p.v_mean + block, p.D, live);
+  fence_for_copies();
+  asm volatile("bar.sync 1, 128;" ::: "memory");
+  const int stage = place % kStages, next = (place + 1) % kStages;
+  barrier_wait(&s.full[stage], place / kStages & 1);
+  if (kPanels > 1) barrier_wait(&s.full[next], (place + 1) / kStages & 1);
+  pin(dk);
+  pin(dv);
+  wgmma_fence();
+  constexpr int kApart = sizeof(s.q);
+  const auto* sigma = kPanels == 1 ? s.grad_out[stage] : s.q[next];
+  multiply_matrix<T, false>(dv, s.k, s.q[stage], kApart, true);
+  multiply_matrix<T, false>(dk, s.k, sigma, kApart, true);
+  multiply_matrix<T, true>(dk, s.v, s.q[stage], kApart, true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(dk);
+  pin(dv);
 }
 
 template <typename T, int DP>
@@ -191,7 +255,12 @@ __global__ void __launch_bounds__(256, 2)
     for (int n = 0; n < 8; ++n) {
       const float2 d = *reinterpret_cast<const float2*>(&s.delta[stage][8 * n + 2 * t]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[n][i] = (ds[n][i] - (i % 2 ? d.y : d.x)) * c[n][i];
+      for (int half = 0; half < 2; ++half) {
+        // Rounded weights: keeping the others would take registers that dim 128 does not have.
+        const float2 w = unpack2(a[n / 2][n % 2 * 2 + half], T{});
+        ds[n][2 * half] = (ds[n][2 * half] - d.x) * w.x;
+        ds[n][2 * half + 1] = (ds[n][2 * half + 1] - d.y) * w.y;
+      }
     }
     pack<T>(da, ds);
     pin(dk);
@@ -205,33 +274,47 @@ __global__ void __launch_bounds__(256, 2)
     if (first_lane) barrier_arrive(&s.empty[stage]);
   }
 
+  const KeyTile own_tile(p);
   bool live[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = key + g + 8 * half;
-    live[half] = r < at.keys;
+    live[half] = r < own_tile.keys;
     if (live[half] && p.key_mask != nullptr) {
-      live[half] = p.key_mask[static_cast<int64_t>(at.b) * p.M + at.first_key + r];
+      live[half] = p.key_mask[static_cast<int64_t>(own_tile.b) * p.M + own_tile.first_key + r];
     }
   }
+  float k_scale = p.scale;
   const int64_t block =
-      ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * static_cast<int64_t>(p.D);
-  const int own = at.first_key + key, present = at.keys - key, D = p.D == DP ? DP : p.D;
+      ((static_cast<int64_t>(own_tile.b) * p.Hk + own_tile.hk) * p.nk + own_tile.block) * static_cast<int64_t>(p.D);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (p.moment_grads != nullptr) {
+#pragma unroll
+      for (int n = 0; n < DP / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dk[n][i] *= p.scale;
+      }
+      k_scale = 1.f;
+      if (tiles == 0) barrier_wait(&s.keys_full, 0);
+      add_moments<T, DP>(dk, dv, p, s, block, live, tiles);
+    }
+  }
+  const int own = own_tile.first_key + key, present = own_tile.keys - key, D = p.D == DP ? DP : p.D;
   auto store = [&](float(&c)[DP / 8][4], float scale, void* grad, const Strides& strides,
                    const float* per_block, const void* extra, const Strides& extra_strides) {
     const float factor[2] = {scale, scale};
     finish_rows(c, factor, live, per_block == nullptr ? nullptr : per_block + block, 0, D);
-    T* to = static_cast<T*>(grad) + at.b * strides.b + at.hk * strides.h + own * strides.l;
+    T* to = static_cast<T*>(grad) + own_tile.b * strides.b + own_tile.hk * strides.h + own * strides.l;
     if (extra == nullptr) {
       store_rows<T>(c, to, strides.l, present, 0, D);
       return;
     }
-    const T* more = static_cast<const T*>(extra) + at.b * extra_strides.b +
-                    at.hk * extra_strides.h + own * extra_strides.l;
+    const T* more = static_cast<const T*>(extra) + own_tile.b * extra_strides.b +
+                    own_tile.hk * extra_strides.h + own * extra_strides.l;
     store_rows<T>(c, to, strides.l, present, 0, D, more, extra_strides.l, live);
   };
   store(dv, 1.f, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra, p.v_extra_strides);
-  store(dk, p.scale, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra, p.k_extra_strides);
+  store(dk, k_scale, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra, p.k_extra_strides);
 #endif
 }
 
@@ -248,6 +331,14 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
                                p.rows, p.D, run) &&
                     tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
                     tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
+  if (p.moment_grads != nullptr) {
+    constexpr int64_t kMatrix = DP * DP;
+    if (dtype != Dtype::bf16 || p.D <= DP / 2 ||
+        !tensor_map(&p.moments_map, dtype, p.moment_grads, {p.Hk * 2 * kMatrix, 2 * kMatrix, DP},
+                    p.B, p.Hk, 2 * DP, DP, 64)) {
+      return cudaErrorNotSupported;
+    }
+  }
   constexpr size_t kBytes = sizeof(BackwardColumnsShared<DP>) + 1024;
   if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;

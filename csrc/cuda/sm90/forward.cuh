@@ -87,19 +87,12 @@ __device__ __forceinline__ void add_order1(float (&acc)[DP / 8][4], const float 
   // x = q times matrix `which` in the order of the ring.
   const auto multiply = [&](int which) {
     const int i = place + (kPanels == 1 ? 0 : which), stage = i % kStages, phase = i / kStages & 1;
-    const uint16_t(*pieces[kPanels])[64][64];
-    if constexpr (kPanels == 1) {
-      barrier_wait(which == 0 ? &ring.k_full[stage] : &ring.v_full[stage], phase);
-      pieces[0] = which == 0 ? ring.k[stage] : ring.v[stage];
-    } else {
-      barrier_wait(&ring.k_full[stage], phase);
-      barrier_wait(&ring.v_full[stage], phase);
-      pieces[0] = ring.k[stage];
-      pieces[1] = ring.v[stage];
-    }
+    const bool values = kPanels == 1 && which == 1;
+    if (kPanels > 1 || !values) barrier_wait(&ring.k_full[stage], phase);
+    if (kPanels > 1 || values) barrier_wait(&ring.v_full[stage], phase);
     pin(x);
     wgmma_fence();
-    multiply_nn<T, kPanels, kPanels>(x, q, pieces);
+    multiply_matrix<T, false>(x, q, values ? ring.v[stage] : ring.k[stage], sizeof(ring.k), false);
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);

@@ -157,7 +157,7 @@ struct KeyProducer {
     }
     if (lane == 0) s.plain[stage] = 0;
     for (int i = lane; i < kKeys / 16; i += 32) s.first[stage][i] = INT_MIN / 2;
-    fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane, y0 + 64 * lane);
+    fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
   __device__ void fetch_listed(int tile, int stage, int block) {
@@ -177,17 +177,32 @@ struct KeyProducer {
       }
     }
     if (lane == 0) s.plain[stage] = plain;
-    fetch(maps.k_map, maps.v_map, runs, run, first, first);
+    fetch(maps.k_map, maps.v_map, runs, run, first);
   }
 
-  // Two matrices of DP x DP that lie behind each other, the second one first, in as many places of
-  // the ring as they fill.
+  // Two matrices of DP x DP that lie behind each other, the second one first: in the keys and the
+  // values of one place of the ring or, of 128 columns, a panel in the keys and one in the values.
   __device__ void fetch_matrices(const CUtensorMap& map) {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       wait_for_keys();
-      const int first = kPanels == 1 ? DP : (kPanels - 1 - i) * DP;
-      fetch(map, map, 1, 64, first, kPanels == 1 ? 0 : first + 64);
+      if (fetched >= kStages) barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
+      const int stage = fetched % kStages, row = (kPanels - 1 - i) * DP;
+      if (lane == 0) {
+        barrier_expect(&s.k_full[stage], kKeys * DP * 2);
+        barrier_expect(&s.v_full[stage], kKeys * DP * 2);
+        for (int r = 0; r < DP; r += 64) {
+          if (kPanels == 1) {
+            copy_panel(s.k[stage], map, &s.k_full[stage], 0, DP, at.hk, at.b);
+            copy_panel(s.v[stage], map, &s.v_full[stage], 0, 0, at.hk, at.b);
+          } else {
+            copy_panel(s.k[stage][r / 64], map, &s.k_full[stage], 0, row + r, at.hk, at.b);
+            copy_panel(s.v[stage][r / 64], map, &s.v_full[stage], 64, row + r, at.hk, at.b);
+          }
+        }
+      }
+      __syncwarp();
+      ++fetched;
     }
   }
 
@@ -196,13 +211,12 @@ struct KeyProducer {
     if (fetched >= kStages) barrier_wait(&s.k_empty[fetched % kStages], fetched / kStages - 1 & 1);
   }
 
-  // Lane i < copies fetches `rows` keys and values from `k_row` and `v_row` on. What the warp wrote
+  // Lane i < copies fetches `rows` keys and values from `from` on. What the warp wrote
   // for the stage is seen by whoever waits for its keys.
-  __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows, int k_row,
-                        int v_row) {
+  __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows,
+                        int from) {
     const int stage = fetched % kStages;
-    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64],
-                    int from) {
+    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
       __syncwarp();
       if (lane == 0) barrier_expect(full, kKeys * DP * 2);
       __syncwarp();
@@ -212,9 +226,9 @@ struct KeyProducer {
         copy_panel(to[i][rows * lane], map, full, 64 * i, from, at.hk, at.b);
       }
     };
-    copy(k, &s.k_full[stage], s.k[stage], k_row);
+    copy(k, &s.k_full[stage], s.k[stage]);
     if (fetched >= kStages) barrier_wait(&s.v_empty[stage], fetched / kStages - 1 & 1);
-    copy(v, &s.v_full[stage], s.v[stage], v_row);
+    copy(v, &s.v_full[stage], s.v[stage]);
     ++fetched;
   }
 

@@ -14,14 +14,14 @@ struct Moments {
 
   float *k_mean, *v_mean;  // [B, Hk, nk, D], or null: not written
   int* key_count;          // [B, nk], or null
-  int chunks;              // parts of a head that are summed apart: see moments_chunks
+  int chunks;              // parts of a head that are summed apart: see tile_chunks
   float* sums;             // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
   void* matrices;          // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
 // tiles besides its own.
-inline int moments_chunks(int heads, int M, int DP, const Device& device) {
+inline int tile_chunks(int heads, int M, int DP, const Device& device) {
   const int64_t slots = device.sms * (DP == 64 ? 2 : 1);
   const int64_t tiles = (M + 63) / 64;
   int best = 1;

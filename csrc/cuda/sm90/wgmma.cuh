@@ -122,17 +122,19 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
   }
 }
 
-// c = A B or c += A B: A of 64 rows in panels, B of 64 kBs rows in kBs pieces of 64, each in panels.
-template <typename T, int kBs, int kPanels>
-__device__ __forceinline__ void multiply_nn(float (&c)[8 * kPanels][4],
-                                            const uint16_t (&a)[kBs][64][64],
-                                            const uint16_t (*(&b)[kBs])[64][64],
-                                            bool add = false) {
+// c += A B (kTransposed: A B^T) or, without `add`, c = that: A of 64 rows in panels; B a matrix of
+// 64 kPanels rows and columns, whose panels start `apart` bytes from one another.
+template <typename T, bool kTransposed, int kPanels>
+__device__ __forceinline__ void multiply_matrix(float (&c)[8 * kPanels][4],
+                                                const uint16_t (&a)[kPanels][64][64], const void* b,
+                                                int apart, bool add) {
 #pragma unroll
-  for (int i = 0; i < 4 * kBs; ++i) {
-    Wgmma<T, 64 * kPanels>::template multiply<false, true>(
-        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4], 64 * 128) + 128 * (i % 4),
-        add || i > 0);
+  for (int i = 0; i < 4 * kPanels; ++i) {
+    const uint64_t right = kTransposed
+                               ? descriptor(static_cast<const char*>(b) + i / 4 * apart) + 2 * (i % 4)
+                               : descriptor(b, apart) + 128 * i;
+    Wgmma<T, 64 * kPanels>::template multiply<false, !kTransposed>(
+        c, descriptor(a[i / 4]) + 2 * (i % 4), right, add || i > 0);
   }
 }
 

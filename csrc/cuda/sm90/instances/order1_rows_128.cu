@@ -1,0 +1,5 @@
+#include "../order1_rows.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_order1_rows<128>(const Order1Rows&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

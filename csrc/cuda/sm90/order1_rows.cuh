@@ -1,0 +1,253 @@
+// Order 1 of the rows in the backward pass: from tiles of 64 queries and their output gradients
+//
+//   x = dO C^T,  w = q Sigma,  u = s x.q,  t = s^2 w.q,  gamma = 1 / (1 + t / 4)
+//   a = P gamma s,  b = -P gamma^2 u s^2 / 4      P: the row's coarse share
+//   dq = a x + 2 b w,   sums over rows of  q^T (a dO)  and  q^T (b q)
+//
+// in one reading. C and Sigma stay in shared memory; a block of threads walks a chunk of a head's
+// tiles. Warpgroup w makes columns 64 w to 64 w + 63 of dq and those rows of both sums.
+#pragma once
+
+#include <climits>
+
+#include "../sm80/tile.cuh"
+#include "order1_rows.h"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace mra::cuda::sm90 {
+
+struct Order1RowsMaps : Order1Rows {
+  CUtensorMap q_map, grad_out_map, moments_map, grad_q_map;
+  int tiles;  // of a chunk
+};
+
+// Measured choices (docs/kernels.md).
+template <int DP>
+struct Order1RowsTraits {
+  static constexpr int kStages = DP == 64 ? 4 : 3, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kThreads = DP == 64 ? 160 : 384;
+};
+
+template <int DP>
+struct Order1RowsShared {
+  static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
+  uint16_t moments[2][kPanels][DP][64];                             // C, Sigma
+  uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
+  uint16_t weighted[2][kPanels][64][64];  // a dO, b q
+  float dots[kPanels][2][64];
+  uint64_t moments_full, full[kStages], empty[kStages];
+};
+
+template <int DP>
+__device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP>& s, int b, int h,
+                           int first, int tiles) {
+  constexpr int kStages = Order1RowsShared<DP>::kStages, kPanels = DP / 64;
+  if (threadIdx.x % 32 != 0) return;
+  barrier_expect(&s.moments_full, 2 * DP * DP * 2);
+  for (int i = 0; i < 2 * kPanels; ++i) {
+    for (int r = 0; r < DP; r += 64) {
+      copy_panel(s.moments[i / kPanels][i % kPanels][r], p.moments_map, &s.moments_full,
+                 i % kPanels * 64, i / kPanels * DP + r, h / (p.H / p.Hk), b);
+    }
+  }
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int stage = tile % kStages, row = first + 64 * tile;
+    if (tile >= kStages) barrier_wait(&s.empty[stage], tile / kStages - 1 & 1);
+    barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+    for (int i = 0; i < kPanels; ++i) {
+      copy_panel(s.q[stage][i], p.q_map, &s.full[stage], 64 * i, row, h, b);
+      copy_panel(s.grad_out[stage][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, b);
+    }
+  }
+}
+
+template <int DP>
+__global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTraits<DP>::kBlocks)
+    order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using T = __nv_bfloat16;
+  using Shared = Order1RowsShared<DP>;
+  constexpr int kStages = Shared::kStages, kPanels = DP / 64;
+  extern __shared__ char raw[];
+  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    barrier_init(&s.moments_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], 4 * kPanels);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
+  const int b = head / p.H, h = head - b * p.H, first = chunk * p.tiles * 64;
+  const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
+  if (warp_index() >= 4 * kPanels) {
+    if constexpr (DP > 64) give_registers<24>();
+    if (warp_index() == 4 * kPanels) fetch_rows<DP>(p, s, b, h, first, tiles);
+    return;
+  }
+  if constexpr (DP > 64) take_registers<240>();
+
+  const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int row = threadIdx.x / 32 % 4 * 16 + g;
+  const auto group_sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory"); };
+  const float* share_of = p.share + static_cast<int64_t>(head) * p.N + first;
+  float dc[8 * kPanels][4], ds[8 * kPanels][4];
+
+  // Everything of a tile but its part of the sums.
+  const auto prepare = [&](int tile) {
+    const int stage = tile % kStages;
+    float share[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 64 * tile + row + 8 * half;
+      share[half] = first + i < p.N ? share_of[i] : 0.f;
+    }
+    barrier_wait(&s.full[stage], tile / kStages & 1);
+    float x[8][4], w[8][4];
+    pin(x);
+    pin(w);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4 * kPanels; ++i) {
+      Wgmma<T, 64>::template multiply<false, false>(
+          x, descriptor(s.grad_out[stage][i / 4]) + 2 * (i % 4),
+          descriptor(s.moments[0][i / 4][64 * panel]) + 2 * (i % 4), i > 0);
+      Wgmma<T, 64>::template multiply<false, false>(
+          w, descriptor(s.q[stage][i / 4]) + 2 * (i % 4),
+          descriptor(s.moments[1][i / 4][64 * panel]) + 2 * (i % 4), i > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>();  // the sums of the tile before as well
+    pin(x);
+    pin(w);
+    if (tile > 0) {
+      if (threadIdx.x == 0) store_wait();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[(tile - 1) % kStages]);
+    }
+
+    const auto place = [&](uint16_t(&to)[kPanels][64][64], int n, int half) {
+      return reinterpret_cast<uint32_t*>(&to[panel][row + 8 * half][(n ^ g) * 8 + 2 * t]);
+    };
+    float u[2] = {}, v[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 q = unpack2(*place(s.q[stage], n, half), T{});
+        u[half] += q.x * x[n][2 * half] + q.y * x[n][2 * half + 1];
+        v[half] += q.x * w[n][2 * half] + q.y * w[n][2 * half + 1];
+      }
+      u[half] = quad_sum(u[half]);
+      v[half] = quad_sum(v[half]);
+      if (kPanels > 1 && t == 0) {
+        s.dots[panel][0][row + 8 * half] = u[half];
+        s.dots[panel][1][row + 8 * half] = v[half];
+      }
+    }
+    group_sync();  // no product reads this tile, or the weighted one before, any more
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 8 * half;
+      if constexpr (kPanels > 1) {
+        u[half] = s.dots[0][0][r] + s.dots[1][0][r];
+        v[half] = s.dots[0][1][r] + s.dots[1][1][r];
+      }
+      const bool any = share[half] != 0.f;
+      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * v[half]);
+      const float gu = gamma * p.scale * u[half];
+      const float a = any ? share[half] * gamma * p.scale : 0.f;
+      const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;
+      if (panel == 0 && t == 0 && first + 64 * tile + r < p.N) {
+        const int64_t i = static_cast<int64_t>(head) * p.N + first + 64 * tile + r;
+        p.coarse_delta[i] = p.delta[i] - (any ? gu : 0.f);
+      }
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        uint32_t* const q_at = place(s.q[stage], n, half);
+        uint32_t* const grad_at = place(s.grad_out[stage], n, half);
+        const float2 q = unpack2(*q_at, T{}), grad = unpack2(*grad_at, T{});
+        *place(s.weighted[0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
+        *place(s.weighted[1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
+        // The gradient leaves through the place of dO. A row without weight may hold anything.
+        *grad_at = any ? Mma<T>::pack(a * x[n][2 * half] + 2 * c * w[n][2 * half],
+                                      a * x[n][2 * half + 1] + 2 * c * w[n][2 * half + 1])
+                       : 0;
+        if (!any) *q_at = 0;
+      }
+    }
+    fence_for_copies();
+    group_sync();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kPanels; ++i) {
+        store_panel(p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile, h, b);
+      }
+      store_commit();
+    }
+    __syncwarp();
+  };
+  const auto add_sums = [&](int tile, bool add) {
+    const auto& q = s.q[tile % kStages][panel];
+    wgmma_fence();
+    multiply_tn<T>(dc, q, s.weighted[0], add);
+    multiply_tn<T>(ds, q, s.weighted[1], add);
+    wgmma_commit();
+  };
+  barrier_wait(&s.moments_full, 0);
+  prepare(0);
+  add_sums(0, false);
+#pragma unroll 1
+  for (int tile = 1; tile < tiles; ++tile) {
+    prepare(tile);
+    add_sums(tile, true);
+  }
+  wgmma_wait<0>();
+  pin(dc);
+  pin(ds);
+  if (threadIdx.x == 0) store_wait();
+
+  const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
+      float* to = p.sums + (matrix * DP + 64 * panel + row + 8 * half) * DP + 2 * t;
+#pragma unroll
+      for (int n = 0; n < 8 * kPanels; ++n) {
+        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(c[n][2 * half], c[n][2 * half + 1]);
+      }
+    }
+  };
+  store(dc, 0);
+  store(ds, 1);
+#endif
+}
+
+template <int DP>
+cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
+                               cudaStream_t stream) {
+  Order1RowsMaps p{params};
+  const int64_t row = p.D, head = row * p.N, matrix = DP * DP;
+  constexpr Dtype bf16 = Dtype::bf16;
+  const bool maps =
+      tensor_map(&p.q_map, bf16, p.q, p.q_strides, p.B, p.H, p.N, p.D, 64) &&
+      tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
+      tensor_map(&p.grad_q_map, bf16, p.grad_q, {p.H * head, head, row}, p.B, p.H, p.N, p.D, 64) &&
+      tensor_map(&p.moments_map, bf16, p.moments, {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk,
+                 2 * DP, DP, 64);
+  constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;
+  const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
+  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
+  const auto kernel = order1_rows_kernel<DP>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), Order1RowsTraits<DP>::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,25 @@
+// Order 1 of the rows in the backward pass on Hopper; see forward.h.
+#pragma once
+
+#include "../types.h"
+
+namespace mra::cuda::sm90 {
+
+struct Order1Rows {
+  const void *q, *grad_out;  // [B, H, N, D] bfloat16
+  Strides q_strides, grad_out_strides;
+  const void* moments;  // [B, Hk, 2, DP, DP] bfloat16: C and Sigma
+  const float *share, *delta;  // [B, H, N]
+  int B, H, Hk, N, D, chunks;
+  float scale;
+
+  float* coarse_delta;  // [B, H, N]
+  void* grad_q;         // [B, H, N, D] bfloat16, contiguous
+  float* sums;          // [B, H, chunks, 2, DP, DP]: parts of dC and of dSigma / 2, times n
+};
+
+// Head dims up to DP = 64 or 128.
+template <int DP>
+cudaError_t launch_order1_rows(const Order1Rows&, const Device&, cudaStream_t);
+
+}  // namespace mra::cuda::sm90
