@@ -170,9 +170,6 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.query_extra = first.query;
     grads.key_extra = first.key;
     grads.value_extra = first.value;
-    grads.moments = first.moments;
-    grads.key_mean = pooled.key;
-    grads.value_mean = pooled.value;
   }
 
   // coarse: gradients of the pooled inputs

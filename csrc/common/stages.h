@@ -102,8 +102,7 @@ inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Co
 struct Order1Grads {
   Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i
   Tensor query;         // [B, H, N, D] T, zeros at rows whose share is 0
-  Tensor key, value;    // [B, Hk, M, D] T, zeros at masked keys; or undefined, and instead
-  Tensor moments;       // dC and dSigma, which fine_backward spreads over the keys
+  Tensor key, value;    // [B, Hk, M, D] T, zeros at masked keys
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
@@ -124,8 +123,6 @@ struct FineBackward {
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
-  // Order1Grads::moments, and the means of blocks [B, Hk, nk, D] acc that go with it.
-  Tensor moments, key_mean, value_mean;
 };
 
 struct Stages {

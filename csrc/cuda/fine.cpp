@@ -94,11 +94,6 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   set(g.query, p.grad_q, p.grad_q_strides, back.query_extra, p.q_extra, p.q_extra_strides);
   set(g.key, p.grad_k, p.grad_k_strides, back.key_extra, p.k_extra, p.k_extra_strides);
   set(g.value, p.grad_v, p.grad_v_strides, back.value_extra, p.v_extra, p.v_extra_strides);
-  if (back.moments.defined()) {
-    p.moment_grads = back.moments.const_data_ptr();
-    p.k_mean = back.key_mean.const_data_ptr<float>();
-    p.v_mean = back.value_mean.const_data_ptr<float>();
-  }
   p.q_block = data_of<float>(back.query_block);
   p.k_block = data_of<float>(key_block);
   p.v_block = data_of<float>(value_block);

@@ -74,22 +74,13 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
   });
 }
 
-bool columns_take_moments(Dtype dtype, int D, int block_q, int block_k, const Device& device) {
-#ifdef MRA_SM90A
-  return device.major == 9 && dtype == Dtype::bf16 && D > 32 && D <= 128 && block_q >= 16 &&
-         block_k % 64 == 0;
-#else
-  return false;
-#endif
-}
-
 cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device& device,
                              cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     return sm90::launch_backward_columns<decltype(t), d()>(p, device, stream);
   });
-  if (error != cudaErrorNotSupported || p.moment_grads != nullptr) return error;
+  if (error != cudaErrorNotSupported) return error;
 #endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_columns<decltype(t), d()>(p, device, stream);
@@ -98,6 +89,12 @@ cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device&
 
 cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& device,
                             cudaStream_t stream) {
+#ifdef MRA_SM90A
+  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    return sm90::launch_backward_pooled<decltype(t), d()>(p, device, stream);
+  });
+  if (error != cudaErrorNotSupported) return error;
+#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_pooled<decltype(t), d()>(p, device, stream);
   });
@@ -118,6 +115,10 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means",
        dims},
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
+#ifdef MRA_SM90A
+      {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
+#endif
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
@@ -130,6 +131,8 @@ std::vector<KernelInfo> kernel_table() {
 #endif
 #ifdef MRA_SM90A
       {"order1", "rows", "csrc/cuda/sm90/order1_rows.cuh", "sm_90a", "bfloat16",
+       "40..128 (64, 128)"},
+      {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",
        "40..128 (64, 128)"},
 #endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},

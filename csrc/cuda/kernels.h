@@ -13,8 +13,6 @@ namespace mra::cuda {
 cudaError_t forward(ForwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
-// Whether backward_columns takes `moment_grads`.
-bool columns_take_moments(Dtype, int D, int block_q, int block_k, const Device&);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 
 // A row of the table that info() prints.

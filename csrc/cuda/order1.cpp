@@ -9,10 +9,10 @@
 
 #include "../common/budget.h"
 #include "../common/stages.h"
-#include "kernels.h"
 #include "launch.h"
 #include "moments.h"
 #include "sm90/moments.h"
+#include "sm90/order1_keys.h"
 #include "sm90/order1_rows.h"
 
 namespace mra::cuda {
@@ -238,15 +238,53 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   return term.matrices(g, true);
 }
 
-// The same in one reading of the rows, or undefined where no kernel does it.
-Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tensor& grad_out,
+// What Hopper's kernels of order 1 serve.
+bool on_hopper(const Term& term) {
+#ifdef MRA_SM90A
+  return term.launch.device.major == 9 && term.dtype == Dtype::bf16 && !term.o.causal &&
+         term.D > 32 && term.D <= 128;
+#else
+  return false;
+#endif
+}
+
+// grads.key and grads.value; false where the kernel doesn't do it.
+bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Grads& grads) {
+#ifdef MRA_SM90A
+  if (!on_hopper(term) || term.o.block_k > 64) return false;
+  const Device& device = term.launch.device;
+  sm90::Order1Keys p{};
+  p.k = term.in.key.const_data_ptr();
+  p.v = term.in.value.const_data_ptr();
+  p.k_strides = strides_of(term.in.key);
+  p.v_strides = strides_of(term.in.value);
+  p.mask = term.mask();
+  p.moment_grads = moment_grads.const_data_ptr();
+  p.B = term.B;
+  p.Hk = term.Hk;
+  p.M = term.M;
+  p.D = term.D;
+  p.log2_block_k = term.block_shift;
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim, device);
+  p.grad_k = grads.key.mutable_data_ptr();
+  p.grad_v = grads.value.mutable_data_ptr();
+  const cudaError_t error = term.dim == 64
+                                ? sm90::launch_order1_keys<64>(p, device, term.launch.stream)
+                                : sm90::launch_order1_keys<128>(p, device, term.launch.stream);
+  if (error == cudaErrorNotSupported) return false;
+  term.launch.check(error);
+  return true;
+#else
+  return false;
+#endif
+}
+
+// backward_rows in one reading of the rows, or undefined where no kernel does it.
+Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
                              const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
 #ifdef MRA_SM90A
+  if (!on_hopper(term)) return {};
   const Device& device = term.launch.device;
-  if (device.major != 9 || term.dtype != Dtype::bf16 || term.o.causal || term.D <= 32 ||
-      term.D > 128) {
-    return {};
-  }
   sm90::Order1Rows p{};
   p.q = term.in.query.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr();
@@ -288,19 +326,14 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   const Tensor grad_out = with_aligned_rows(grad_out_in);
   const int64_t B = term.B, H = term.H, Hk = term.Hk, N = term.N, M = term.M, D = term.D;
   Order1Grads grads{at::empty({B, H, N}, term.acc()), at::empty({B, H, N, D}, in.query.options()),
-                    {}, {}, {}};
+                    at::empty({B, Hk, M, D}, in.key.options()),
+                    at::empty({B, Hk, M, D}, in.value.options())};
   const Tensor moments = term.moments();
-  Tensor moment_grads = backward_rows_at_once(term, moments, grad_out, share, delta, grads);
+  Tensor moment_grads = backward_rows_on_hopper(term, moments, grad_out, share, delta, grads);
   if (!moment_grads.defined()) {
     moment_grads = backward_rows(term, moments, grad_out, share, delta, grads);
   }
-  if (!o.causal && columns_take_moments(term.dtype, term.D, o.block_q, o.block_k, launch.device)) {
-    grads.moments = moment_grads;
-    return grads;
-  }
-
-  grads.key = at::empty({B, Hk, M, D}, in.key.options());
-  grads.value = at::empty({B, Hk, M, D}, in.value.options());
+  if (keys_on_hopper(term, moment_grads, grads)) return grads;
   Order1Keys p{};
   term.fill(p, moment_grads, term.M, term.Hk,
             order1_keys_warps(term.dtype, term.dim, launch.device));

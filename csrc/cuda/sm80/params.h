@@ -77,10 +77,6 @@ struct BackwardParams : Problem {
   const float *k_block, *v_block;
   const void *k_extra, *v_extra;  // T
   Strides k_extra_strides, v_extra_strides;
-  // Or, of order 1 and only for kernels that say so: dC and dSigma, [B, Hk, 2, DP, DP] bfloat16, to
-  // be spread over the keys; their block means [B, Hk, nk, D].
-  const void* moment_grads;
-  const float *k_mean, *v_mean;
 
   // pooled columns: partial sums [splits, B, Hk, nk, D]
   float *pooled_grad_k, *pooled_grad_v;

@@ -5,11 +5,13 @@
 
 namespace mra::cuda::sm90 {
 
-// Half types, head dims up to DP = 64 or 128. Rows: query blocks of a multiple of 64 rows. Columns:
-// key blocks of a multiple of 64 keys.
+// Half types, head dims up to DP = 64 or 128. Rows and pooled: query blocks of a
+// multiple of 64 rows. Columns: key blocks of a multiple of 64 keys.
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams&, const Device&, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_pooled(const BackwardParams&, const Device&, cudaStream_t);
 
 }  // namespace mra::cuda::sm90

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   }
   __syncthreads();
   if (warp_index() >= 4) {
-    give_registers<24>();
+    give_registers<56>();
     if (warp_index() > 4) return;
     KeyProducer<DP, decltype(s.ring)> producer(p, p, ring, s.bitmap);
     producer.run_all(gridDim.x, [&](const RowTile& at, int) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     return;
   }
 
-  take_registers<232>();
+  take_registers<200>();
   const RowTile at(p, blockIdx.x, 64, kKeys);
   const int tiles = uniform(at.tiles);
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
@@ -82,7 +82,13 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     }
   }
 
-  float acc[DP / 8][4] = {}, c[kKeys / 8][4], ds[kKeys / 8][4];
+  float acc[DP / 8][4], c[kKeys / 8][4], ds[kKeys / 8][4];
+  start_rows<T>(acc, p.scale == 0.f ? 0.f : 1.f / p.scale,
+                p.q_block == nullptr ? nullptr : p.q_block + at.list_at * p.D,
+                static_cast<const T*>(p.q_extra),
+                at.b * p.q_extra_strides.b + at.h * p.q_extra_strides.h +
+                    (at.first_row + warp_row) * p.q_extra_strides.l,
+                p.q_extra_strides.l, live, p.D);
   uint32_t a[kKeys / 16][4];
   auto start_scores = [&](int tile) {
     const int stage = tile % kStages, phase = tile / kStages & 1;
@@ -146,19 +152,10 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   }
 
   const float scale[2] = {p.scale, p.scale};
-  finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : p.q_block + at.list_at * p.D, 0,
-              p.D);
-  const int own = at.first_row + warp_row, present = at.rows - warp_row;
+  finish_rows(acc, scale, live, nullptr, 0, p.D);
   T* to = static_cast<T*>(p.grad_q) + at.b * p.grad_q_strides.b + at.h * p.grad_q_strides.h +
-          own * p.grad_q_strides.l;
-  if (p.q_extra == nullptr) {
-    store_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D == DP ? DP : p.D);
-    return;
-  }
-  const T* extra = static_cast<const T*>(p.q_extra) + at.b * p.q_extra_strides.b +
-                   at.h * p.q_extra_strides.h + own * p.q_extra_strides.l;
-  store_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D == DP ? DP : p.D, extra,
-                p.q_extra_strides.l, live);
+          (at.first_row + warp_row) * p.grad_q_strides.l;
+  store_rows<T>(acc, to, p.grad_q_strides.l, at.rows - warp_row, 0, p.D == DP ? DP : p.D);
 #endif
 }
 

@@ -35,7 +35,7 @@ struct ForwardShared {
   using Traits = ForwardTraits<DP>;
   uint16_t q[2][DP / 64][64][64];  // also the output on its way to memory
   KeyRing<DP, Traits::kKeys, Traits::kStages> ring;
-  float state_mean[2][DP];
+  alignas(16) float state_mean[2][DP];
   ForwardWork work[2];
   uint64_t q_full[2], q_empty[2];
   uint32_t bitmap[1];

@@ -31,7 +31,7 @@ struct KeyMaps {
 
 // Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
 inline size_t bitmap_bytes(const Problem& p) {
-  return p.pooled_k != nullptr ? (p.nk + 31) / 32 * 4 : 0;
+  return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * 4 : 0;
 }
 
 // A tile of rows and the keys that it attends.
@@ -113,16 +113,16 @@ struct KeyProducer {
   const Problem& p;
   const KeyMaps& maps;
   Ring& s;
-  uint32_t* bitmap;  // [ceil(nk / 32)]: selected key blocks, with pooled keys only
+  uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
   RowTile at;
   int fetched = 0;            // tiles of keys so far
   const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
 
-  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmap)
+  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps)
       : p(p),
         maps(maps),
         s(s),
-        bitmap(bitmap),
+        bitmaps(bitmaps),
         at(p, blockIdx.x, 64, kKeys),
         lane(threadIdx.x % 32),
         run(min(p.block_k, 64)),
@@ -134,29 +134,39 @@ struct KeyProducer {
     return lane < runs && entry < at.list.count ? at.list.entries[entry] : -1;
   }
 
-  __device__ void mark_selected() {
+  __device__ uint32_t* bitmap(int turn) const { return bitmaps + turn % 2 * ((p.nk + 31) / 32); }
+
+  __device__ void mark_selected(uint32_t* bitmap, const List& list) {
     for (int i = lane; i < (p.nk + 31) / 32; i += 32) bitmap[i] = 0;
     __syncwarp();
-    for (int i = lane; i < at.list.count; i += 32) {
-      const unsigned y = at.list.entries[i];
+    for (int i = lane; i < list.count; i += 32) {
+      const unsigned y = list.entries[i];
       if (y < static_cast<unsigned>(p.nk)) atomicOr(bitmap + y / 32, 1u << y % 32);
     }
     __syncwarp();
   }
 
-  __device__ void fetch_pooled(int tile, int stage) {
+  // Counts of the key blocks that this lane has of pooled tile `tile`.
+  __device__ void look_up_counts(int tile, int (&counts)[kKeys / 32]) const {
+#pragma unroll
+    for (int i = 0; i < kKeys / 32; ++i) {
+      const int y = tile * kKeys + 32 * i + lane;
+      counts[i] = y < at.pooled_blocks ? p.key_count[static_cast<int64_t>(at.b) * p.nk + y] : 0;
+    }
+  }
+
+  __device__ void fetch_pooled(int tile, int stage, const uint32_t* bitmap,
+                               const int (&counts)[kKeys / 32]) {
     const int y0 = tile * kKeys;
 #pragma unroll
-    for (int i = lane; i < kKeys; i += 32) {
-      const int y = y0 + i;
-      float bias = -INFINITY;
-      if (y < at.pooled_blocks && !(bitmap[y / 32] >> y % 32 & 1)) {
-        bias = log2f(static_cast<float>(p.key_count[static_cast<int64_t>(at.b) * p.nk + y]));
-      }
-      s.bias[stage][i] = bias;
+    for (int i = 0; i < kKeys / 32; ++i) {
+      const bool there = y0 + 32 * i + lane < at.pooled_blocks;
+      const bool selected = there && bitmap[y0 / 32 + i] >> lane & 1;
+      s.bias[stage][32 * i + lane] =
+          there && !selected ? log2_approx(static_cast<float>(counts[i])) : -INFINITY;
     }
     if (lane == 0) s.plain[stage] = 0;
-    for (int i = lane; i < kKeys / 16; i += 32) s.first[stage][i] = INT_MIN / 2;
+    if (lane < kKeys / 16) s.first[stage][lane] = INT_MIN / 2;
     fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
@@ -240,8 +250,9 @@ struct KeyProducer {
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
       fetch_rows(at, turn);
-      if (at.pooled_tiles > 0) mark_selected();
-      int block = block_of(0);
+      if (turn == 0 && at.pooled_tiles > 0) mark_selected(bitmap(0), at.list);
+      int block = block_of(0), counts[kKeys / 32];
+      look_up_counts(0, counts);
       // The list of the next tile of rows is looked up while this one's keys arrive.
       const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
       const RowTile next_rows(p, next_item, 64, kKeys);
@@ -250,13 +261,18 @@ struct KeyProducer {
         const int stage = fetched % kStages, listed = tile - at.pooled_tiles;
         const int next = listed >= 0 ? block_of(listed + 1) : block;
         wait_for_keys();
-        if (listed < 0)
-          fetch_pooled(tile, stage);
-        else
+        if (listed < 0) {
+          fetch_pooled(tile, stage, bitmap(turn), counts);
+          look_up_counts(tile + 1, counts);
+        } else {
           fetch_listed(listed, stage, block);
+        }
         block = next;
       }
       fetch_last();
+      // While the keys that are on their way are attended.
+      if (next_item != item && next_rows.pooled_tiles > 0)
+        mark_selected(bitmap(turn + 1), next_rows.list);
       at = next_rows;
     }
   }

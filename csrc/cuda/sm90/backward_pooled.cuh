@@ -1,0 +1,206 @@
+// Gradients of the pooled keys and values on Hopper: what sm80/backward_columns.cuh computes for
+// them, for half types and head dims up to 128, with row lists of a multiple of 64 rows. A block of
+// threads takes 64 pooled keys and a part of the rows: one warp fetches tiles of rows, one looks up
+// which of the keys they don't see, a warpgroup multiplies.
+#pragma once
+
+#include "columns.cuh"
+
+namespace mra::cuda::sm90 {
+
+struct BackwardPooledMaps : BackwardParams {
+  CUtensorMap q_map, grad_out_map, k_map, v_map;
+};
+
+template <int DP>
+struct BackwardPooledShared : ColumnsShared<DP> {
+  uint2 windows[2][32];  // unseen keys of 32 tiles of rows
+  uint64_t window_full[2], window_empty[2];
+};
+
+// 64 pooled keys, and a run of tiles of rows of every query head that shares them.
+struct PooledTile {
+  int split, b, hk, first_key, keys, first_tile, tiles, group;
+
+  __device__ explicit PooledTile(const BackwardParams& p) {
+    const unsigned key_tiles = (p.nk + 63) / 64, behind = blockIdx.x / key_tiles;
+    const unsigned heads = p.B * p.Hk;
+    first_key = (blockIdx.x - behind * key_tiles) * 64;
+    split = behind / heads;
+    b = behind % heads / p.Hk;
+    hk = behind % heads % p.Hk;
+    keys = min(64, p.nk - first_key);
+    group = p.H / p.Hk;
+    const int row_tiles = (p.rows + 63) / 64, each = (row_tiles + p.splits - 1) / p.splits;
+    first_tile = min(split * each, row_tiles);
+    tiles = min(each, row_tiles - first_tile);
+  }
+  // Of tile i over all heads: the head, its row tile.
+  __device__ int head(int i) const { return hk * group + i / tiles; }
+  __device__ int row_tile(int i) const { return first_tile + i % tiles; }
+};
+
+template <int DP>
+__device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>& s,
+                           const PooledTile& at) {
+  constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
+  const int lane = threadIdx.x % 32, all = at.group * at.tiles;
+  if (lane == 0) {
+    barrier_expect(&s.keys_full, 2 * 64 * DP * 2);
+    for (int i = 0; i < kPanels; ++i) {
+      copy_panel(s.k[i], p.k_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
+      copy_panel(s.v[i], p.v_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
+    }
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < all; ++i) {
+    const int stage = i % kStages, h = at.head(i), row = at.row_tile(i) * 64;
+    const int64_t head = (static_cast<int64_t>(at.b) * p.H + h) * p.rows;
+    RowSums sums;
+    sums.look_up(0, p.lse2 + head, p.pooled_delta + head, row + lane, p.rows);
+    sums.look_up(1, p.lse2 + head, p.pooled_delta + head, row + lane + 32, p.rows);
+    const int window = i / 32 % 2;
+    if (i % 32 == 0) barrier_wait(&s.window_full[window], i / 64 & 1);
+    const uint2 unseen = s.windows[window][i % 32];
+    __syncwarp();
+    if (i % 32 == 31 && lane == 0) barrier_arrive(&s.window_empty[window]);
+    if (i >= kStages) barrier_wait(&s.empty[stage], i / kStages - 1 & 1);
+    sums.store(s, stage);
+    if (lane == 0) {
+      s.unseen[stage][0] = unseen.x;
+      s.unseen[stage][1] = unseen.y;
+    }
+    __syncwarp();
+    if (lane == 0) {
+      barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+      for (int j = 0; j < kPanels; ++j) {
+        copy_panel(s.q[stage][j], p.q_map, &s.full[stage], 64 * j, row, h, at.b);
+        copy_panel(s.grad_out[stage][j], p.grad_out_map, &s.full[stage], 64 * j, row, h, at.b);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// By one warp, a tile of rows each lane: the keys of this tile in the row's list and, under causal,
+// those that don't lie wholly in its past.
+template <int DP>
+__device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>& s,
+                               const PooledTile& at) {
+  const int lane = threadIdx.x % 32, all = at.group * at.tiles;
+#pragma unroll 1
+  for (int i0 = 0; i0 < all; i0 += 32) {
+    const int window = i0 / 32 % 2, i = i0 + lane;
+    uint64_t unseen = 0;
+    if (i < all) {
+      const int x = at.row_tile(i) * 64 / p.list_rows;
+      const List list = list_of(p.row_lists, static_cast<int64_t>(at.b) * p.H + at.head(i), x);
+      int from = 0, count = list.count;  // to the first entry not before this tile's keys
+      while (count > 0) {
+        const int half = count / 2;
+        if (list.entries[from + half] < at.first_key) {
+          from += half + 1;
+          count -= half + 1;
+        } else {
+          count = half;
+        }
+      }
+      for (; from < list.count; ++from) {
+        const unsigned y = list.entries[from] - at.first_key;
+        if (y >= 64) break;
+        unseen |= 1ull << y;
+      }
+      if (p.causal) {  // seen are y with (y + 1) block_k <= x block_q
+        const int64_t seen = (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
+        if (seen < 64) unseen |= seen <= 0 ? ~0ull : ~0ull << seen;
+      }
+    }
+    if (i0 >= 64) barrier_wait(&s.window_empty[window], i0 / 64 - 1 & 1);
+    s.windows[window][lane] =
+        make_uint2(static_cast<uint32_t>(unseen), static_cast<uint32_t>(unseen >> 32));
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.window_full[window]);
+  }
+}
+
+template <typename T, int DP>
+__global__ void __launch_bounds__(256, 2)
+    backward_pooled_kernel(const __grid_constant__ BackwardPooledMaps p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Shared = BackwardPooledShared<DP>;
+  extern __shared__ char raw[];
+  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  if (threadIdx.x == 0) {
+    s.init();
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&s.window_full[i], 1);
+      barrier_init(&s.window_empty[i], 1);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  const PooledTile at(p);
+  if (warp_index() >= 4) {
+    give_registers<32>();
+    if (warp_index() == 4) fetch_rows<DP>(p, s, at);
+    if (warp_index() == 5) look_up_unseen<DP>(p, s, at);
+    return;
+  }
+  take_registers<224>();
+
+  const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
+  float bias[2];
+  bool live[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = key + g + 8 * half;
+    const int count =
+        r < at.keys ? p.key_count[static_cast<int64_t>(at.b) * p.nk + at.first_key + r] : 0;
+    live[half] = count > 0;
+    bias[half] = count > 0 ? log2_approx(static_cast<float>(count)) : -INFINITY;
+  }
+  const int tiles = uniform(at.group * at.tiles);
+  float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
+  barrier_wait(&s.keys_full, 0);
+  add_rows<T, DP, true>(dk, dv, s, tiles, p.scale, false, 0, bias);
+
+  const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
+  const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {
+    const float factor[2] = {scale, scale};
+    finish_rows(c, factor, live, nullptr, 0, p.D);
+    store_rows<float>(c, to + (head * p.nk + at.first_key + key) * p.D, p.D, at.keys - key, 0, p.D);
+  };
+  store(dk, p.scale, p.pooled_grad_k);
+  store(dv, 1.f, p.pooled_grad_v);
+#endif
+}
+
+template <typename T, int DP>
+cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& device,
+                                   cudaStream_t stream) {
+  if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
+  BackwardPooledMaps p{params};
+  constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+  const int64_t head = static_cast<int64_t>(p.nk) * p.D;
+  const Strides pooled{p.Hk * head, head, p.D};
+  const bool maps =
+      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
+      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
+                 64) &&
+      tensor_map(&p.k_map, dtype, p.pooled_k, pooled, p.B, p.Hk, p.nk, p.D, 64) &&
+      tensor_map(&p.v_map, dtype, p.pooled_v, pooled, p.B, p.Hk, p.nk, p.D, 64);
+  constexpr int kBytes = sizeof(BackwardPooledShared<DP>) + 1024;
+  if (!maps || kBytes > device.max_smem) return cudaErrorNotSupported;
+  const int64_t blocks = (p.nk + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk * p.splits;
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+  const auto kernel = backward_pooled_kernel<T, DP>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), 256, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace mra::cuda::sm90

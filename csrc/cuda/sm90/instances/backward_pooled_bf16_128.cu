@@ -1,0 +1,5 @@
+#include "../backward_pooled.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_backward_pooled<__nv_bfloat16, 128>(const BackwardParams&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,147 @@
+// Tiles of 64 keys and values on their way from memory, and what centres them: the part that the
+// kernels of the order-1 term share.
+#pragma once
+
+#include "../sm80/tile.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace mra::cuda::sm90 {
+
+// Where block means go. Null pointers: nowhere.
+struct BlockMeans {
+  float *k_mean, *v_mean;  // [B, Hk, nk, D]
+  int* key_count;          // [B, nk]
+  int Hk, nk, D;
+};
+
+template <int DP, int kPlaces>
+struct KeyTiles {
+  static constexpr int kStages = kPlaces, kPanels = DP / 64;
+  static constexpr int kUnits = 4 * kPanels;  // a warp's share of columns: 32
+  uint16_t x[kStages][2][kPanels][64][64];    // keys, values
+  uint32_t valid[kStages][2];                 // one bit a key
+  uint64_t full[kStages], empty[kStages];
+
+  // By one thread; `warps` give a place back.
+  __device__ void init(int warps) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&full[i], 1);
+      barrier_init(&empty[i], warps);
+    }
+  }
+
+  // By one warp: `tiles` tiles from key `first` on. mask: [B, M] or null.
+  __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
+                        int M, int b, int h, int first, int tiles) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int stage = tile % kStages, key = first + 64 * tile;
+      uint32_t bits[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = key + 32 * half + lane;
+        const bool there = j < M && (mask == nullptr || mask[static_cast<int64_t>(b) * M + j]);
+        bits[half] = __ballot_sync(0xffffffffu, there);
+      }
+      if (tile >= kStages) barrier_wait(&empty[stage], tile / kStages - 1 & 1);
+      if (lane == 0) {
+        valid[stage][0] = bits[0];
+        valid[stage][1] = bits[1];
+        barrier_expect(&full[stage], 2 * 64 * DP * 2);
+        for (int i = 0; i < kPanels; ++i) {
+          copy_panel(x[stage][0][i], k_map, &full[stage], 64 * i, key, h, b);
+          copy_panel(x[stage][1][i], v_map, &full[stage], 64 * i, key, h, b);
+        }
+      }
+      __syncwarp();
+    }
+  }
+};
+
+// Sum over the 8 lanes that differ in bits 2 to 4: of x[e], e = the lane's own (lane / 4).
+__device__ __forceinline__ float reduce_scatter(float (&x)[8]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 4; step > 0; step /= 2) {
+    const bool upper = lane & 4 * step;
+#pragma unroll
+    for (int e = 0; e < step; ++e) {
+      const float give = upper ? x[e] : x[e + step], keep = upper ? x[e + step] : x[e];
+      x[e] = keep + __shfl_xor_sync(0xffffffffu, give, 4 * step);
+    }
+  }
+  return x[0];
+}
+// And back: x[e] = what lane 4 e + lane % 4 has.
+__device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    x[e] = __shfl_sync(0xffffffffu, mine, 4 * e + threadIdx.x % 4);
+  }
+}
+
+// Columns `unit` (32 of keys or values) of the tile at `stage`, tile `tile` of head h, whose rows lie
+// in kBlocks blocks of keys, by one warp: means to memory, centred rows to where they were, zeros for
+// rows that don't count. Returns the number that do.
+template <int kBlocks, class Tiles>
+__device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
+                                      int h, int tile) {
+  constexpr int kPanels = Tiles::kPanels;
+  const int lane = threadIdx.x % 32;
+  // Lanes of a quarter warp read four chunks of two rows that lie four apart: no bank twice.
+  const int row = lane / 4 % 2 * 4 + lane / 8;
+  const int which = unit / (2 * kPanels), panel = unit / 2 % kPanels, chunk = unit % 2 * 4 + lane % 4;
+  uint16_t(*const rows)[64] = s.x[stage][which][panel];
+  const uint32_t valid[2] = {s.valid[stage][0], s.valid[stage][1]};
+  const auto place = [&](int i) {
+    return reinterpret_cast<uint4*>(&rows[row + 8 * i][(chunk ^ row) * 8]);
+  };
+  const auto counts = [&](int i) { return valid[i / 4] >> (i % 4 * 8 + row) & 1; };
+
+  uint4 bits[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
+  float* const to = which == 0 ? p.k_mean : p.v_mean;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    constexpr int kRows = 8 / kBlocks;  // of this lane
+    float sum[8] = {}, x[8];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      unpack16<__nv_bfloat16>(bits[block * kRows + i], x);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += x[e];
+    }
+    const uint32_t mask = kBlocks == 1   ? 0xffffffffu
+                          : kBlocks == 2 ? 0xffffffffu
+                                         : 0xffffu << block % 2 * 16;
+    const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
+                                   : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
+    const float mean = reduce_scatter(sum) / static_cast<float>(max(count, 1));
+    all_gather(sum, mean);
+    const int y = tile * kBlocks + block;
+    if (y < p.nk) {
+      const int column = 64 * panel + chunk * 8 + lane / 4;
+      if (to != nullptr && column < p.D) {
+        to[((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column] = mean;
+      }
+      if (p.key_count != nullptr && h == 0 && unit == 0 && lane == 0) {
+        p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;
+      }
+    }
+#pragma unroll
+    for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
+      unpack16<__nv_bfloat16>(bits[i], x);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
+      using M = Mma<__nv_bfloat16>;
+      *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
+                             M::pack(x[6], x[7]));
+    }
+  }
+  return __popc(valid[0]) + __popc(valid[1]);
+}
+
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,160 @@
+// Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma, with
+// kappa and nu the key and value less the means of their block (made again here), zeros for a key
+// that doesn't count. dC and dSigma stay in shared memory; a block of threads walks a chunk of a
+// head's tiles of 64 keys, its warpgroups in turns.
+#pragma once
+
+#include <climits>
+
+#include "key_tiles.cuh"
+#include "order1_keys.h"
+
+namespace mra::cuda::sm90 {
+
+struct Order1KeysMaps : Order1Keys {
+  CUtensorMap k_map, v_map, matrices_map, grad_k_map, grad_v_map;
+  int tiles;  // of a chunk
+};
+
+// Measured choices (docs/kernels.md).
+template <int DP>
+struct Order1KeysTraits {
+  static constexpr int kStages = 4, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kThreads = DP == 64 ? 160 : 384;
+};
+
+template <int DP>
+struct Order1KeysShared {
+  uint16_t matrices[2][DP / 64][DP][64];  // dC, dSigma
+  KeyTiles<DP, Order1KeysTraits<DP>::kStages> keys;
+  uint64_t matrices_full;
+};
+
+template <int DP, int kBlocks>
+__global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTraits<DP>::kBlocks)
+    order1_keys_kernel(const __grid_constant__ Order1KeysMaps p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using T = __nv_bfloat16;
+  using Shared = Order1KeysShared<DP>;
+  constexpr int kStages = Order1KeysTraits<DP>::kStages, kPanels = DP / 64, kGroups = kPanels;
+  extern __shared__ char raw[];
+  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  auto& keys = s.keys;
+  if (threadIdx.x == 0) {
+    barrier_init(&s.matrices_full, 1);
+    keys.init(4);
+    barrier_init_done();
+  }
+  __syncthreads();
+  const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
+  const int b = head / p.Hk, h = head - b * p.Hk, first = chunk * p.tiles;
+  const int tiles = uniform(min(p.tiles, (p.M + 63) / 64 - first));
+  if (warp_index() >= 4 * kGroups) {
+    if constexpr (DP > 64) give_registers<40>();
+    if (warp_index() > 4 * kGroups) return;
+    if (threadIdx.x % 32 == 0) {
+      barrier_expect(&s.matrices_full, 2 * DP * DP * 2);
+      for (int i = 0; i < 2 * kPanels; ++i) {
+        for (int r = 0; r < DP; r += 64) {
+          copy_panel(s.matrices[i / kPanels][i % kPanels][r], p.matrices_map, &s.matrices_full,
+                     i % kPanels * 64, i / kPanels * DP + r, h, b);
+        }
+      }
+    }
+    __syncwarp();
+    keys.fetch(p.k_map, p.v_map, p.mask, p.M, b, h, 64 * first, tiles);
+    return;
+  }
+  if constexpr (DP > 64) take_registers<232>();
+
+  const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp + g;
+  const bool leader = threadIdx.x % 128 == 0;
+  const auto group_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
+  const BlockMeans nowhere{nullptr, nullptr, nullptr, p.Hk, 0, p.D};
+  barrier_wait(&s.matrices_full, 0);
+#pragma unroll 1
+  for (int tile = group; tile < tiles; tile += kGroups) {
+    const int stage = tile % kStages;
+    auto& x = keys.x[stage];
+    barrier_wait(&keys.full[stage], tile / kStages & 1);
+#pragma unroll 1
+    for (int unit = warp; unit < keys.kUnits; unit += 4) {
+      centre<kBlocks>(nowhere, keys, stage, unit, b, h, first + tile);
+    }
+    fence_for_copies();  // products read shared memory as copies do
+    group_sync();
+    float dk[8 * kPanels][4], dv[8 * kPanels][4];
+    pin(dk);
+    pin(dv);
+    wgmma_fence();
+    multiply_matrix<T, false>(dv, x[0], s.matrices[0], DP * 128, false);
+    multiply_matrix<T, false>(dk, x[0], s.matrices[1], DP * 128, false);
+    multiply_matrix<T, true>(dk, x[1], s.matrices[0], DP * 128, true);
+    wgmma_commit();
+    // The place of the tile before is given back once its gradients have left.
+    if (leader) store_wait();
+    __syncwarp();
+    if (tile >= kGroups && threadIdx.x % 32 == 0) {
+      barrier_arrive(&keys.empty[(tile - kGroups) % kStages]);
+    }
+    wgmma_wait<0>();
+    pin(dk);
+    pin(dv);
+    group_sync();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 8 * half;
+      const bool live = keys.valid[stage][r / 32] >> r % 32 & 1;
+#pragma unroll
+      for (int n = 0; n < 8 * kPanels; ++n) {
+        const int at = (n % 8 ^ g) * 8 + 2 * t;
+        *reinterpret_cast<uint32_t*>(&x[0][n / 8][r][at]) =
+            live ? Mma<T>::pack(dk[n][2 * half], dk[n][2 * half + 1]) : 0;
+        *reinterpret_cast<uint32_t*>(&x[1][n / 8][r][at]) =
+            live ? Mma<T>::pack(dv[n][2 * half], dv[n][2 * half + 1]) : 0;
+      }
+    }
+    fence_for_copies();
+    group_sync();
+    if (leader) {
+      for (int i = 0; i < kPanels; ++i) {
+        store_panel(p.grad_k_map, x[0][i], 64 * i, 64 * (first + tile), h, b);
+        store_panel(p.grad_v_map, x[1][i], 64 * i, 64 * (first + tile), h, b);
+      }
+      store_commit();
+    }
+  }
+  if (leader) store_wait();
+#endif
+}
+
+template <int DP>
+cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
+                               cudaStream_t stream) {
+  Order1KeysMaps p{params};
+  const int64_t row = p.D, head = row * p.M, matrix = DP * DP;
+  const Strides contiguous{p.Hk * head, head, row};
+  const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides) {
+    return tensor_map(to, Dtype::bf16, data, strides, p.B, p.Hk, p.M, p.D, 64);
+  };
+  const bool maps = map(&p.k_map, p.k, p.k_strides) && map(&p.v_map, p.v, p.v_strides) &&
+                    map(&p.grad_k_map, p.grad_k, contiguous) &&
+                    map(&p.grad_v_map, p.grad_v, contiguous) &&
+                    tensor_map(&p.matrices_map, Dtype::bf16, p.moment_grads,
+                               {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk, 2 * DP, DP, 64);
+  constexpr int kBytes = sizeof(Order1KeysShared<DP>) + 1024;
+  const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
+  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
+  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1>
+                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2>
+                                            : order1_keys_kernel<DP, 4>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(blocks), Order1KeysTraits<DP>::kThreads, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,21 @@
+// Order 1 of the keys in the backward pass on Hopper; see forward.h.
+#pragma once
+
+#include "../types.h"
+
+namespace mra::cuda::sm90 {
+
+struct Order1Keys {
+  const void *k, *v;  // [B, Hk, M, D] bfloat16
+  Strides k_strides, v_strides;
+  const uint8_t* mask;       // [B, M] or null
+  const void* moment_grads;  // [B, Hk, 2, DP, DP] bfloat16: dC and dSigma
+  int B, Hk, M, D, log2_block_k, chunks;
+  void *grad_k, *grad_v;  // [B, Hk, M, D] bfloat16, contiguous
+};
+
+// Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
+template <int DP>
+cudaError_t launch_order1_keys(const Order1Keys&, const Device&, cudaStream_t);
+
+}  // namespace mra::cuda::sm90
