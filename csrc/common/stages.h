@@ -101,8 +101,9 @@ inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Co
 // Gradient through C, S, gamma and the query. That through P is left to the caller.
 struct Order1Grads {
   Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i
-  Tensor query;         // [B, H, N, D] T, zeros at rows whose share is 0
-  Tensor key, value;    // [B, Hk, M, D] T, zeros at masked keys
+  // Laid out as fine_backward's results, which may take these tensors and add to them.
+  Tensor query;       // [B, H, N, D] T, zeros at rows whose share is 0
+  Tensor key, value;  // [B, Hk, M, D] T, zeros at masked keys
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):

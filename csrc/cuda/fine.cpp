@@ -22,12 +22,6 @@ struct PooledKeys {
   }
 };
 
-// (B, H, L, D), laid out as (B, L, H, D).
-Tensor empty_heads_last(const Tensor& like) {
-  const auto s = like.sizes();
-  return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
-}
-
 }  // namespace
 
 FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
@@ -82,18 +76,17 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
     value_block = value_block.defined() ? value_block.add(shares[1]) : shares[1];
   }
 
-  Grads g{empty_heads_last(in.query), empty_heads_last(in.key), empty_heads_last(in.value)};
-  auto set = [](const Tensor& grad, void*& to, Strides& strides, const Tensor& extra,
-                const void*& from, Strides& extra_strides) {
-    to = grad.mutable_data_ptr();
-    strides = strides_of(grad);
-    if (!extra.defined()) return;
-    from = extra.const_data_ptr();
-    extra_strides = strides_of(extra);
-  };
-  set(g.query, p.grad_q, p.grad_q_strides, back.query_extra, p.q_extra, p.q_extra_strides);
-  set(g.key, p.grad_k, p.grad_k_strides, back.key_extra, p.k_extra, p.k_extra_strides);
-  set(g.value, p.grad_v, p.grad_v_strides, back.value_extra, p.v_extra, p.v_extra_strides);
+  // The gradients of order 1 come in tensors of their own, laid out as these: the rest is added.
+  p.add = back.query_extra.defined();
+  const Grads g = p.add ? Grads{back.query_extra, back.key_extra, back.value_extra}
+                        : Grads{empty_heads_last(in.query), empty_heads_last(in.key),
+                                empty_heads_last(in.value)};
+  p.grad_q = g.query.mutable_data_ptr();
+  p.grad_k = g.key.mutable_data_ptr();
+  p.grad_v = g.value.mutable_data_ptr();
+  p.grad_q_strides = strides_of(g.query);
+  p.grad_k_strides = strides_of(g.key);
+  p.grad_v_strides = strides_of(g.value);
   p.q_block = data_of<float>(back.query_block);
   p.k_block = data_of<float>(key_block);
   p.v_block = data_of<float>(value_block);

@@ -9,6 +9,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -48,6 +49,12 @@ inline Dtype dtype_of(const at::Tensor& t) {
 
 // Strides of a [B, H, L, D] tensor.
 inline Strides strides_of(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+// (B, H, L, D), laid out as (B, L, H, D).
+inline at::Tensor empty_heads_last(const at::Tensor& like) {
+  const auto s = like.sizes();
+  return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
+}
 
 // Data pointer, or null for an undefined tensor.
 template <typename T>

@@ -3,6 +3,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -225,6 +226,7 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   p.weight_c = weight;
   p.weight_s = weight + B * H * N;
   p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
   term.launch.check(order1_rows(p, term.launch.stream));
 
   Order1Gram g{};
@@ -268,6 +270,8 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Gr
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim, device);
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
+  p.grad_k_strides = strides_of(grads.key);
+  p.grad_v_strides = strides_of(grads.value);
   const cudaError_t error = term.dim == 64
                                 ? sm90::launch_order1_keys<64>(p, device, term.launch.stream)
                                 : sm90::launch_order1_keys<128>(p, device, term.launch.stream);
@@ -302,6 +306,7 @@ Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Te
   p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
   p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
   p.sums = sums.mutable_data_ptr<float>();
   const cudaError_t error = term.dim == 64
@@ -324,10 +329,8 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
   const Tensor grad_out = with_aligned_rows(grad_out_in);
-  const int64_t B = term.B, H = term.H, Hk = term.Hk, N = term.N, M = term.M, D = term.D;
-  Order1Grads grads{at::empty({B, H, N}, term.acc()), at::empty({B, H, N, D}, in.query.options()),
-                    at::empty({B, Hk, M, D}, in.key.options()),
-                    at::empty({B, Hk, M, D}, in.value.options())};
+  Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query), empty_heads_last(in.key),
+                    empty_heads_last(in.value)};
   const Tensor moments = term.moments();
   Tensor moment_grads = backward_rows_on_hopper(term, moments, grad_out, share, delta, grads);
   if (!moment_grads.defined()) {
@@ -348,6 +351,8 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   p.block_shift = term.block_shift;
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
+  p.grad_k_strides = strides_of(grads.key);
+  p.grad_v_strides = strides_of(grads.value);
   launch.check(order1_keys(p, launch.stream));
   return grads;
 }

@@ -77,7 +77,8 @@ struct Order1Rows : Order1Products {
   const float* delta;          // [B, H, N]
   float* coarse_delta;         // [B, H, N]: delta - gamma u.dO
   float *weight_c, *weight_s;  // [B, H, N]: the weights of the weighted gram
-  void* grad_q;                // [B, H, N, D] T, contiguous
+  void* grad_q;                // [B, H, N, D] T
+  Strides grad_q_strides;
 };
 
 struct Order1Keys : Order1Products {
@@ -86,7 +87,8 @@ struct Order1Keys : Order1Products {
   const float *k_mean, *v_mean;  // [B, Hk, nk, D]
   const uint8_t* mask;           // [B, M] or null
   int nk, block_shift;           // log2 of block_k
-  void *grad_k, *grad_v;         // [B, Hk, M, D] T, contiguous
+  void *grad_k, *grad_v;         // [B, Hk, M, D] T
+  Strides grad_k_strides, grad_v_strides;
 };
 
 // How a launch fits a device; dim is padded.

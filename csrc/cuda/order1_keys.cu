@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
   const T* k = static_cast<const T*>(p.k) + range.b * p.k_strides.b + h * p.k_strides.h;
   const T* v = static_cast<const T*>(p.v) + range.b * p.v_strides.b + h * p.v_strides.h;
   const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{range.b} * p.L;
-  T* grad_k = static_cast<T*>(p.grad_k) + int64_t{range.head} * p.L * p.D;
-  T* grad_v = static_cast<T*>(p.grad_v) + int64_t{range.head} * p.L * p.D;
+  T* grad_k = static_cast<T*>(p.grad_k) + range.b * p.grad_k_strides.b + h * p.grad_k_strides.h;
+  T* grad_v = static_cast<T*>(p.grad_v) + range.b * p.grad_v_strides.b + h * p.grad_v_strides.h;
 
   for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
     const int first = row0 + 16 * warp;  // the warps keep step: panels are loaded by all of them
@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
     __syncwarp();
 
     const bool live[2] = {valid(g), valid(g + 8)};
-    const auto row_of = [&](T* grad) {
+    const auto row_of = [&](T* grad, int64_t stride) {
       return [=, &range](int half) -> T* {
         const int i = first + g + 8 * half;
-        return i < range.end ? grad + int64_t{i} * p.D : nullptr;
+        return i < range.end ? grad + i * stride : nullptr;
       };
     };
 #pragma unroll 1
@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
       matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
       const auto value = [&](int n, int i) { return live[i / 2] ? c[n][i] : 0.f; };
       matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_k), value);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l), value);
       matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_v), value);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l), value);
     }
   }
 }

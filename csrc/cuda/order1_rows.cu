@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
   const T* q = static_cast<const T*>(p.q) + range.b * p.q_strides.b + s.h * p.q_strides.h;
   const T* grad_out = static_cast<const T*>(p.grad_out) + range.b * p.grad_out_strides.b +
                       s.h * p.grad_out_strides.h;
-  T* grad_q = static_cast<T*>(p.grad_q) + s.row_base * p.D;
+  T* grad_q = static_cast<T*>(p.grad_q) + range.b * p.grad_q_strides.b + s.h * p.grad_q_strides.h;
   const S *q_tile = s.tile, *grad_tile = s.tile + P::kTile;
 
   for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
     }
     const auto row = [&](int half) -> T* {
       const int i = first + g + 8 * half;
-      return i < range.end ? grad_q + int64_t{i} * p.D : nullptr;
+      return i < range.end ? grad_q + i * p.grad_q_strides.l : nullptr;
     };
 #pragma unroll 1
     for (int panel = 0; panel < P::kPanels; ++panel) {

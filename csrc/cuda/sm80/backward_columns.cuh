@@ -156,8 +156,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
   const int own = first_key + key, present = keys - key;
   const int64_t block = (head * p.nk + (first_key >> p.log2_block_k)) * p.D;
   auto store = [&](float(&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
-                   const Strides& strides, const float* per_block, const void* extra,
-                   const Strides& extra_strides) {
+                   const Strides& strides, const float* per_block) {
     const float factor[2] = {scale, scale};
     const bool add = !kPooled && per_block != nullptr;
     finish_rows(c, factor, live, add ? per_block + block : nullptr, column, p.D);
@@ -167,18 +166,11 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
       return;
     }
     T* to = static_cast<T*>(grad) + b * strides.b + hk * strides.h + own * strides.l;
-    if (extra == nullptr) {
-      store_rows<T>(c, to, strides.l, present, column, p.D == DP ? DP : p.D);
-      return;
-    }
-    const T* more = static_cast<const T*>(extra) + b * extra_strides.b + hk * extra_strides.h +
-                    own * extra_strides.l;
-    store_rows<T>(c, to, strides.l, present, column, p.D, more, extra_strides.l, live);
+    if (p.add) add_rows<T>(c, to, strides.l, present, column, p.D, live);
+    store_rows<T>(c, to, strides.l, present, column, p.D == DP ? DP : p.D);
   };
-  store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block, p.k_extra,
-        p.k_extra_strides);
-  store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block, p.v_extra,
-        p.v_extra_strides);
+  store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block);
+  store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block);
 }
 
 // 16 keys a warp (or kColumnParts warps): those of one key block, or up to 64 pooled keys.

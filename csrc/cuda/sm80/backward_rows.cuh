@@ -121,13 +121,8 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
   const int own = first_row + row, present = rows - row;
   T* to = static_cast<T*>(p.grad_q) + b * p.grad_q_strides.b + h * p.grad_q_strides.h +
           own * p.grad_q_strides.l;
-  if (p.q_extra == nullptr) {
-    store_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D == DP ? DP : p.D);
-    return;
-  }
-  const T* extra = static_cast<const T*>(p.q_extra) + b * p.q_extra_strides.b +
-                   h * p.q_extra_strides.h + own * p.q_extra_strides.l;
-  store_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D, extra, p.q_extra_strides.l, live);
+  if (p.add) add_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D, live);
+  store_rows<T>(acc, to, p.grad_q_strides.l, present, 0, p.D == DP ? DP : p.D);
 }
 
 template <typename T, int DP>

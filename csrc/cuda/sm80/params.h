@@ -63,20 +63,18 @@ struct BackwardParams : Problem {
   const float* delta;         // [B, H, rows]
   const float* pooled_delta;  // [B, H, rows]
 
-  // rows: grad_q [B, H, rows, D] T, plus what is defined of [B, H, lists, D] and of its own shape
+  bool add;  // grad_q, grad_k and grad_v hold a part already: the rest is added to it
+
+  // rows: grad_q [B, H, rows, D] T, plus [B, H, lists, D] where defined
   void* grad_q;
   const int* row_count;  // [B, rows] or null: the gradient is divided by it
   Strides grad_q_strides;
   const float* q_block;
-  const void* q_extra;  // T
-  Strides q_extra_strides;
 
-  // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] and of their own shape
+  // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] where defined
   void *grad_k, *grad_v;
   Strides grad_k_strides, grad_v_strides;
   const float *k_block, *v_block;
-  const void *k_extra, *v_extra;  // T
-  Strides k_extra_strides, v_extra_strides;
 
   // pooled columns: partial sums [splits, B, Hk, nk, D]
   float *pooled_grad_k, *pooled_grad_v;

@@ -133,39 +133,8 @@ __device__ __forceinline__ void finish_rows(float (&c)[kTiles][4], const float (
   }
 }
 
-// What sums start from: `block` (or null) for each live row, plus the rows of extra + at (extra or
-// null), times `factor`; zeros elsewhere.
-template <typename T, int kTiles>
-__device__ __forceinline__ void start_rows(float (&c)[kTiles][4], float factor, const float* block,
-                                           const T* extra, int64_t at, int64_t stride,
-                                           const bool (&live)[2], int D) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int d = 8 * n + 2 * t;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float2 u = make_float2(0.f, 0.f);
-      if (extra != nullptr && live[half] && d < D) u = load_pair(extra + at + (g + 8 * half) * stride + d);
-      c[n][2 * half] = u.x * factor;
-      c[n][2 * half + 1] = u.y * factor;
-    }
-  }
-  if (block == nullptr) return;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-    const int d = 8 * n + 2 * t;
-    if (d >= D) break;
-    const float2 u = *reinterpret_cast<const float2*>(block + d);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (live[i / 2]) c[n][i] = fmaf(i % 2 ? u.y : u.x, factor, c[n][i]);
-    }
-  }
-}
-
 // Sums of 16 rows x 8 kTiles columns as a warp holds them -> rows of T from `to` on, `present` of
-// them, columns n0 .. of D; plus the rows of `extra` (or null) that are live.
+// them, columns n0 .. of D.
 template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(const float (&c)[kTiles][4], T* to, int64_t stride,
                                            int present, int n0, int D) {
@@ -182,16 +151,16 @@ __device__ __forceinline__ void store_rows(const float (&c)[kTiles][4], T* to, i
     }
   }
 }
+// Adds to such sums what those rows hold, where they are live.
 template <typename T, int kTiles>
-__device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t stride,
-                                           int present, int n0, int D, const T* extra,
-                                           int64_t extra_stride, const bool (&live)[2]) {
+__device__ __forceinline__ void add_rows(float (&c)[kTiles][4], const T* from, int64_t stride,
+                                         int present, int n0, int D, const bool (&live)[2]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = g + 8 * half;
     if (r >= present || !live[half]) continue;
-    const T* row = extra + r * extra_stride + n0 + 2 * t;
+    const T* row = from + r * stride + n0 + 2 * t;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       if (n0 + 8 * n + 2 * t >= D) break;
@@ -200,7 +169,6 @@ __device__ __forceinline__ void store_rows(float (&c)[kTiles][4], T* to, int64_t
       c[n][2 * half + 1] += u.y;
     }
   }
-  store_rows<T>(c, to, stride, present, n0, D);
 }
 
 // f(integral_constant<int, warps>), warps in 1, 2, 4, 8.

@@ -9,7 +9,7 @@
 namespace mra::cuda::sm90 {
 
 struct BackwardColumnsMaps : BackwardParams {
-  CUtensorMap q_map, grad_out_map, k_map, v_map;
+  CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
 // A tile of 64 keys and how many tiles of rows attend it.
@@ -76,9 +76,6 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s,
       }
       const int sixteen = __shfl_sync(0xffffffffu, first, lane % 4 * 16 / run) + lane % 4 * 16 % run;
       if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
-      sums.store(s, stage);
-      if (lane < 4) s.first[stage][lane] = sixteen;
-      __syncwarp();
       if (lane == 0) barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
       __syncwarp();
       if (lane < runs) {
@@ -88,7 +85,10 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s,
                      first, h, at.b);
         }
       }
+      sums.store(s, stage);
+      if (lane < 4) s.first[stage][lane] = sixteen;
       __syncwarp();
+      if (lane == 0) barrier_arrive(&s.full[stage]);
     }
   }
 }
@@ -121,41 +121,41 @@ __global__ void __launch_bounds__(256, 2)
   tiles = uniform(tiles);
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
 
-  bool live[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = key + g + 8 * half;
-    live[half] = r < at.keys;
-    if (live[half] && p.key_mask != nullptr) {
-      live[half] = p.key_mask[static_cast<int64_t>(at.b) * p.M + at.first_key + r];
-    }
-  }
-  const int64_t block =
-      ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * static_cast<int64_t>(p.D);
-  const auto start = [&](float(&c)[DP / 8][4], float factor, const float* per_block,
-                         const void* extra, const Strides& strides) {
-    start_rows<T>(c, factor, per_block == nullptr ? nullptr : per_block + block,
-                  static_cast<const T*>(extra), at.b * strides.b + at.hk * strides.h +
-                  (at.first_key + key) * strides.l, strides.l, live, p.D);
-  };
-  float dk[DP / 8][4], dv[DP / 8][4];
-  start(dv, 1.f, p.v_block, p.v_extra, p.v_extra_strides);
-  start(dk, p.scale == 0.f ? 0.f : 1.f / p.scale, p.k_block, p.k_extra, p.k_extra_strides);
+  float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
   if (tiles > 0) barrier_wait(&s.keys_full, 0);
   const float none[2] = {};
   add_rows<T, DP, false>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
 
-  const KeyTile out(p);
-  const int D = p.D == DP ? DP : p.D;
-  const auto store = [&](float(&c)[DP / 8][4], float scale, void* grad, const Strides& strides) {
-    const float factor[2] = {scale, scale};
-    finish_rows(c, factor, live, nullptr, 0, D);
-    T* to = static_cast<T*>(grad) + out.b * strides.b + out.hk * strides.h +
-            (out.first_key + key) * strides.l;
-    store_rows<T>(c, to, strides.l, out.keys - key, 0, D);
-  };
-  store(dv, 1.f, p.grad_v, p.grad_v_strides);
-  store(dk, p.scale, p.grad_k, p.grad_k_strides);
+  const KeyTile own(p);
+  bool live[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = key + g + 8 * half;
+    live[half] = r < own.keys;
+    if (live[half] && p.key_mask != nullptr) {
+      live[half] = p.key_mask[static_cast<int64_t>(own.b) * p.M + own.first_key + r];
+    }
+  }
+  const int64_t block =
+      ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own.block) * static_cast<int64_t>(p.D);
+  const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
+  finish_rows(dk, k_scale, live, p.k_block == nullptr ? nullptr : p.k_block + block, 0, p.D);
+  finish_rows(dv, v_scale, live, p.v_block == nullptr ? nullptr : p.v_block + block, 0, p.D);
+  // Out through the place of the keys and values, once every warp is done with them.
+  if (tiles == 0) barrier_wait(&s.keys_full, 0);
+  group_sync();
+  place_rows<T>(s.k, dk);
+  place_rows<T>(s.v, dv);
+  fence_for_copies();
+  group_sync();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < DP / 64; ++i) {
+      give_panel(p.add, p.grad_k_map, s.k[i], 64 * i, own.first_key, own.hk, own.b);
+      give_panel(p.add, p.grad_v_map, s.v[i], 64 * i, own.first_key, own.hk, own.b);
+    }
+    store_commit();
+    store_wait();
+  }
 #endif
 }
 
@@ -171,7 +171,11 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
                     tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
                                p.rows, p.D, run) &&
                     tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-                    tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
+                    tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64) &&
+                    tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M,
+                               p.D, 64) &&
+                    tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M,
+                               p.D, 64);
   constexpr size_t kBytes = sizeof(ColumnsShared<DP>) + 1024;
   if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;

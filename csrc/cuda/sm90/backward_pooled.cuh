@@ -66,20 +66,18 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
     __syncwarp();
     if (i % 32 == 31 && lane == 0) barrier_arrive(&s.window_empty[window]);
     if (i >= kStages) barrier_wait(&s.empty[stage], i / kStages - 1 & 1);
-    sums.store(s, stage);
-    if (lane == 0) {
-      s.unseen[stage][0] = unseen.x;
-      s.unseen[stage][1] = unseen.y;
-    }
-    __syncwarp();
     if (lane == 0) {
       barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
       for (int j = 0; j < kPanels; ++j) {
         copy_panel(s.q[stage][j], p.q_map, &s.full[stage], 64 * j, row, h, at.b);
         copy_panel(s.grad_out[stage][j], p.grad_out_map, &s.full[stage], 64 * j, row, h, at.b);
       }
+      s.unseen[stage][0] = unseen.x;
+      s.unseen[stage][1] = unseen.y;
     }
+    sums.store(s, stage);
     __syncwarp();
+    if (lane == 0) barrier_arrive(&s.full[stage]);
   }
 }
 

@@ -11,7 +11,7 @@
 namespace mra::cuda::sm90 {
 
 struct BackwardRowsMaps : BackwardParams, KeyMaps {
-  CUtensorMap q_map, grad_out_map;
+  CUtensorMap q_map, grad_out_map, grad_q_map;
 };
 
 template <int DP>
@@ -82,13 +82,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     }
   }
 
-  float acc[DP / 8][4], c[kKeys / 8][4], ds[kKeys / 8][4];
-  start_rows<T>(acc, p.scale == 0.f ? 0.f : 1.f / p.scale,
-                p.q_block == nullptr ? nullptr : p.q_block + at.list_at * p.D,
-                static_cast<const T*>(p.q_extra),
-                at.b * p.q_extra_strides.b + at.h * p.q_extra_strides.h +
-                    (at.first_row + warp_row) * p.q_extra_strides.l,
-                p.q_extra_strides.l, live, p.D);
+  float acc[DP / 8][4] = {}, c[kKeys / 8][4], ds[kKeys / 8][4];
   uint32_t a[kKeys / 16][4];
   auto start_scores = [&](int tile) {
     const int stage = tile % kStages, phase = tile / kStages & 1;
@@ -152,10 +146,21 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   }
 
   const float scale[2] = {p.scale, p.scale};
-  finish_rows(acc, scale, live, nullptr, 0, p.D);
-  T* to = static_cast<T*>(p.grad_q) + at.b * p.grad_q_strides.b + at.h * p.grad_q_strides.h +
-          (at.first_row + warp_row) * p.grad_q_strides.l;
-  store_rows<T>(acc, to, p.grad_q_strides.l, at.rows - warp_row, 0, p.D == DP ? DP : p.D);
+  finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : p.q_block + at.list_at * p.D, 0,
+              p.D);
+  // Out through the place of the queries, once every warp is done with them.
+  if (tiles == 0) barrier_wait(&s.rows_full, 0);
+  group_sync();
+  place_rows<T>(s.q, acc);
+  fence_for_copies();
+  group_sync();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < DP / 64; ++i) {
+      give_panel(p.add, p.grad_q_map, s.q[i], 64 * i, at.first_row, at.h, at.b);
+    }
+    store_commit();
+    store_wait();
+  }
 #endif
 }
 
@@ -168,6 +173,8 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
                     tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
                                p.rows, p.D, 64) &&
+                    tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows,
+                               p.D, 64) &&
                     p.set(p, dtype);
   const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
   if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;

@@ -72,9 +72,6 @@ __device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
   producer.run_all(p.items, fetch_rows, fetch_last);
 }
 
-// The 128 threads that attend.
-__device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-
 // Adds the order-1 term to the output of the tile whose queries are `q`: Sigma and C lie in the
 // ring's next places. `share`: the pooled part of this thread's rows.
 template <typename T, int DP, class Ring>
@@ -243,16 +240,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 
     // Out through the place of the queries, once every warp is done with them.
     group_sync();
-#pragma unroll
-    for (int n = 0; n < DP / 8; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = warp_row + g + 8 * half;
-        uint16_t* to = &s.q[slot][n / 8][r][(n % 8 ^ g) * 8 + 2 * t];
-        *reinterpret_cast<uint32_t*>(to) =
-            Mma<T>::pack(softmax.acc[n][2 * half], softmax.acc[n][2 * half + 1]);
-      }
-    }
+    place_rows<T>(s.q[slot], softmax.acc);
     fence_for_copies();
     group_sync();
     if (threadIdx.x == 0) {

@@ -133,14 +133,13 @@ template <int DP>
 cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
                                cudaStream_t stream) {
   Order1KeysMaps p{params};
-  const int64_t row = p.D, head = row * p.M, matrix = DP * DP;
-  const Strides contiguous{p.Hk * head, head, row};
+  constexpr int64_t matrix = DP * DP;
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides) {
     return tensor_map(to, Dtype::bf16, data, strides, p.B, p.Hk, p.M, p.D, 64);
   };
   const bool maps = map(&p.k_map, p.k, p.k_strides) && map(&p.v_map, p.v, p.v_strides) &&
-                    map(&p.grad_k_map, p.grad_k, contiguous) &&
-                    map(&p.grad_v_map, p.grad_v, contiguous) &&
+                    map(&p.grad_k_map, p.grad_k, p.grad_k_strides) &&
+                    map(&p.grad_v_map, p.grad_v, p.grad_v_strides) &&
                     tensor_map(&p.matrices_map, Dtype::bf16, p.moment_grads,
                                {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk, 2 * DP, DP, 64);
   constexpr int kBytes = sizeof(Order1KeysShared<DP>) + 1024;

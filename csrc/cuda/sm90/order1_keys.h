@@ -11,7 +11,8 @@ struct Order1Keys {
   const uint8_t* mask;       // [B, M] or null
   const void* moment_grads;  // [B, Hk, 2, DP, DP] bfloat16: dC and dSigma
   int B, Hk, M, D, log2_block_k, chunks;
-  void *grad_k, *grad_v;  // [B, Hk, M, D] bfloat16, contiguous
+  void *grad_k, *grad_v;  // [B, Hk, M, D] bfloat16
+  Strides grad_k_strides, grad_v_strides;
 };
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.

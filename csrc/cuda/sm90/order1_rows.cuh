@@ -230,12 +230,12 @@ template <int DP>
 cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
                                cudaStream_t stream) {
   Order1RowsMaps p{params};
-  const int64_t row = p.D, head = row * p.N, matrix = DP * DP;
+  constexpr int64_t matrix = DP * DP;
   constexpr Dtype bf16 = Dtype::bf16;
   const bool maps =
       tensor_map(&p.q_map, bf16, p.q, p.q_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
-      tensor_map(&p.grad_q_map, bf16, p.grad_q, {p.H * head, head, row}, p.B, p.H, p.N, p.D, 64) &&
+      tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.moments_map, bf16, p.moments, {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk,
                  2 * DP, DP, 64);
   constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;

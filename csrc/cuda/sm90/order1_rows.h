@@ -14,7 +14,8 @@ struct Order1Rows {
   float scale;
 
   float* coarse_delta;  // [B, H, N]
-  void* grad_q;         // [B, H, N, D] bfloat16, contiguous
+  void* grad_q;         // [B, H, N, D] bfloat16
+  Strides grad_q_strides;
   float* sums;          // [B, H, chunks, 2, DP, DP]: parts of dC and of dSigma / 2, times n
 };
 

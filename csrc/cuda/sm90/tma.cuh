@@ -53,6 +53,23 @@ __device__ __forceinline__ void store_panel(const CUtensorMap& map, const void* 
       "r"(smem_address(from)), "r"(d), "r"(l), "r"(h), "r"(b)
       : "memory");
 }
+// Adds to what is there instead, rounding to the tensor's type.
+__device__ __forceinline__ void add_panel(const CUtensorMap& map, const void* from, int d, int l,
+                                          int h, int b) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group "
+      "[%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+      "r"(smem_address(from)), "r"(d), "r"(l), "r"(h), "r"(b)
+      : "memory");
+}
+__device__ __forceinline__ void give_panel(bool add, const CUtensorMap& map, const void* from,
+                                           int d, int l, int h, int b) {
+  if (add) {
+    add_panel(map, from, d, l, h, b);
+  } else {
+    store_panel(map, from, d, l, h, b);
+  }
+}
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -60,6 +77,8 @@ __device__ __forceinline__ void store_commit() {
 __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+// The 128 threads that attend, where one warpgroup does.
+__device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 // What this thread wrote to shared memory is seen by copies that follow.
 __device__ __forceinline__ void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -161,6 +161,21 @@ __device__ __forceinline__ void pack(uint32_t (&a)[kTiles / 2][4], const float (
   }
 }
 
+// ... and as 64 rows in panels, a warp's 16 of them.
+template <typename T, int kPanels>
+__device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
+                                           const float (&c)[8 * kPanels][4]) {
+  const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint16_t* at = &to[n / 8][16 * warp + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
+      *reinterpret_cast<uint32_t*>(at) = Mma<T>::pack(c[n][2 * half], c[n][2 * half + 1]);
+    }
+  }
+}
+
 #undef MRA_WGMMA_TYPE
 #undef MRA_WGMMA
 #undef MRA_R64
