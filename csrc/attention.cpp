@@ -74,6 +74,7 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
     return x.defined() ? x : at::empty({0}, lse.options().dtype(at::kInt));
   };
   const bool queries = o.coarse == Coarse::block;
+  const auto type = out.scalar_type() == at::kBFloat16 ? at::kBFloat16 : lse.scalar_type();
   return {out,
           lse,
           acc(share),
@@ -84,7 +85,9 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
           acc(means.key),
           acc(means.value),
           ints(queries ? means.query_count : Tensor()),
-          ints(means.key_count)};
+          ints(means.key_count),
+          means.moments.defined() && keeps_moments(o) ? means.moments
+                                                      : at::empty({0}, out.options().dtype(type))};
 }
 
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
@@ -150,7 +153,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   if (o.coarse != Coarse::none && means.given()) {
     const auto contiguous = [](const OptTensor& x) { return x ? x->contiguous() : Tensor(); };
     pooled = {contiguous(means.query), contiguous(means.key), contiguous(means.value),
-              contiguous(means.key_count), contiguous(means.query_count), {}};
+              contiguous(means.key_count), contiguous(means.query_count), contiguous(means.moments)};
   } else if (o.coarse != Coarse::none) {
     pooled = stages.pool_keys(in, o);
     if (o.coarse == Coarse::block) {
@@ -211,6 +214,11 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
   if (o.coarse != Coarse::none) {
     const int64_t Hk = in.key.size(1);
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
+    if (keeps_moments(o)) {
+      const int64_t P = moments_dim(in.query.size(3));
+      const auto type = in.query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc;
+      means.moments = at::zeros({B, Hk, 2, P, P}, lse.options().dtype(type));
+    }
   }
   return forward_result(out, lse, share, plan.given() ? BlockList{} : empty_plan(in.query, nk, o),
                         means, o);
@@ -282,10 +290,11 @@ struct Operators {
                                  std::string_view coarse, int64_t order, bool is_causal,
                                  std::optional<double> scale, const OptTensor& query_mean,
                                  const OptTensor& key_mean, const OptTensor& value_mean,
-                                 const OptTensor& query_count, const OptTensor& key_count) {
+                                 const OptTensor& query_count, const OptTensor& key_count,
+                                 const OptTensor& moments) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
-    const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count};
+    const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};
     const Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
                                      {std::nullopt, std::nullopt, block_q, block_k, coarse, order,
                                       "row", 0, 0, is_causal, scale});

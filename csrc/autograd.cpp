@@ -69,7 +69,8 @@ using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const 
                                          const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                          int64_t, int64_t, std::string_view, int64_t, bool,
                                          std::optional<double>, const OptTensor&, const OptTensor&,
-                                         const OptTensor&, const OptTensor&, const OptTensor&);
+                                         const OptTensor&, const OptTensor&, const OptTensor&,
+                                         const OptTensor&);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
@@ -88,14 +89,14 @@ class Attention : public Function<Attention> {
   static variable_list forward(AutogradContext* ctx, const Tensor& query, const Tensor& key,
                                const Tensor& value, const Rest& r, ForwardResult* others) {
     *others = call_forward(query, key, value, r);
-    const auto& [out, lse, share, start, count, index, q_mean, k_mean, v_mean, q_count, k_count] =
-        *others;
+    const auto& [out, lse, share, start, count, index, q_mean, k_mean, v_mean, q_count, k_count,
+                 moments] = *others;
     const bool given = r.row_start.has_value();
     const auto saved = [](const OptTensor& x) { return x.value_or(Tensor()); };
     ctx->save_for_backward({query, key, value, saved(r.key_mask), saved(r.query_mask), out, lse,
                             share, given ? *r.row_start : start, given ? *r.row_count : count,
                             given ? *r.row_index : index, q_mean, k_mean, v_mean, q_count,
-                            k_count});
+                            k_count, moments});
     ctx->saved_data["block_q"] = r.block_q;
     ctx->saved_data["block_k"] = r.block_k;
     ctx->saved_data["coarse"] = std::string(r.coarse);
@@ -120,7 +121,8 @@ class Attention : public Function<Attention> {
         s[7], s[8], s[9], s[10], data.at("block_q").toInt(), data.at("block_k").toInt(), coarse,
         data.at("order").toInt(), data.at("is_causal").toBool(),
         data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
-        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]));
+        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]),
+        unless_empty(s[16]));
     return result;
   }
 };
@@ -154,12 +156,13 @@ BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse, 
                              bool is_causal, std::optional<double> scale,
                              const OptTensor& query_mean, const OptTensor& key_mean,
                              const OptTensor& value_mean, const OptTensor& query_count,
-                             const OptTensor& key_count) {
+                             const OptTensor& key_count, const OptTensor& moments) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
-                 is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count);
+                 is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
+                 moments);
 }
 
 // Gives the three gradients a history that raises: without it a second derivative through them
@@ -188,12 +191,14 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
-                        const OptTensor& query_count, const OptTensor& key_count) {
+                        const OptTensor& query_count, const OptTensor& key_count,
+                        const OptTensor& moments) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
   const BackwardResult result =
       call_backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                     coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
-                    is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count);
+                    is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
+                    moments);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }

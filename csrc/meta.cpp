@@ -99,6 +99,11 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   };
   const bool keys = o.coarse != Coarse::none, queries = o.coarse == Coarse::block;
   const auto none = [&] { return empty({0}, query, at::kInt); };
+  const auto moments = [&] {
+    const auto dtype = query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc;
+    const SymInt P = moments_dim(query.sym_size(3).guard_int(__FILE__, __LINE__));
+    return keeps_moments(o) ? empty({B, Hk, 2, P, P}, query, dtype) : empty({0}, query, dtype);
+  };
   auto [start, count, index] =
       plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call);
   return {out,
@@ -111,7 +116,8 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
           means(keys, Hk, nk),
           means(keys, Hk, nk),
           ints(queries, nq),
-          ints(keys, nk)};
+          ints(keys, nk),
+          moments()};
 }
 
 BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
@@ -122,10 +128,11 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         int64_t block_k, std::string_view coarse, int64_t order, bool is_causal,
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
-                        const OptTensor& query_count, const OptTensor& key_count) {
+                        const OptTensor& query_count, const OptTensor& key_count,
+                        const OptTensor& moments) {
   check_backward(
       grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse, coarse_share,
-      {row_start, row_count, row_index}, {query_mean, key_mean, value_mean, query_count, key_count},
+      {row_start, row_count, row_index}, {query_mean, key_mean, value_mean, query_count, key_count, moments},
       {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0, is_causal, scale});
   const auto like = [](const Tensor& x) {
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())

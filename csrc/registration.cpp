@@ -17,7 +17,8 @@ TORCH_LIBRARY(mra_attention, m) {
 
   // Attention, with a given plan (all three row tensors) or one made here (none of them). The row
   // lists come back when they were made here, and are empty otherwise. Means and counts of blocks
-  // (as pool gives them) come back where backward reads them, and are empty otherwise.
+  // (as pool gives them) and moments (C and Sigma, (B, Hk, 2, P, P)) come back where backward reads
+  // them, and are empty otherwise.
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
       "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
@@ -25,14 +26,15 @@ TORCH_LIBRARY(mra_attention, m) {
       "int diagonal_blocks, int first_blocks, bool is_causal, float? scale) "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
       "Tensor row_index, Tensor query_mean, Tensor key_mean, Tensor value_mean, "
-      "Tensor query_count, Tensor key_count)");
+      "Tensor query_count, Tensor key_count, Tensor moments)");
 
-  // Means and counts that are left out are made again.
+  // Means, counts and moments that are left out are made again.
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? key_mask, Tensor? query_mask, Tensor out, Tensor lse, Tensor coarse_share, "
       "Tensor row_start, Tensor row_count, Tensor row_index, int block_q, int block_k, str coarse, "
       "int order, bool is_causal, float? scale, Tensor? query_mean=None, Tensor? key_mean=None, "
-      "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None) "
+      "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None, "
+      "Tensor? moments=None) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -98,7 +98,7 @@ def test_meta_agrees_with_the_device(device, dtype, mode):
 def test_backward_makes_the_means_it_is_not_given(device, dtype, mode):
     case, _, forward = small(device, dtype, mode)
     args = backward_args(case, OPS.forward(*forward))
-    for given, made in zip(OPS.backward(*args), OPS.backward(*args[:-5]), strict=True):
+    for given, made in zip(OPS.backward(*args), OPS.backward(*args[:-6]), strict=True):
         assert torch.equal(given, made)
 
 
@@ -107,15 +107,26 @@ def test_backward_refuses_some_of_the_means(device, dtype):
     case, _, forward = small(device, dtype, dict(MODES[2], is_causal=False))
     assert case.options["coarse"] == "block"
     args = list(backward_args(case, OPS.forward(*forward)))
-    for i in range(-5, 0):
+    for i in range(-6, -1):
         wrong = [*args]
         wrong[i] = None
         with pytest.raises(ValueError, match="_mean|_count"):
             OPS.backward(*wrong)
     wrong = [*args]
-    wrong[-4] = args[-4][:, :, 1:]
+    wrong[-5] = args[-5][:, :, 1:]
     with pytest.raises(ValueError, match="key_mean"):
         OPS.backward(*wrong)
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_backward_refuses_wrong_moments(device, dtype):
+    case, _, forward = small(device, dtype, MODES[4])
+    assert case.options["order"] == 1 and not case.options["is_causal"]
+    args = list(backward_args(case, OPS.forward(*forward)))
+    assert args[-1].shape == (2, 1, 2, 32, 32)
+    for wrong in (args[-1][..., 1:], args[-1][:, :, :1], args[-1].double().half()):
+        with pytest.raises((ValueError, TypeError), match="moments"):
+            OPS.backward(*args[:-1], wrong)
 
 
 @pytest.mark.parametrize("device", DEVICES)

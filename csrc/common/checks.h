@@ -13,9 +13,9 @@ struct PlanTensors {
   bool given() const { return row_start.has_value(); }
 };
 
-// Means and counts of blocks that forward kept: those that the coarse form needs, or none.
+// Means and counts of blocks, and moments, that forward kept: those that the form needs, or none.
 struct MeanTensors {
-  OptTensor query, key, value, query_count, key_count;
+  OptTensor query, key, value, query_count, key_count, moments;
   bool given() const { return key.has_value(); }
 };
 
@@ -31,7 +31,7 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
 
 // As check_forward with a plan; grad_out and out shaped as query, grad_lse, lse and coarse_share
 // (B, H, N) float32 (float64 for float64). coarse_share is empty where order 1 doesn't apply. Means
-// (B, heads, blocks, D) of that dtype, counts (B, blocks) int32.
+// (B, heads, blocks, D) of that dtype, counts (B, blocks) int32; moments only beside means.
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
                        const PlanTensors& plan, const MeanTensors& means, const CallOptions& call);

@@ -67,7 +67,7 @@ struct Inputs {
 };
 
 // What the coarse form needs of the pooled inputs; `query` is defined for coarse = block only.
-// `moments` are C and Sigma of order 1, as the device keeps them, where they came with the means.
+// `moments` are C and Sigma of order 1 without causal, once they are made: see moments_shape.
 struct PooledInputs {
   Tensor query;        // [B, H, nq, D] acc
   Tensor key;          // [B, Hk, nk, D] acc
@@ -78,9 +78,9 @@ struct PooledInputs {
 };
 
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
-// the means that backward reads again: query_mean, key_mean, value_mean, query_count, key_count.
+// what backward reads again: query_mean, key_mean, value_mean, query_count, key_count, moments.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor>;
+                                 Tensor, Tensor, Tensor, Tensor>;
 // What the operator backward returns: the gradients of query, key and value.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -97,6 +97,12 @@ struct Grads {
 
 // True where the order-1 term exists: order = 1 and a coarse part to correct.
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
+
+// Whether moments are kept for backward: under causal every block of queries has its own.
+inline bool keeps_moments(const Options& o) { return has_order1(o) && !o.causal; }
+// Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16 for
+// bfloat16, else acc.
+inline int64_t moments_dim(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 // Gradient through C, S, gamma and the query. That through P is left to the caller.
 struct Order1Grads {
@@ -172,7 +178,8 @@ struct Stages {
   // with P = result.share. C and S (Sigma in docs/notation.md) are the within-block moments of
   // (k, v) and (k, k), averaged over the valid keys; with causal, over the key blocks wholly before
   // the query block.
-  void (*order1)(FineResult& result, const Inputs&, const PooledInputs&, const Options&);
+  // Leaves the moments in PooledInputs where they are kept.
+  void (*order1)(FineResult& result, const Inputs&, PooledInputs&, const Options&);
   Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                                  const Inputs&, const PooledInputs&, const Options&);
 };

@@ -6,6 +6,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <vector>
@@ -74,6 +75,17 @@ class Order1 {
               });
     combine(to, chunks(M_), 1, false);
     return sums;
+  }
+
+  // The same as the operator gives them. Its backward on the CPU makes them again: in acc.
+  Tensor kept(const Tensor& moments) const {
+    const int64_t P = moments_dim(D_);
+    const auto options =
+        std::is_same_v<T, at::BFloat16> ? options_.dtype(at::kBFloat16) : options_;
+    const Tensor result = at::zeros({B_, Hk_, 2, P, P}, options);
+    result.narrow(3, 0, D_).narrow(4, 0, D_).copy_(
+        moments.select(2, 0).view({B_, Hk_, D_, 2, D_}).transpose(2, 3));
+    return result;
   }
 
   void apply(const Tensor& moments, const Tensor& result) const {
@@ -299,11 +311,13 @@ class Order1 {
 
 }  // namespace
 
-void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, const Options& o) {
+void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_order1",
                                   [&] {
                                     const Order1<scalar_t> term(in, pooled, result.share, o);
-                                    term.apply(term.moments(), result.out);
+                                    const Tensor moments = term.moments();
+                                    term.apply(moments, result.out);
+                                    if (keeps_moments(o)) pooled.moments = term.kept(moments);
                                   });
 }
 

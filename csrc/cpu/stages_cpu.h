@@ -27,7 +27,7 @@ std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const 
                                                   const Tensor& grad_lse, const Tensor& lse,
                                                   int64_t block_q);
 
-void order1(FineResult& result, const Inputs&, const PooledInputs&, const Options&);
+void order1(FineResult& result, const Inputs&, PooledInputs&, const Options&);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs&, const PooledInputs&, const Options&);
 

@@ -46,7 +46,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     p.key_count = count.mutable_data_ptr<int>();
   }
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
-  const Tensor matrices = at::empty({B, Hk, 1, 2, dim, dim}, in.key.options());
+  const Tensor matrices = at::empty({B, Hk, 2, dim, dim}, in.key.options());
   p.matrices = matrices.mutable_data_ptr();
   Tensor sums;
   if (p.chunks > 1) {

@@ -5,7 +5,7 @@
 
 namespace mra::cuda {
 
-// [B, Hk, 1, 2, dim, dim] as order1.h has them, or undefined where no kernel does it. Fills the key
+// Moments as kept for backward (moments_dim), or undefined where no kernel does it. Fills the key
 // part of `pooled` too unless it is null.
 Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
                     const Tensor& key_count);

@@ -50,10 +50,7 @@ struct Term {
         N(to_int(in.query.size(2))),
         M(to_int(in.key.size(2))),
         D(to_int(in.query.size(3))),
-        dim(D <= 32    ? 32
-            : D <= 64  ? 64
-            : D <= 128 ? 128
-                       : 256),
+        dim(to_int(moments_dim(D))),
         nk(to_int(pooled.key.size(2))),
         unit_causal(to_int(std::max(o.block_q, o.block_k))),
         block_shift(0) {
@@ -73,7 +70,9 @@ struct Term {
   at::TensorOptions acc() const { return in.query.options().dtype(at::kFloat); }
   Tensor empty_matrices(int units) const {
     const auto type = dtype == Dtype::bf16 ? at::kBFloat16 : at::kFloat;
-    return at::empty({B, Hk, units, 2, dim, dim}, in.query.options().dtype(type));
+    const auto options = in.query.options().dtype(type);
+    return o.causal ? at::empty({B, Hk, units, 2, dim, dim}, options)
+                    : at::empty({B, Hk, 2, dim, dim}, options);
   }
 
   // Cuts a unit of `rows` rows for each of `group` heads into chunks: one wave of CTAs where the
@@ -199,7 +198,7 @@ struct Term {
 
 }  // namespace
 
-void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, const Options& o) {
+void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
   const Tensor moments = term.moments();
@@ -207,6 +206,7 @@ void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, co
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
   launch.check(order1_rows(p, launch.stream));
+  if (keeps_moments(o)) pooled.moments = moments;
 }
 
 namespace {

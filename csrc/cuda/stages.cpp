@@ -15,7 +15,7 @@ BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& de
 std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const Tensor& out,
                                                   const Tensor& grad_lse, const Tensor& lse,
                                                   int64_t block_q);
-void order1(FineResult& result, const Inputs& in, const PooledInputs& pooled, const Options& o);
+void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o);
 }  // namespace cuda

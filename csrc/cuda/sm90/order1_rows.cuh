@@ -25,7 +25,7 @@ struct Order1RowsMaps : Order1Rows {
 // Measured choices (docs/kernels.md).
 template <int DP>
 struct Order1RowsTraits {
-  static constexpr int kStages = DP == 64 ? 4 : 3, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kStages = 3, kBlocks = DP == 64 ? 2 : 1;
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
@@ -34,7 +34,7 @@ struct Order1RowsShared {
   static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
   uint16_t moments[2][kPanels][DP][64];                             // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
-  uint16_t weighted[2][kPanels][64][64];  // a dO, b q
+  uint16_t weighted[2][2][kPanels][64][64];  // of even and odd tiles: a dO, b q
   float dots[kPanels][2][64];
   uint64_t moments_full, full[kStages], empty[kStages];
 };
@@ -97,8 +97,15 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const float* share_of = p.share + static_cast<int64_t>(head) * p.N + first;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
 
-  // Everything of a tile but its part of the sums.
-  const auto prepare = [&](int tile) {
+  const auto add_sums = [&](int tile) {
+    const auto& q = s.q[tile % kStages][panel];
+    wgmma_fence();
+    multiply_tn<T>(dc, q, s.weighted[tile % 2][0], tile > 0);
+    multiply_tn<T>(ds, q, s.weighted[tile % 2][1], tile > 0);
+    wgmma_commit();
+  };
+  // A tile but for its part of the sums, which the tensor cores add beside the tile behind it.
+  const auto walk = [&](int tile, auto first_tile) {
     const int stage = tile % kStages;
     float share[2];
 #pragma unroll
@@ -121,13 +128,18 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
           descriptor(s.moments[1][i / 4][64 * panel]) + 2 * (i % 4), i > 0);
     }
     wgmma_commit();
-    wgmma_wait<0>();  // the sums of the tile before as well
+    if constexpr (first_tile) {
+      wgmma_wait<0>();
+    } else {
+      add_sums(tile - 1);
+      wgmma_wait<1>();
+    }
     pin(x);
     pin(w);
-    if (tile > 0) {
+    if (tile > 1) {  // the sums of that tile are made, its gradient may still be on its way
       if (threadIdx.x == 0) store_wait();
       __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[(tile - 1) % kStages]);
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[(tile - 2) % kStages]);
     }
 
     const auto place = [&](uint16_t(&to)[kPanels][64][64], int n, int half) {
@@ -171,8 +183,8 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         uint32_t* const q_at = place(s.q[stage], n, half);
         uint32_t* const grad_at = place(s.grad_out[stage], n, half);
         const float2 q = unpack2(*q_at, T{}), grad = unpack2(*grad_at, T{});
-        *place(s.weighted[0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
-        *place(s.weighted[1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
+        *place(s.weighted[tile % 2][0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
+        *place(s.weighted[tile % 2][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
         // The gradient leaves through the place of dO. A row without weight may hold anything.
         *grad_at = any ? Mma<T>::pack(a * x[n][2 * half] + 2 * c * w[n][2 * half],
                                       a * x[n][2 * half + 1] + 2 * c * w[n][2 * half + 1])
@@ -190,21 +202,11 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     }
     __syncwarp();
   };
-  const auto add_sums = [&](int tile, bool add) {
-    const auto& q = s.q[tile % kStages][panel];
-    wgmma_fence();
-    multiply_tn<T>(dc, q, s.weighted[0], add);
-    multiply_tn<T>(ds, q, s.weighted[1], add);
-    wgmma_commit();
-  };
   barrier_wait(&s.moments_full, 0);
-  prepare(0);
-  add_sums(0, false);
+  walk(0, std::true_type{});
 #pragma unroll 1
-  for (int tile = 1; tile < tiles; ++tile) {
-    prepare(tile);
-    add_sums(tile, true);
-  }
+  for (int tile = 1; tile < tiles; ++tile) walk(tile, std::false_type{});
+  add_sums(tiles - 1);
   wgmma_wait<0>();
   pin(dc);
   pin(ds);
