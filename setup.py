@@ -42,7 +42,7 @@ def cuda_problem():
 
 
 def default_archs():
-    """Architectures of the visible GPUs (9.0a is Hopper's), else the oldest that the kernels take."""
+    """Those of the visible GPUs (9.0a: Hopper's own kernels), else the oldest that is taken."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         found = sorted({torch.cuda.get_device_capability(i) for i in range(count)})

@@ -152,8 +152,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   PooledInputs pooled;
   if (o.coarse != Coarse::none && means.given()) {
     const auto contiguous = [](const OptTensor& x) { return x ? x->contiguous() : Tensor(); };
-    pooled = {contiguous(means.query), contiguous(means.key), contiguous(means.value),
-              contiguous(means.key_count), contiguous(means.query_count), contiguous(means.moments)};
+    pooled = {contiguous(means.query),       contiguous(means.key),
+              contiguous(means.value),       contiguous(means.key_count),
+              contiguous(means.query_count), contiguous(means.moments)};
   } else if (o.coarse != Coarse::none) {
     pooled = stages.pool_keys(in, o);
     if (o.coarse == Coarse::block) {
@@ -281,17 +282,14 @@ struct Operators {
     return run_forward(device_stages(), readable(in), plan, o);
   }
 
-  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse,
-                                 const Tensor& query, const Tensor& key, const Tensor& value,
-                                 const OptTensor& key_mask, const OptTensor& query_mask,
-                                 const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                                 const Tensor& row_start, const Tensor& row_count,
-                                 const Tensor& row_index, int64_t block_q, int64_t block_k,
-                                 std::string_view coarse, int64_t order, bool is_causal,
-                                 std::optional<double> scale, const OptTensor& query_mean,
-                                 const OptTensor& key_mean, const OptTensor& value_mean,
-                                 const OptTensor& query_count, const OptTensor& key_count,
-                                 const OptTensor& moments) {
+  static BackwardResult backward(
+      const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
+      const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask,
+      const Tensor& out, const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
+      const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
+      std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
+      const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
+      const OptTensor& query_count, const OptTensor& key_count, const OptTensor& moments) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};

@@ -95,8 +95,8 @@ class Attention : public Function<Attention> {
     const auto saved = [](const OptTensor& x) { return x.value_or(Tensor()); };
     ctx->save_for_backward({query, key, value, saved(r.key_mask), saved(r.query_mask), out, lse,
                             share, given ? *r.row_start : start, given ? *r.row_count : count,
-                            given ? *r.row_index : index, q_mean, k_mean, v_mean, q_count,
-                            k_count, moments});
+                            given ? *r.row_index : index, q_mean, k_mean, v_mean, q_count, k_count,
+                            moments});
     ctx->saved_data["block_q"] = r.block_q;
     ctx->saved_data["block_k"] = r.block_k;
     ctx->saved_data["coarse"] = std::string(r.coarse);
@@ -121,8 +121,7 @@ class Attention : public Function<Attention> {
         s[7], s[8], s[9], s[10], data.at("block_q").toInt(), data.at("block_k").toInt(), coarse,
         data.at("order").toInt(), data.at("is_causal").toBool(),
         data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
-        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]),
-        unless_empty(s[16]));
+        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]), unless_empty(s[16]));
     return result;
   }
 };
@@ -194,11 +193,10 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         const OptTensor& query_count, const OptTensor& key_count,
                         const OptTensor& moments) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
-  const BackwardResult result =
-      call_backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
-                    coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
-                    is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
-                    moments);
+  const BackwardResult result = call_backward(
+      grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
+      row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale,
+      query_mean, key_mean, value_mean, query_count, key_count, moments);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }

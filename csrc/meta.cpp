@@ -132,7 +132,8 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         const OptTensor& moments) {
   check_backward(
       grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse, coarse_share,
-      {row_start, row_count, row_index}, {query_mean, key_mean, value_mean, query_count, key_count, moments},
+      {row_start, row_count, row_index},
+      {query_mean, key_mean, value_mean, query_count, key_count, moments},
       {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0, is_causal, scale});
   const auto like = [](const Tensor& x) {
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())

@@ -35,6 +35,9 @@ def cases():
         yield dtype, dict(D=D, coarse=coarse, order=order)
     for block in itertools.product([32, 64, 128], [16, 32, 64, 128]):
         yield torch.bfloat16, dict(D=64, N=260, block_size=block)
+    for D, block, (coarse, order) in itertools.product([64, 128], [64, (64, 16)], FORMS):
+        options = dict(D=D, N=330, M=700, block_size=block, coarse=coarse, order=order)
+        yield torch.bfloat16, options | dict(masks="both")
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")

@@ -34,6 +34,17 @@ def test_every_block_size(device, dtype, block):
         ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [64, (64, 32), (64, 16), (128, 64), (32, 32), (64, 128)])
+@pytest.mark.parametrize("D", [40, 64, 96, 128])
+@pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:])
+def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
+    for coarse, order in FORMS[1:]:
+        Case(
+            device, dtype, block_size=block, D=D, coarse=coarse, order=order, masks="both", N=333,
+            M=777, spread=0.5,
+        ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("masks", ["key", "query", "padding"])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_masks(device, dtype, masks):

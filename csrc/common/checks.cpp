@@ -142,9 +142,10 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
   check("key_mean", means.key, "key_count", means.key_count, in.key, o.block_k);
   check("value_mean", means.value, "key_count", std::nullopt, in.value, o.block_k);
   if (!means.moments) return;
-  TORCH_CHECK_VALUE(keeps_moments(o),
-                    "moments: got some, expected none: forward keeps them for order 1 with a coarse "
-                    "part and without causal");
+  TORCH_CHECK_VALUE(
+      keeps_moments(o),
+      "moments: got some, expected none: forward keeps them for order 1 with a coarse "
+      "part and without causal");
   const SymInt P = moments_dim(in.query.sym_size(3).guard_int(__FILE__, __LINE__));
   check_shape("moments", *means.moments, std::vector<SymInt>{B, in.key.sym_size(1), 2, P, P},
               in.query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc, in.query);

@@ -100,8 +100,8 @@ inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Co
 
 // Whether moments are kept for backward: under causal every block of queries has its own.
 inline bool keeps_moments(const Options& o) { return has_order1(o) && !o.causal; }
-// Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16 for
-// bfloat16, else acc.
+// Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
+// for bfloat16, else acc.
 inline int64_t moments_dim(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 // Gradient through C, S, gamma and the query. That through P is left to the caller.
@@ -173,7 +173,8 @@ struct Stages {
                                                        const Tensor& grad_lse, const Tensor& lse,
                                                        int64_t block_q);
 
-  // What a block mean throws away, damped; only where has_order1 and fine left it out. Adds to result.out, in place,
+  // What a block mean throws away, damped; only where has_order1 and fine left it out. Adds to
+  // result.out, in place,
   //   gamma_i P_i u_i,   u_i = s q_i C,   gamma_i = 1 / (1 + t_i / 4),   t_i = s^2 q_i S q_i^T
   // with P = result.share. C and S (Sigma in docs/notation.md) are the within-block moments of
   // (k, v) and (k, k), averaged over the valid keys; with causal, over the key blocks wholly before

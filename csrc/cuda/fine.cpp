@@ -25,7 +25,8 @@ struct PooledKeys {
 }  // namespace
 
 FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
-                const std::optional<PooledInputs>& pooled, const Tensor& moments, const Options& o) {
+                const std::optional<PooledInputs>& pooled, const Tensor& moments,
+                const Options& o) {
   const Launch launch(in.query);
   const PooledKeys keys(pooled, in.query.scalar_type());
   ForwardParams p{};

@@ -47,8 +47,7 @@ cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
 
 }  // namespace
 
-cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device,
-                    cudaStream_t stream) {
+cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     return sm90::launch_forward<decltype(t), d()>(p, device, stream);

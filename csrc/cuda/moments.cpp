@@ -53,9 +53,8 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     sums = at::empty({B, Hk, p.chunks, 2, dim, dim}, acc);
     p.sums = sums.mutable_data_ptr<float>();
   }
-  const cudaError_t error = dim == 64
-                                ? sm90::launch_moments<64>(p, launch.device, launch.stream)
-                                : sm90::launch_moments<128>(p, launch.device, launch.stream);
+  const cudaError_t error = dim == 64 ? sm90::launch_moments<64>(p, launch.device, launch.stream)
+                                      : sm90::launch_moments<128>(p, launch.device, launch.stream);
   if (error == cudaErrorNotSupported) return {};
   launch.check(error);
   if (!sums.defined()) return matrices;

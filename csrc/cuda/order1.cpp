@@ -285,7 +285,7 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Gr
 
 // backward_rows in one reading of the rows, or undefined where no kernel does it.
 Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                             const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
+                               const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
 #ifdef MRA_SM90A
   if (!on_hopper(term)) return {};
   const Device& device = term.launch.device;

@@ -36,8 +36,7 @@ struct KeyTile {
 
 // Run by one warp: the rows, head by head.
 template <int DP>
-__device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s,
-                           const KeyTile& at) {
+__device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s, const KeyTile& at) {
   constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
   if (lane == 0) {
@@ -74,7 +73,8 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s,
         sums.look_up(half, p.lse2 + head, p.delta + head,
                      __shfl_sync(0xffffffffu, first, r / run) + r % run, p.rows);
       }
-      const int sixteen = __shfl_sync(0xffffffffu, first, lane % 4 * 16 / run) + lane % 4 * 16 % run;
+      const int sixteen =
+          __shfl_sync(0xffffffffu, first, lane % 4 * 16 / run) + lane % 4 * 16 % run;
       if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
       if (lane == 0) barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
       __syncwarp();
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(256, 2)
       live[half] = p.key_mask[static_cast<int64_t>(own.b) * p.M + own.first_key + r];
     }
   }
-  const int64_t block =
-      ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own.block) * static_cast<int64_t>(p.D);
+  const int64_t block = ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own.block) *
+                        static_cast<int64_t>(p.D);
   const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
   finish_rows(dk, k_scale, live, p.k_block == nullptr ? nullptr : p.k_block + block, 0, p.D);
   finish_rows(dv, v_scale, live, p.v_block == nullptr ? nullptr : p.v_block + block, 0, p.D);
@@ -166,16 +166,14 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   BackwardColumnsMaps p{params};
   constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
   const int run = p.list_rows < 64 ? p.list_rows : 64;
-  const bool maps = 64 % run == 0 &&
-                    tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
-                    tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
-                               p.rows, p.D, run) &&
-                    tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-                    tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64) &&
-                    tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M,
-                               p.D, 64) &&
-                    tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M,
-                               p.D, 64);
+  const bool maps =
+      64 % run == 0 && tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
+      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
+                 run) &&
+      tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
+      tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64) &&
+      tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M, p.D, 64) &&
+      tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M, p.D, 64);
   constexpr size_t kBytes = sizeof(ColumnsShared<DP>) + 1024;
   if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;

@@ -110,7 +110,8 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
         unseen |= 1ull << y;
       }
       if (p.causal) {  // seen are y with (y + 1) block_k <= x block_q
-        const int64_t seen = (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
+        const int64_t seen =
+            (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
         if (seen < 64) unseen |= seen <= 0 ? ~0ull : ~0ull << seen;
       }
     }
@@ -182,12 +183,11 @@ cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& d
   constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
   const int64_t head = static_cast<int64_t>(p.nk) * p.D;
   const Strides pooled{p.Hk * head, head, p.D};
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
-      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
-                 64) &&
-      tensor_map(&p.k_map, dtype, p.pooled_k, pooled, p.B, p.Hk, p.nk, p.D, 64) &&
-      tensor_map(&p.v_map, dtype, p.pooled_v, pooled, p.B, p.Hk, p.nk, p.D, 64);
+  const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
+                    tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
+                               p.rows, p.D, 64) &&
+                    tensor_map(&p.k_map, dtype, p.pooled_k, pooled, p.B, p.Hk, p.nk, p.D, 64) &&
+                    tensor_map(&p.v_map, dtype, p.pooled_v, pooled, p.B, p.Hk, p.nk, p.D, 64);
   constexpr int kBytes = sizeof(BackwardPooledShared<DP>) + 1024;
   if (!maps || kBytes > device.max_smem) return cudaErrorNotSupported;
   const int64_t blocks = (p.nk + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk * p.splits;

@@ -48,16 +48,20 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     give_registers<56>();
     if (warp_index() > 4) return;
     KeyProducer<DP, decltype(s.ring)> producer(p, p, ring, s.bitmap);
-    producer.run_all(gridDim.x, [&](const RowTile& at, int) {
-      if (producer.lane == 0) {
-        barrier_expect(&s.rows_full, 2 * 64 * DP * 2);
-        for (int i = 0; i < DP / 64; ++i) {
-          copy_panel(s.q[i], p.q_map, &s.rows_full, 64 * i, at.first_row, at.h, at.b);
-          copy_panel(s.grad_out[i], p.grad_out_map, &s.rows_full, 64 * i, at.first_row, at.h, at.b);
-        }
-      }
-      __syncwarp();
-    }, [] {});
+    producer.run_all(
+        gridDim.x,
+        [&](const RowTile& at, int) {
+          if (producer.lane == 0) {
+            barrier_expect(&s.rows_full, 2 * 64 * DP * 2);
+            for (int i = 0; i < DP / 64; ++i) {
+              copy_panel(s.q[i], p.q_map, &s.rows_full, 64 * i, at.first_row, at.h, at.b);
+              copy_panel(s.grad_out[i], p.grad_out_map, &s.rows_full, 64 * i, at.first_row, at.h,
+                         at.b);
+            }
+          }
+          __syncwarp();
+        },
+        [] {});
     return;
   }
 
@@ -170,12 +174,12 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   if (params.list_rows % 64 != 0 || params.row_count != nullptr) return cudaErrorNotSupported;
   BackwardRowsMaps p{params};
   constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
-  const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
-                    tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
-                               p.rows, p.D, 64) &&
-                    tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows,
-                               p.D, 64) &&
-                    p.set(p, dtype);
+  const bool maps =
+      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
+      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
+                 64) &&
+      tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows, p.D, 64) &&
+      p.set(p, dtype);
   const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
   if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;

@@ -15,7 +15,7 @@ struct ColumnsShared {
   uint16_t k[kPanels][64][64], v[kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   float lse[kStages][64], delta[kStages][64];
-  int first[kStages][4];   // first row of each sixteen, under causal
+  int first[kStages][4];        // first row of each sixteen, under causal
   uint32_t unseen[kStages][2];  // pooled keys that the rows don't see, one bit each
   uint64_t keys_full, full[kStages], empty[kStages];
 
@@ -87,8 +87,7 @@ __device__ __forceinline__ void add_rows(float (&dk)[DP / 8][4], float (&dv)[DP 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float shift = i % 2 ? l.y : l.x;
-        c[n][i] = exp2_approx(
-            fmaf(c[n][i], scale * kLog2e, kPooled ? b[i / 2] - shift : -shift));
+        c[n][i] = exp2_approx(fmaf(c[n][i], scale * kLog2e, kPooled ? b[i / 2] - shift : -shift));
       }
     }
     if (!kPooled && causal) {

@@ -82,9 +82,9 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
   }
 }
 
-// Columns `unit` (32 of keys or values) of the tile at `stage`, tile `tile` of head h, whose rows lie
-// in kBlocks blocks of keys, by one warp: means to memory, centred rows to where they were, zeros for
-// rows that don't count. Returns the number that do.
+// Columns `unit` (32 of keys or values) of the tile at `stage`, tile `tile` of head h, whose rows
+// lie in kBlocks blocks of keys, by one warp: means to memory, centred rows to where they were,
+// zeros for rows that don't count. Returns the number that do.
 template <int kBlocks, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
@@ -92,7 +92,8 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
   const int lane = threadIdx.x % 32;
   // Lanes of a quarter warp read four chunks of two rows that lie four apart: no bank twice.
   const int row = lane / 4 % 2 * 4 + lane / 8;
-  const int which = unit / (2 * kPanels), panel = unit / 2 % kPanels, chunk = unit % 2 * 4 + lane % 4;
+  const int which = unit / (2 * kPanels), panel = unit / 2 % kPanels,
+            chunk = unit % 2 * 4 + lane % 4;
   uint16_t(*const rows)[64] = s.x[stage][which][panel];
   const uint32_t valid[2] = {s.valid[stage][0], s.valid[stage][1]};
   const auto place = [&](int i) {

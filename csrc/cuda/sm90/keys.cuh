@@ -196,7 +196,8 @@ struct KeyProducer {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
       wait_for_keys();
-      if (fetched >= kStages) barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
+      if (fetched >= kStages)
+        barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
       const int stage = fetched % kStages, row = (kPanels - 1 - i) * DP;
       if (lane == 0) {
         barrier_expect(&s.k_full[stage], kKeys * DP * 2);

@@ -111,9 +111,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
 template <int DP>
 cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
   MomentsMaps p{params};
-  const bool maps =
-      tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-      tensor_map(&p.v_map, Dtype::bf16, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
+  const bool maps = tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
+                    tensor_map(&p.v_map, Dtype::bf16, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
   constexpr int kBytes = sizeof(KeyTiles<DP, MomentsTraits<DP>::kStages>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;

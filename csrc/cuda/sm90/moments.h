@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+
 #include "../types.h"
 
 namespace mra::cuda::sm90 {

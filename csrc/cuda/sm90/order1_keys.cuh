@@ -1,7 +1,7 @@
-// Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma, with
-// kappa and nu the key and value less the means of their block (made again here), zeros for a key
-// that doesn't count. dC and dSigma stay in shared memory; a block of threads walks a chunk of a
-// head's tiles of 64 keys, its warpgroups in turns.
+// Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
+// with kappa and nu the key and value less the means of their block (made again here), zeros for a
+// key that doesn't count. dC and dSigma stay in shared memory; a block of threads walks a chunk of
+// a head's tiles of 64 keys, its warpgroups in turns.
 #pragma once
 
 #include <climits>

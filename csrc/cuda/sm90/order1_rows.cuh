@@ -26,13 +26,13 @@ struct Order1RowsMaps : Order1Rows {
 template <int DP>
 struct Order1RowsTraits {
   static constexpr int kStages = 3, kBlocks = DP == 64 ? 2 : 1;
-  static constexpr int kThreads = DP == 64 ? 160 : 384;
+  static constexpr int kThreads = DP == 64 ? 256 : 384;
 };
 
 template <int DP>
 struct Order1RowsShared {
   static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
-  uint16_t moments[2][kPanels][DP][64];                             // C, Sigma
+  uint16_t moments[2][kPanels][DP][64];  // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   uint16_t weighted[2][2][kPanels][64][64];  // of even and odd tiles: a dO, b q
   float dots[kPanels][2][64];
@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const int b = head / p.H, h = head - b * p.H, first = chunk * p.tiles * 64;
   const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
   if (warp_index() >= 4 * kPanels) {
-    if constexpr (DP > 64) give_registers<24>();
+    give_registers<24>();
     if (warp_index() == 4 * kPanels) fetch_rows<DP>(p, s, b, h, first, tiles);
     return;
   }
-  if constexpr (DP > 64) take_registers<240>();
+  take_registers<DP == 64 ? 232 : 240>();
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;

@@ -8,7 +8,7 @@ namespace mra::cuda::sm90 {
 struct Order1Rows {
   const void *q, *grad_out;  // [B, H, N, D] bfloat16
   Strides q_strides, grad_out_strides;
-  const void* moments;  // [B, Hk, 2, DP, DP] bfloat16: C and Sigma
+  const void* moments;         // [B, Hk, 2, DP, DP] bfloat16: C and Sigma
   const float *share, *delta;  // [B, H, N]
   int B, H, Hk, N, D, chunks;
   float scale;
@@ -16,7 +16,7 @@ struct Order1Rows {
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
-  float* sums;          // [B, H, chunks, 2, DP, DP]: parts of dC and of dSigma / 2, times n
+  float* sums;  // [B, H, chunks, 2, DP, DP]: parts of dC and of dSigma / 2, times n
 };
 
 // Head dims up to DP = 64 or 128.

@@ -18,8 +18,8 @@ __device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 
          ((smem_address(panel) & 0x3ffff) >> 4);
 }
 
-// The same value in every lane: tells the compiler so, which keeps what derives from it, descriptors
-// above all, out of the lanes' registers.
+// The same value in every lane: tells the compiler so, which keeps what derives from it,
+// descriptors above all, out of the lanes' registers.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -71,26 +71,26 @@ struct Wgmma;
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-#define MRA_WGMMA(T, TYPE, N, REGS, D, i0, i1, i2, i3, i4, i5)                               \
-  template <>                                                                                \
-  struct Wgmma<T, N> {                                                                       \
-    template <bool kLeft, bool kRight>                                                       \
-    static __device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a,        \
-                                                    uint64_t b, int add) {                   \
-      asm volatile("{.reg .pred p; setp.ne.b32 p, " i2                                       \
-                   ", 0;"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS  \
-                   "}, " i0 ", " i1 ", p, 1, 1, " i3 ", " i4 ";}"                            \
-                   : D(d, 0)                                                                 \
-                   : "l"(a), "l"(b), "r"(add), "n"(kLeft), "n"(kRight));                     \
-    }                                                                                        \
-    static __device__ __forceinline__ void multiply_pn(float (&d)[N / 8][4],                 \
-                                                       const uint32_t (&a)[4], uint64_t b) { \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS  \
-                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 1;"                \
-                   : D(d, 0)                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
-    }                                                                                        \
+#define MRA_WGMMA(T, TYPE, N, REGS, D, i0, i1, i2, i3, i4, i5)                                    \
+  template <>                                                                                     \
+  struct Wgmma<T, N> {                                                                            \
+    template <bool kLeft, bool kRight>                                                            \
+    static __device__ __forceinline__ void multiply(float (&d)[N / 8][4], uint64_t a, uint64_t b, \
+                                                    int add) {                                    \
+      asm volatile("{.reg .pred p; setp.ne.b32 p, " i2                                            \
+                   ", 0;"                                                                         \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
+                   "}, " i0 ", " i1 ", p, 1, 1, " i3 ", " i4 ";}"                                 \
+                   : D(d, 0)                                                                      \
+                   : "l"(a), "l"(b), "r"(add), "n"(kLeft), "n"(kRight));                          \
+    }                                                                                             \
+    static __device__ __forceinline__ void multiply_pn(float (&d)[N / 8][4],                      \
+                                                       const uint32_t (&a)[4], uint64_t b) {      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
+                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 1;"                     \
+                   : D(d, 0)                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    }                                                                                             \
   };
 #define MRA_WGMMA_TYPE(T, TYPE)                                                      \
   MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37") \
@@ -130,9 +130,9 @@ __device__ __forceinline__ void multiply_matrix(float (&c)[8 * kPanels][4],
                                                 int apart, bool add) {
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
-    const uint64_t right = kTransposed
-                               ? descriptor(static_cast<const char*>(b) + i / 4 * apart) + 2 * (i % 4)
-                               : descriptor(b, apart) + 128 * i;
+    const uint64_t right =
+        kTransposed ? descriptor(static_cast<const char*>(b) + i / 4 * apart) + 2 * (i % 4)
+                    : descriptor(b, apart) + 128 * i;
     Wgmma<T, 64 * kPanels>::template multiply<false, !kTransposed>(
         c, descriptor(a[i / 4]) + 2 * (i % 4), right, add || i > 0);
   }

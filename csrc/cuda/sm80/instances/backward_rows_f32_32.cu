@@ -1,7 +1,6 @@
-// Made by sm80/generate.py.
+// Made by csrc/cuda/generate.py.
 #include "../backward_rows.cuh"
 
 namespace mra::cuda {
-template cudaError_t launch_backward_rows<float, 32>(const BackwardParams&, const Device&,
-                                                     cudaStream_t);
+template cudaError_t launch_backward_rows<float, 32>(const BackwardParams&, const Device&, cudaStream_t);
 }  // namespace mra::cuda

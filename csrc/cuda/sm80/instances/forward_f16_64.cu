@@ -1,7 +1,6 @@
-// Made by sm80/generate.py.
+// Made by csrc/cuda/generate.py.
 #include "../forward.cuh"
 
 namespace mra::cuda {
-template cudaError_t launch_forward<__half, 64>(const ForwardParams&, const Device&,
-                                                     cudaStream_t);
+template cudaError_t launch_forward<__half, 64>(const ForwardParams&, const Device&, cudaStream_t);
 }  // namespace mra::cuda

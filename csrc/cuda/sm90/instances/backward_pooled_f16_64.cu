@@ -1,3 +1,4 @@
+// Made by csrc/cuda/generate.py.
 #include "../backward_pooled.cuh"
 
 namespace mra::cuda::sm90 {

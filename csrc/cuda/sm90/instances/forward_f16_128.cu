@@ -1,3 +1,4 @@
+// Made by csrc/cuda/generate.py.
 #include "../forward.cuh"
 
 namespace mra::cuda::sm90 {

@@ -1,3 +1,4 @@
+// Made by csrc/cuda/generate.py.
 #include "../moments.cuh"
 
 namespace mra::cuda::sm90 {

@@ -1,3 +1,4 @@
+// Made by csrc/cuda/generate.py.
 #include "../order1_keys.cuh"
 
 namespace mra::cuda::sm90 {

@@ -1,0 +1,74 @@
+"""Writes sm80/instances/ and sm90/instances/: one file for each kernel, dtype and padded head_dim.
+
+Run after a change: python csrc/cuda/generate.py
+"""
+
+from pathlib import Path
+
+TYPES = {"f32": "float", "f16": "__half", "bf16": "__nv_bfloat16"}
+SM80 = {
+    "forward": "forward",
+    "backward_rows": "backward_rows",
+    "backward_columns": "backward_columns",
+    "backward_pooled": "backward_columns",
+}
+SM90 = {
+    "forward": "forward",
+    "backward_rows": "backward_rows",
+    "backward_columns": "backward_columns",
+    "backward_pooled": "backward_pooled",
+}
+# Of order 1, bfloat16 alone: head_dim is their one argument.
+SM90_ORDER1 = {
+    "moments": "Moments",
+    "order1_rows": "Order1Rows",
+    "order1_keys": "Order1Keys",
+}
+
+
+def instance(namespace, header, name, arguments, params):
+    return f"""// Made by csrc/cuda/generate.py.
+#include "../{header}.cuh"
+
+namespace {namespace} {{
+template cudaError_t launch_{name}<{arguments}>(const {params}&, const Device&, cudaStream_t);
+}}  // namespace {namespace}
+"""
+
+
+def write(folder, files):
+    folder = Path(__file__).parent / folder / "instances"
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.cu"):
+        old.unlink()
+    (folder / ".clang-format").write_text("# Made by csrc/cuda/generate.py.\nDisableFormat: true\n")
+    for name, text in files.items():
+        (folder / f"{name}.cu").write_text(text)
+
+
+def attention(namespace, kernels, types, dims):
+    """The files of kernels over dtypes and head dims."""
+    return {
+        f"{kernel}_{short}_{dim}": instance(
+            namespace,
+            header,
+            kernel,
+            f"{TYPES[short]}, {dim}",
+            "ForwardParams" if kernel == "forward" else "BackwardParams",
+        )
+        for kernel, header in kernels.items()
+        for short in types
+        for dim in dims
+    }
+
+
+write("sm80", attention("mra::cuda", SM80, ("f32", "f16", "bf16"), (32, 64, 128, 256)))
+write(
+    "sm90",
+    attention("mra::cuda::sm90", SM90, ("f16", "bf16"), (64, 128))
+    | {
+        f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
+        for kernel, params in SM90_ORDER1.items()
+        for dim in (64, 128)
+    },
+)
