@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,28 @@ def test_cuda_is_compiled_where_nvcc_is():
     if found is None:
         pytest.skip(f"no nvcc that fits torch {torch.__version__} (CUDA {torch.version.cuda})")
     assert cuda_operators(), f"{found} is here, but the CUDA kernels were not compiled"
+
+
+def test_hopper_kernels_compile_without_spills():
+    """Every kernel of sm90/: the fine ones hold all of their registers, none serialises wgmma."""
+    found = nvcc()
+    if found is None:
+        pytest.skip("no nvcc that fits torch")
+
+    def compile(source):
+        flags = ["-std=c++17", "--expt-relaxed-constexpr", "-O3", "-arch=sm_90a", "-Xptxas", "-v"]
+        command = [found, *flags, "-cubin", "-o", os.devnull, str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return source.stem, done.returncode, done.stdout + done.stderr
+
+    sources = sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
+    assert len(sources) == 22
+    with ThreadPoolExecutor(2) as pool:
+        for name, code, log in pool.map(compile, sources):
+            assert code == 0, log
+            assert "serialized" not in log, log
+            spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
+            assert spills and max(spills) <= (8 if name.startswith("moments") else 0), log
 
 
 class FakeExtension:

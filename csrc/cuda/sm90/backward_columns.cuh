@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(256, 2)
   float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
   if (tiles > 0) barrier_wait(&s.keys_full, 0);
   const float none[2] = {};
-  add_rows<T, DP, false>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
+  attend_rows<T, DP, false>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
 
   const KeyTile own(p);
   bool live[2];

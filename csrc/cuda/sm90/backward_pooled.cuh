@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(256, 2)
   const int tiles = uniform(at.group * at.tiles);
   float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
   barrier_wait(&s.keys_full, 0);
-  add_rows<T, DP, true>(dk, dv, s, tiles, p.scale, false, 0, bias);
+  attend_rows<T, DP, true>(dk, dv, s, tiles, p.scale, false, 0, bias);
 
   const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
   const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {

@@ -11,7 +11,7 @@ namespace mra::cuda::sm90 {
 
 template <int DP>
 struct ColumnsShared {
-  static constexpr int kStages = 2, kPanels = DP / 64;
+  static constexpr int kStages = DP == 64 ? 3 : 2, kPanels = DP / 64;
   uint16_t k[kPanels][64][64], v[kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   float lse[kStages][64], delta[kStages][64];
@@ -53,9 +53,9 @@ struct RowSums {
 // stand for 2^bias keys each, and `unseen` takes away some tile by tile; else `first_key` matters
 // under causal.
 template <typename T, int DP, bool kPooled>
-__device__ __forceinline__ void add_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
-                                         ColumnsShared<DP>& s, int tiles, float scale, bool causal,
-                                         int first_key, const float (&bias)[2]) {
+__device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
+                                            ColumnsShared<DP>& s, int tiles, float scale,
+                                            bool causal, int first_key, const float (&bias)[2]) {
   constexpr int kStages = ColumnsShared<DP>::kStages;
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 1
