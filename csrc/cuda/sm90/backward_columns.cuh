@@ -87,8 +87,8 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s, c
       }
       sums.store(s, stage);
       if (lane < 4) s.first[stage][lane] = sixteen;
+      barrier_arrive(&s.full[stage]);
       __syncwarp();
-      if (lane == 0) barrier_arrive(&s.full[stage]);
     }
   }
 }

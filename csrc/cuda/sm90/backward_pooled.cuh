@@ -76,8 +76,8 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
       s.unseen[stage][1] = unseen.y;
     }
     sums.store(s, stage);
+    barrier_arrive(&s.full[stage]);
     __syncwarp();
-    if (lane == 0) barrier_arrive(&s.full[stage]);
   }
 }
 

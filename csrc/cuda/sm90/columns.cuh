@@ -23,7 +23,7 @@ struct ColumnsShared {
   __device__ void init() {
     barrier_init(&keys_full, 1);
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(&full[i], 2);  // its copies, and what the warp writes beside them
+      barrier_init(&full[i], 33);  // its copies, and the lanes that write beside them
       barrier_init(&empty[i], 4);
     }
   }
