@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   }
   auto& ring = s.ring;
 
-  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
 #pragma unroll 1
   for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
