@@ -74,7 +74,6 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
     return x.defined() ? x : at::empty({0}, lse.options().dtype(at::kInt));
   };
   const bool queries = o.coarse == Coarse::block;
-  const auto type = out.scalar_type() == at::kBFloat16 ? at::kBFloat16 : lse.scalar_type();
   return {out,
           lse,
           acc(share),
@@ -86,8 +85,9 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
           acc(means.value),
           ints(queries ? means.query_count : Tensor()),
           ints(means.key_count),
-          means.moments.defined() && keeps_moments(o) ? means.moments
-                                                      : at::empty({0}, out.options().dtype(type))};
+          means.moments.defined() && keeps_moments(o)
+              ? means.moments
+              : at::empty({0}, out.options().dtype(moments_type(out.scalar_type())))};
 }
 
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
@@ -217,8 +217,8 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
     if (keeps_moments(o)) {
       const int64_t P = moments_dim(in.query.size(3));
-      const auto type = in.query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc;
-      means.moments = at::zeros({B, Hk, 2, P, P}, lse.options().dtype(type));
+      means.moments =
+          at::zeros({B, Hk, 2, P, P}, lse.options().dtype(moments_type(in.query.scalar_type())));
     }
   }
   return forward_result(out, lse, share, plan.given() ? BlockList{} : empty_plan(in.query, nk, o),

@@ -100,7 +100,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   const bool keys = o.coarse != Coarse::none, queries = o.coarse == Coarse::block;
   const auto none = [&] { return empty({0}, query, at::kInt); };
   const auto moments = [&] {
-    const auto dtype = query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc;
+    const auto dtype = moments_type(query.scalar_type());
     const SymInt P = moments_dim(query.sym_size(3).guard_int(__FILE__, __LINE__));
     return keeps_moments(o) ? empty({B, Hk, 2, P, P}, query, dtype) : empty({0}, query, dtype);
   };

@@ -9,6 +9,11 @@
 
 namespace mra {
 
+inline int log2_of(int64_t power) {
+  int n = 0;
+  while (power >>= 1) ++n;
+  return n;
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Key blocks of query block x that are not wholly in its future.

@@ -148,7 +148,7 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
       "part and without causal");
   const SymInt P = moments_dim(in.query.sym_size(3).guard_int(__FILE__, __LINE__));
   check_shape("moments", *means.moments, std::vector<SymInt>{B, in.key.sym_size(1), 2, P, P},
-              in.query.scalar_type() == at::kBFloat16 ? at::kBFloat16 : acc, in.query);
+              moments_type(in.query.scalar_type()), in.query);
 }
 
 // What this device has no kernel for.

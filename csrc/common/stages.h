@@ -102,6 +102,9 @@ inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Co
 inline bool keeps_moments(const Options& o) { return has_order1(o) && !o.causal; }
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.
+inline at::ScalarType moments_type(at::ScalarType T) {
+  return T == at::kBFloat16 || T == at::kDouble ? T : at::kFloat;
+}
 inline int64_t moments_dim(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 128 ? 128 : 256; }
 
 // Gradient through C, S, gamma and the query. That through P is left to the caller.

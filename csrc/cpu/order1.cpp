@@ -80,7 +80,7 @@ class Order1 {
   // The same as the operator gives them. Its backward on the CPU makes them again: in acc.
   Tensor kept(const Tensor& moments) const {
     const int64_t P = moments_dim(D_);
-    const auto options = std::is_same_v<T, at::BFloat16> ? options_.dtype(at::kBFloat16) : options_;
+    const auto options = options_.dtype(moments_type(c10::CppTypeToScalarType<T>::value));
     const Tensor result = at::zeros({B_, Hk_, 2, P, P}, options);
     result.narrow(3, 0, D_).narrow(4, 0, D_).copy_(
         moments.select(2, 0).view({B_, Hk_, D_, 2, D_}).transpose(2, 3));

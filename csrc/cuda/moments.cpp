@@ -5,11 +5,21 @@
 #include <limits>
 
 #include "../common/budget.h"
-#include "launch.h"
 #include "order1.h"
+#include "problem.h"
 #include "sm90/moments.h"
 
 namespace mra::cuda {
+
+bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch) {
+#ifdef MRA_SM90A
+  const int64_t D = key.size(3);
+  return launch.device.major == 9 && key.scalar_type() == at::kBFloat16 && !o.causal && D > 32 &&
+         D <= 128;
+#else
+  return false;
+#endif
+}
 
 #ifdef MRA_SM90A
 
@@ -18,24 +28,24 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   const int64_t B = in.key.size(0), Hk = in.key.size(1), M = in.key.size(2), D = in.key.size(3);
   const int64_t nk = ceil_div(M, o.block_k);
   const Launch launch(in.key);
-  if (launch.device.major != 9 || in.key.scalar_type() != at::kBFloat16 || o.causal || D <= 32 ||
-      D > 128 || o.block_k > 64 || M > std::numeric_limits<int>::max() / 2) {
+  if (!order1_on_hopper(in.key, o, launch) || o.block_k > 64 ||
+      M > std::numeric_limits<int>::max() / 2) {
     return {};
   }
-  const int dim = D <= 64 ? 64 : 128;
+  const int dim = static_cast<int>(moments_dim(D));
   const auto acc = in.key.options().dtype(at::kFloat);
   sm90::Moments p{};
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
   p.k_strides = strides_of(in.key);
   p.v_strides = strides_of(in.value);
-  if (in.key_mask) p.mask = reinterpret_cast<const uint8_t*>(in.key_mask->const_data_ptr<bool>());
+  p.mask = mask_of(in.key_mask);
   p.B = static_cast<int>(B);
   p.Hk = static_cast<int>(Hk);
   p.M = static_cast<int>(M);
   p.D = static_cast<int>(D);
   p.nk = static_cast<int>(nk);
-  while (int64_t{1} << p.log2_block_k < o.block_k) ++p.log2_block_k;
+  p.log2_block_k = log2_of(o.block_k);
   Tensor count = key_count;
   if (pooled != nullptr) {
     pooled->key = at::empty({B, Hk, nk, D}, acc);

@@ -2,8 +2,12 @@
 #pragma once
 
 #include "../common/stages.h"
+#include "launch.h"
 
 namespace mra::cuda {
+
+// Whether Hopper's kernels of order 1 serve a call with such keys.
+bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch);
 
 // Moments as kept for backward (moments_dim), or undefined where no kernel does it. Fills the key
 // part of `pooled` too unless it is null.

@@ -12,6 +12,7 @@
 #include "../common/stages.h"
 #include "launch.h"
 #include "moments.h"
+#include "problem.h"
 #include "sm90/moments.h"
 #include "sm90/order1_keys.h"
 #include "sm90/order1_rows.h"
@@ -53,8 +54,7 @@ struct Term {
         dim(to_int(moments_dim(D))),
         nk(to_int(pooled.key.size(2))),
         unit_causal(to_int(std::max(o.block_q, o.block_k))),
-        block_shift(0) {
-    while (int64_t{1} << block_shift < o.block_k) ++block_shift;
+        block_shift(log2_of(o.block_k)) {
     to_int(in.query.size(0) * in.query.size(1));
   }
 
@@ -152,13 +152,8 @@ struct Term {
     p.y_strides = strides_of(in.value);
     p.x_mean = key_mean.const_data_ptr<float>();
     p.y_mean = value_mean.const_data_ptr<float>();
-    p.mask = mask();
+    p.mask = mask_of(in.key_mask);
     return matrices(p, false);
-  }
-
-  const uint8_t* mask() const {
-    return in.key_mask ? reinterpret_cast<const uint8_t*>(in.key_mask->const_data_ptr<bool>())
-                       : nullptr;
   }
 
   // Parts of a unit for CTAs of up to `warps` warps, so that the device is full and no warp walks
@@ -240,27 +235,17 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   return term.matrices(g, true);
 }
 
-// What Hopper's kernels of order 1 serve.
-bool on_hopper(const Term& term) {
-#ifdef MRA_SM90A
-  return term.launch.device.major == 9 && term.dtype == Dtype::bf16 && !term.o.causal &&
-         term.D > 32 && term.D <= 128;
-#else
-  return false;
-#endif
-}
-
 // grads.key and grads.value; false where the kernel doesn't do it.
 bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Grads& grads) {
 #ifdef MRA_SM90A
-  if (!on_hopper(term) || term.o.block_k > 64) return false;
+  if (!order1_on_hopper(term.in.key, term.o, term.launch) || term.o.block_k > 64) return false;
   const Device& device = term.launch.device;
   sm90::Order1Keys p{};
   p.k = term.in.key.const_data_ptr();
   p.v = term.in.value.const_data_ptr();
   p.k_strides = strides_of(term.in.key);
   p.v_strides = strides_of(term.in.value);
-  p.mask = term.mask();
+  p.mask = mask_of(term.in.key_mask);
   p.moment_grads = moment_grads.const_data_ptr();
   p.B = term.B;
   p.Hk = term.Hk;
@@ -287,7 +272,7 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Gr
 Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
                                const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
 #ifdef MRA_SM90A
-  if (!on_hopper(term)) return {};
+  if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;
   sm90::Order1Rows p{};
   p.q = term.in.query.const_data_ptr();
@@ -346,7 +331,7 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   p.v_strides = strides_of(in.value);
   p.k_mean = term.key_mean.const_data_ptr<float>();
   p.v_mean = term.value_mean.const_data_ptr<float>();
-  p.mask = term.mask();
+  p.mask = mask_of(term.in.key_mask);
   p.nk = term.nk;
   p.block_shift = term.block_shift;
   p.grad_k = grads.key.mutable_data_ptr();

@@ -11,12 +11,6 @@
 namespace mra::cuda {
 namespace {
 
-int log2_of(int64_t power) {
-  int n = 0;
-  while (power >>= 1) ++n;
-  return n;
-}
-
 void fill_common(Problem& p, const Tensor& q, int64_t key_heads, const BlockList& rows,
                  const Options& o) {
   check_supported(o);

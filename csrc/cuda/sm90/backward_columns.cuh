@@ -39,13 +39,7 @@ template <int DP>
 __device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s, const KeyTile& at) {
   constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
-  if (lane == 0) {
-    barrier_expect(&s.keys_full, 2 * 64 * DP * 2);
-    for (int i = 0; i < kPanels; ++i) {
-      copy_panel(s.k[i], p.k_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
-      copy_panel(s.v[i], p.v_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
-    }
-  }
+  if (lane == 0) s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
   __syncwarp();
   const int group = p.H / p.Hk;
   int fetched = 0;
@@ -164,7 +158,7 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
                                     cudaStream_t stream) {
   if (params.block_k % 64 != 0 || params.list_rows < 16) return cudaErrorNotSupported;
   BackwardColumnsMaps p{params};
-  constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+  constexpr Dtype dtype = kDtype<T>;
   const int run = p.list_rows < 64 ? p.list_rows : 64;
   const bool maps =
       64 % run == 0 && tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
@@ -177,14 +171,8 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   constexpr size_t kBytes = sizeof(ColumnsShared<DP>) + 1024;
   if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = backward_columns_kernel<T, DP>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), 256, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, 256 / 32, kBytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -45,13 +45,7 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
                            const PooledTile& at) {
   constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
   const int lane = threadIdx.x % 32, all = at.group * at.tiles;
-  if (lane == 0) {
-    barrier_expect(&s.keys_full, 2 * 64 * DP * 2);
-    for (int i = 0; i < kPanels; ++i) {
-      copy_panel(s.k[i], p.k_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
-      copy_panel(s.v[i], p.v_map, &s.keys_full, 64 * i, at.first_key, at.hk, at.b);
-    }
-  }
+  if (lane == 0) s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < all; ++i) {
@@ -180,25 +174,17 @@ cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& d
                                    cudaStream_t stream) {
   if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
   BackwardPooledMaps p{params};
-  constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
-  const int64_t head = static_cast<int64_t>(p.nk) * p.D;
-  const Strides pooled{p.Hk * head, head, p.D};
+  constexpr Dtype dtype = kDtype<T>;
   const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
                     tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H,
                                p.rows, p.D, 64) &&
-                    tensor_map(&p.k_map, dtype, p.pooled_k, pooled, p.B, p.Hk, p.nk, p.D, 64) &&
-                    tensor_map(&p.v_map, dtype, p.pooled_v, pooled, p.B, p.Hk, p.nk, p.D, 64);
+                    means_map(&p.k_map, dtype, p.pooled_k, p.B, p.Hk, p.nk, p.D) &&
+                    means_map(&p.v_map, dtype, p.pooled_v, p.B, p.Hk, p.nk, p.D);
   constexpr int kBytes = sizeof(BackwardPooledShared<DP>) + 1024;
   if (!maps || kBytes > device.max_smem) return cudaErrorNotSupported;
   const int64_t blocks = (p.nk + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk * p.splits;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = backward_pooled_kernel<T, DP>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), 256, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, 256 / 32, kBytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -173,7 +173,7 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
                                  cudaStream_t stream) {
   if (params.list_rows % 64 != 0 || params.row_count != nullptr) return cudaErrorNotSupported;
   BackwardRowsMaps p{params};
-  constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+  constexpr Dtype dtype = kDtype<T>;
   const bool maps =
       tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
       tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
@@ -183,15 +183,8 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
   if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t blocks = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = backward_rows_kernel<T, DP>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
-  constexpr int kThreads = BackwardRowsTraits<DP>::kThreads;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, BackwardRowsTraits<DP>::kThreads / 32, bytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -27,6 +27,16 @@ struct ColumnsShared {
       barrier_init(&empty[i], 4);
     }
   }
+
+  // By one thread: the 64 keys and values from `first` on of head h of batch b.
+  __device__ void fetch_keys(const CUtensorMap& k_map, const CUtensorMap& v_map, int first, int h,
+                             int b) {
+    barrier_expect(&keys_full, 2 * 64 * DP * 2);
+    for (int i = 0; i < kPanels; ++i) {
+      copy_panel(k[i], k_map, &keys_full, 64 * i, first, h, b);
+      copy_panel(v[i], v_map, &keys_full, 64 * i, first, h, b);
+    }
+  }
 };
 
 // lse and delta of a lane's two rows of a tile (r = lane, lane + 32), zero weight where there is no

@@ -260,17 +260,15 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
   using Traits = ForwardTraits<DP>;
   if (params.list_rows % Traits::kRows != 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
-  constexpr Dtype dtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+  constexpr Dtype dtype = kDtype<T>;
   const bool maps =
       tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
       tensor_map(&p.out_map, dtype, p.out, p.out_strides, p.B, p.H, p.rows, p.D, 64) &&
       p.set(p, dtype);
   if (!maps) return cudaErrorNotSupported;
   if (p.moments != nullptr) {
-    constexpr int64_t kMatrix = DP * DP;
     if (dtype != Dtype::bf16 || p.D <= DP / 2 ||
-        !tensor_map(&p.moments_map, dtype, p.moments, {p.Hk * 2 * kMatrix, 2 * kMatrix, DP}, p.B,
-                    p.Hk, 2 * DP, DP, 64)) {
+        !matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP)) {
       return cudaErrorNotSupported;
     }
   }
@@ -282,12 +280,8 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
   const size_t bytes = sizeof(ForwardShared<DP>) + 1024 + bitmap_bytes(p);
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const auto kernel = forward_kernel<T, DP>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  kernel<<<blocks, Traits::kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, Traits::kThreads / 32, bytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -22,10 +22,8 @@ struct KeyMaps {
       return false;
     }
     if (p.pooled_k == nullptr) return true;
-    const int64_t head = static_cast<int64_t>(p.nk) * p.D;
-    const Strides strides{p.Hk * head, head, p.D};
-    return tensor_map(&pooled_k_map, dtype, p.pooled_k, strides, p.B, p.Hk, p.nk, p.D, 64) &&
-           tensor_map(&pooled_v_map, dtype, p.pooled_v, strides, p.B, p.Hk, p.nk, p.D, 64);
+    return means_map(&pooled_k_map, dtype, p.pooled_k, p.B, p.Hk, p.nk, p.D) &&
+           means_map(&pooled_v_map, dtype, p.pooled_v, p.B, p.Hk, p.nk, p.D);
   }
 };
 

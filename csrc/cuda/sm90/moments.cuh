@@ -120,11 +120,7 @@ cudaError_t launch_moments(const Moments& params, const Device& device, cudaStre
   const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1>
                       : p.log2_block_k == 5 ? moments_kernel<DP, 2>
                                             : moments_kernel<DP, 4>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), MomentsTraits<DP>::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, MomentsTraits<DP>::kThreads / 32, kBytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -54,12 +54,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     if (warp_index() > 4 * kGroups) return;
     if (threadIdx.x % 32 == 0) {
       barrier_expect(&s.matrices_full, 2 * DP * DP * 2);
-      for (int i = 0; i < 2 * kPanels; ++i) {
-        for (int r = 0; r < DP; r += 64) {
-          copy_panel(s.matrices[i / kPanels][i % kPanels][r], p.matrices_map, &s.matrices_full,
-                     i % kPanels * 64, i / kPanels * DP + r, h, b);
-        }
-      }
+      copy_matrices<DP>(s.matrices, p.matrices_map, &s.matrices_full, h, b);
     }
     __syncwarp();
     keys.fetch(p.k_map, p.v_map, p.mask, p.M, b, h, 64 * first, tiles);
@@ -133,15 +128,13 @@ template <int DP>
 cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
                                cudaStream_t stream) {
   Order1KeysMaps p{params};
-  constexpr int64_t matrix = DP * DP;
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides) {
     return tensor_map(to, Dtype::bf16, data, strides, p.B, p.Hk, p.M, p.D, 64);
   };
   const bool maps = map(&p.k_map, p.k, p.k_strides) && map(&p.v_map, p.v, p.v_strides) &&
                     map(&p.grad_k_map, p.grad_k, p.grad_k_strides) &&
                     map(&p.grad_v_map, p.grad_v, p.grad_v_strides) &&
-                    tensor_map(&p.matrices_map, Dtype::bf16, p.moment_grads,
-                               {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk, 2 * DP, DP, 64);
+                    matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, DP);
   constexpr int kBytes = sizeof(Order1KeysShared<DP>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
@@ -149,11 +142,7 @@ cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
   const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1>
                       : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2>
                                             : order1_keys_kernel<DP, 4>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Order1KeysTraits<DP>::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, Order1KeysTraits<DP>::kThreads / 32, kBytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -45,12 +45,7 @@ __device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP>& s, int
   constexpr int kStages = Order1RowsShared<DP>::kStages, kPanels = DP / 64;
   if (threadIdx.x % 32 != 0) return;
   barrier_expect(&s.moments_full, 2 * DP * DP * 2);
-  for (int i = 0; i < 2 * kPanels; ++i) {
-    for (int r = 0; r < DP; r += 64) {
-      copy_panel(s.moments[i / kPanels][i % kPanels][r], p.moments_map, &s.moments_full,
-                 i % kPanels * 64, i / kPanels * DP + r, h / (p.H / p.Hk), b);
-    }
-  }
+  copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int stage = tile % kStages, row = first + 64 * tile;
@@ -232,24 +227,18 @@ template <int DP>
 cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
                                cudaStream_t stream) {
   Order1RowsMaps p{params};
-  constexpr int64_t matrix = DP * DP;
   constexpr Dtype bf16 = Dtype::bf16;
   const bool maps =
       tensor_map(&p.q_map, bf16, p.q, p.q_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
-      tensor_map(&p.moments_map, bf16, p.moments, {p.Hk * 2 * matrix, 2 * matrix, DP}, p.B, p.Hk,
-                 2 * DP, DP, 64);
+      matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP);
   constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
   const auto kernel = order1_rows_kernel<DP>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), Order1RowsTraits<DP>::kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch(kernel, p, blocks, Order1RowsTraits<DP>::kThreads / 32, kBytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

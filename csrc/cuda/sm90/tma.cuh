@@ -8,6 +8,9 @@
 
 namespace mra::cuda::sm90 {
 
+template <typename T>
+inline constexpr Dtype kDtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
+
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
                "r"(arrivals));
@@ -98,5 +101,29 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
 // the tensor has no map.
 bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& strides, int B,
                 int H, int L, int D, int rows);
+// Of pairs of matrices [B, H, 2, DP, DP] bfloat16, contiguous.
+inline bool matrices_map(CUtensorMap* map, const void* data, int B, int H, int DP) {
+  const int64_t matrix = int64_t{DP} * DP;
+  return tensor_map(map, Dtype::bf16, data, {H * 2 * matrix, 2 * matrix, DP}, B, H, 2 * DP, DP, 64);
+}
+// Of means of blocks [B, H, n, D], contiguous.
+inline bool means_map(CUtensorMap* map, Dtype dtype, const void* data, int B, int H, int n, int D) {
+  const int64_t head = int64_t{n} * D;
+  return tensor_map(map, dtype, data, {H * head, head, D}, B, H, n, D, 64);
+}
+
+// A pair of matrices of head h of batch b, whole, by one thread that has announced its bytes.
+template <int DP>
+__device__ __forceinline__ void copy_matrices(uint16_t (&to)[2][DP / 64][DP][64],
+                                              const CUtensorMap& map, uint64_t* barrier, int h,
+                                              int b) {
+  constexpr int kPanels = DP / 64;
+  for (int i = 0; i < 2 * kPanels; ++i) {
+    for (int r = 0; r < DP; r += 64) {
+      copy_panel(to[i / kPanels][i % kPanels][r], map, barrier, i % kPanels * 64,
+                 i / kPanels * DP + r, h, b);
+    }
+  }
+}
 
 }  // namespace mra::cuda::sm90
