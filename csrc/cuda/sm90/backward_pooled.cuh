@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(256, 2)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardPooledShared<DP>;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
     s.init();
     for (int i = 0; i < 2; ++i) {

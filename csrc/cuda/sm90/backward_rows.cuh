@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   using Shared = BackwardRowsShared<DP>;
   constexpr int kKeys = Shared::Traits::kKeys, kStages = Shared::Traits::kStages;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
   auto& ring = s.ring;
 
   if (threadIdx.x == 0) {

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   using Traits = ForwardTraits<DP>;
   constexpr int kKeys = Traits::kKeys, kStages = Traits::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   using Shared = KeyTiles<DP, MomentsTraits<DP>::kStages>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
     s.init(4 * kPanels);
     barrier_init_done();

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
   using Shared = Order1KeysShared<DP>;
   constexpr int kStages = Order1KeysTraits<DP>::kStages, kPanels = DP / 64, kGroups = kPanels;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
   auto& keys = s.keys;
   if (threadIdx.x == 0) {
     barrier_init(&s.matrices_full, 1);

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   using Shared = Order1RowsShared<DP>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
-  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 1023) / 1024 * 1024);
+  Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
     barrier_init(&s.moments_full, 1);
     for (int i = 0; i < kStages; ++i) {
