@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "../common/budget.h"
 #include "delta.h"
 #include "problem.h"
 
@@ -29,8 +30,13 @@ Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const Block
   p.grad_out = back.grad.const_data_ptr();
   p.grad_out_strides = strides_of(back.grad);
   const Tensor lse2 = at::empty_like(back.lse);
-  launch.check(lse_to_log2(back.lse.const_data_ptr<float>(), lse2.mutable_data_ptr<float>(),
-                           lse2.numel(), launch.stream));
+  RowSumsParams sums{};
+  sums.lse = back.lse.const_data_ptr<float>();
+  sums.lse2 = lse2.mutable_data_ptr<float>();
+  sums.heads = 1;
+  sums.rows = lse2.numel();
+  sums.chunks = ceil_div(sums.rows, 32);
+  launch.check(row_sums(sums, launch.stream));
   p.lse2 = lse2.const_data_ptr<float>();
   p.delta = p.pooled_delta = back.delta.const_data_ptr<float>();
 

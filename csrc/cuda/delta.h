@@ -32,9 +32,16 @@ struct BlockRowsParams {
   Dtype dtype;
 };
 
-// lse [n], natural -> log2 units; a row without weight (-inf or +inf) gets +inf, so that
-// exp2(logit - lse2) is its weight in every case.
-cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream);
+// What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a row
+// without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and the
+// same with delta as BackwardParams::sums.
+struct RowSumsParams {
+  const float *lse, *delta, *pooled_delta;  // [heads, rows]
+  float* lse2;                              // [heads, rows]
+  float *sums, *pooled_sums;                // [heads, chunks, 2, 32], or null
+  int64_t heads, rows, chunks;
+};
+cudaError_t row_sums(const RowSumsParams& params, cudaStream_t stream);
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream);
 // block >= 32: both for each query block, with one reading of dO from memory.

@@ -166,10 +166,22 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
   sum_block<T, kLanes>(p, unit, b, h, x, [&](int g) { return delta[g]; });
 }
 
-__global__ void __launch_bounds__(256)
-    lse_to_log2_kernel(const float* lse, float* lse2, int64_t n) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i < n) lse2[i] = lse[i] == -INFINITY ? INFINITY : lse[i] * 1.4426950408889634f;
+__global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x, padded = 32 * p.chunks;
+  if (i >= p.heads * padded) return;
+  const int64_t head = i / padded, row = i - head * padded, at = head * p.rows + row;
+  const bool there = row < p.rows;
+  const float lse = there ? p.lse[at] : -INFINITY;
+  const float lse2 = fabsf(lse) == INFINITY ? INFINITY : lse * 1.4426950408889634f;
+  if (there) p.lse2[at] = lse2;
+  const int64_t to = i / 32 * 64 + i % 32;
+  const auto store = [&](float* sums, const float* delta) {
+    if (sums == nullptr) return;
+    sums[to] = lse2;
+    sums[to + 32] = there ? delta[at] : 0.f;
+  };
+  store(p.sums, p.delta);
+  store(p.pooled_sums, p.pooled_delta);
 }
 
 unsigned grid_of(int64_t units) { return static_cast<unsigned>((units + kWarps - 1) / kWarps); }
@@ -213,8 +225,9 @@ struct LaunchDeltaAndBlockRows {
 
 }  // namespace
 
-cudaError_t lse_to_log2(const float* lse, float* lse2, int64_t n, cudaStream_t stream) {
-  lse_to_log2_kernel<<<static_cast<unsigned>((n + 255) / 256), 256, 0, stream>>>(lse, lse2, n);
+cudaError_t row_sums(const RowSumsParams& p, cudaStream_t stream) {
+  const int64_t blocks = (p.heads * p.chunks * 32 + 255) / 256;
+  row_sums_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -22,6 +22,31 @@ struct PooledKeys {
   }
 };
 
+// What the kernels read of each row, into `p`.
+struct RowSums {
+  Tensor lse2, sums, pooled_sums;
+
+  RowSums(BackwardParams& p, const FineBackward& back, const Launch& launch)
+      : lse2(at::empty_like(back.lse)) {
+    const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
+    const bool one_delta = back.coarse_delta.is_same(back.delta);
+    RowSumsParams r{};
+    r.heads = int64_t{p.B} * p.H;
+    r.rows = p.rows;
+    r.chunks = sum_chunks(r.rows);
+    if (bulk) sums = at::empty({r.heads, r.chunks, 2, 32}, back.lse.options());
+    pooled_sums = bulk && !one_delta ? at::empty_like(sums) : sums;
+    r.lse = back.lse.const_data_ptr<float>();
+    r.delta = p.delta = back.delta.const_data_ptr<float>();
+    r.pooled_delta = p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
+    p.lse2 = r.lse2 = data_of<float>(lse2);
+    p.sums = r.sums = data_of<float>(sums);
+    p.pooled_sums = data_of<float>(pooled_sums);
+    if (!one_delta) r.pooled_sums = data_of<float>(pooled_sums);
+    launch.check(row_sums(r, launch.stream));
+  }
+};
+
 }  // namespace
 
 FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
@@ -63,12 +88,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.column_lists = lists_of(columns);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  const Tensor lse2 = at::empty_like(back.lse);
-  launch.check(lse_to_log2(back.lse.const_data_ptr<float>(), lse2.mutable_data_ptr<float>(),
-                           lse2.numel(), launch.stream));
-  p.lse2 = lse2.const_data_ptr<float>();
-  p.delta = back.delta.const_data_ptr<float>();
-  p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
+  const RowSums sums(p, back, launch);
 
   Tensor key_block = back.key_block, value_block = back.value_block;
   if (pooled) {

@@ -62,6 +62,9 @@ struct BackwardParams : Problem {
   const float* lse2;          // [B, H, rows] lse in log2 units, +inf for a row without weight
   const float* delta;         // [B, H, rows]
   const float* pooled_delta;  // [B, H, rows]
+  // The same for bulk copies, or null: [B, H, sum_chunks(rows), 2, 32], lse2 and delta of 32 rows,
+  // +inf and 0 beyond the end
+  const float *sums, *pooled_sums;
 
   bool add;  // grad_q, grad_k and grad_v hold a part already: the rest is added to it
 
@@ -80,6 +83,10 @@ struct BackwardParams : Problem {
   float *pooled_grad_k, *pooled_grad_v;
   int splits;
 };
+
+// Runs of 32 rows of a head in BackwardParams::sums: those of whole tiles of 64, and of a tile that
+// is beyond the end.
+__host__ __device__ inline int64_t sum_chunks(int64_t rows) { return (rows + 63) / 64 * 2 + 2; }
 
 // One function per dtype and padded head_dim, defined in sm80/instances/. `warps` of 16 rows (keys
 // for the columns) a block of threads; 0 lets the kernel choose from what fits shared memory.

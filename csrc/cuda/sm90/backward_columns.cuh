@@ -12,7 +12,12 @@ struct BackwardColumnsMaps : BackwardParams {
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
-// A tile of 64 keys and how many tiles of rows attend it.
+template <int DP>
+struct BackwardColumnsShared : ColumnsShared<DP> {
+  uint32_t lists[1];  // kLists > 1: list_words
+};
+
+// A tile of 64 keys. `block`: the first of its kLists blocks, or the one that it is a part of.
 struct KeyTile {
   int b, hk, first_key, keys, block;
 
@@ -26,72 +31,104 @@ struct KeyTile {
     keys = min(64, p.M - first_key);
     block = first_key >> p.log2_block_k;
   }
-  __device__ List column(const BackwardParams& p, int h) const {
-    return list_of(p.column_lists, static_cast<int64_t>(b) * p.H + h, block);
+};
+
+// Of one query head the rows that attend a tile of keys, 64 a tile.
+template <int kLists>
+struct ColumnRows {
+  List list;       // kLists = 1
+  uint32_t* lists;  // else: list_words
+  int entries, tiles;
+
+  __device__ ColumnRows(const BackwardParams& p, uint32_t* lists, const KeyTile& at, int64_t head)
+      : lists(lists) {
+    if constexpr (kLists == 1) {
+      list = list_of(p.column_lists, head, at.block);
+      entries = list.count;
+    } else {
+      entries = read_lists<kLists>(p.column_lists, head, at.block, p.row_lists.lists, lists);
+    }
+    tiles = static_cast<int>((static_cast<int64_t>(entries) * p.list_rows + 63) / 64);
   }
-  static __device__ int tiles(const BackwardParams& p, const List& list) {
-    return static_cast<int>((static_cast<int64_t>(list.count) * p.list_rows + 63) / 64);
+  // Block and lists of entry i; out of range where there is none.
+  __device__ MergedEntry entry(const BackwardParams& p, int i) const {
+    if (i >= entries) return {0xffffffu};
+    if constexpr (kLists == 1) return {static_cast<uint32_t>(list.entries[i])};
+    return {lists[kLists * ((p.row_lists.lists + 31) / 32) + i]};
   }
 };
 
 // Run by one warp: the rows, head by head.
-template <int DP>
-__device__ void fetch_rows(const BackwardColumnsMaps& p, ColumnsShared<DP>& s, const KeyTile& at) {
-  constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
+template <int DP, int kLists>
+__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
+                           const KeyTile& at) {
+  constexpr int kStages = ColumnsShared<DP>::kStages;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
-  if (lane == 0) s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
+  const int group = p.H / p.Hk, first_head = at.hk * group;
+  const int64_t batch = static_cast<int64_t>(at.b) * p.H;
+  ColumnRows<kLists> rows(p, s.lists, at, batch + first_head);
+  int tiles = rows.tiles;
+  if (group > 1) {
+    for (int h = first_head + 1; h < first_head + group; ++h) {
+      tiles += ColumnRows<kLists>(p, s.lists, at, batch + h).tiles;
+    }
+    rows = ColumnRows<kLists>(p, s.lists, at, batch + first_head);
+  }
+  if (lane == 0) {
+    s.tiles = tiles;
+    s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
+  }
   __syncwarp();
-  const int group = p.H / p.Hk;
+  const int log2_rows = __ffs(p.list_rows) - 1;
   int fetched = 0;
 #pragma unroll 1
-  for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
-    const List list = at.column(p, h);
-    const int tiles = KeyTile::tiles(p, list);
-    const int64_t head = (static_cast<int64_t>(at.b) * p.H + h) * p.rows;
-    auto entry_of = [&](int tile) {
-      const int i = static_cast<int>(static_cast<int64_t>(tile * runs + lane) * run / p.list_rows);
-      return lane < runs && i < list.count ? list.entries[i] : -1;
+  for (int h = first_head;;) {
+    const float* sums = p.sums + (batch + h) * sum_chunks(p.rows) * 64;
+    // Of this lane's run of a tile.
+    const auto entry_of = [&](int tile) {
+      return lane < runs ? rows.entry(p, 64 * tile + run * lane >> log2_rows)
+                         : MergedEntry{0xffffffu};
     };
-    int entry = entry_of(0);
+    MergedEntry entry = entry_of(0);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile, ++fetched) {
-      const int stage = fetched % kStages;
-      const int64_t row = static_cast<int64_t>(entry) * p.list_rows +
-                          static_cast<int64_t>(tile * runs + lane) * run % p.list_rows;
-      const int first = entry >= 0 && row < p.rows ? static_cast<int>(row) : p.rows;  // or: zeros
-      if (tile + 1 < tiles) entry = entry_of(tile + 1);
-      RowSums sums;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = lane + 32 * half;
-        sums.look_up(half, p.lse2 + head, p.delta + head,
-                     __shfl_sync(0xffffffffu, first, r / run) + r % run, p.rows);
+    for (int tile = 0; tile < rows.tiles; ++tile) {
+      const uint32_t block = kLists == 1 ? entry.bits : entry.block();
+      // Beyond the end: zeros, without weight.
+      int first = (p.rows + 63) / 64 * 64;
+      if (block < static_cast<uint32_t>(p.row_lists.lists)) {
+        first = min(first, static_cast<int>(block << log2_rows) +
+                               (64 * tile + run * lane & p.list_rows - 1));
       }
-      const int sixteen =
-          __shfl_sync(0xffffffffu, first, lane % 4 * 16 / run) + lane % 4 * 16 % run;
+      const uint32_t wanted = kLists > 1 ? wanted_sixteens(entry.lists(), run) : 0;
+      if (tile + 1 < rows.tiles) entry = entry_of(tile + 1);
+      const int stage = fetched % kStages;
       if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
-      if (lane == 0) barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+      if (p.causal) {
+        const int at = 16 * lane & 63, sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
+        if (lane < 4) s.first[stage][lane] = sixteen;
+        __syncwarp();
+      }
+      if (lane == 0) {
+        if (kLists > 1) s.wanted[stage] = wanted;
+        announce_tile(s, stage);
+      }
       __syncwarp();
       if (lane < runs) {
-        for (int i = 0; i < kPanels; ++i) {
-          copy_panel(s.q[stage][i][run * lane], p.q_map, &s.full[stage], 64 * i, first, h, at.b);
-          copy_panel(s.grad_out[stage][i][run * lane], p.grad_out_map, &s.full[stage], 64 * i,
-                     first, h, at.b);
-        }
+        fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
       }
-      sums.store(s, stage);
-      if (lane < 4) s.first[stage][lane] = sixteen;
-      barrier_arrive(&s.full[stage]);
       __syncwarp();
+      ++fetched;
     }
+    if (++h == first_head + group) return;
+    rows = ColumnRows<kLists>(p, s.lists, at, batch + h);
   }
 }
 
-template <typename T, int DP>
+template <typename T, int DP, int kLists>
 __global__ void __launch_bounds__(256, 2)
     backward_columns_kernel(const __grid_constant__ BackwardColumnsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = ColumnsShared<DP>;
+  using Shared = BackwardColumnsShared<DP>;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
@@ -102,23 +139,18 @@ __global__ void __launch_bounds__(256, 2)
   __syncthreads();
   const KeyTile at(p);
   if (warp_index() >= 4) {
-    give_registers<32>();
-    if (warp_index() == 4) fetch_rows<DP>(p, s, at);
+    give_registers<DP == 64 ? 56 : 32>();
+    if (warp_index() == 4) fetch_rows<DP, kLists>(p, s, at);
     return;
   }
-  take_registers<224>();
+  take_registers<DP == 64 ? 200 : 224>();
 
-  int tiles = 0;
-  for (int h = at.hk * (p.H / p.Hk); h < (at.hk + 1) * (p.H / p.Hk); ++h) {
-    tiles += KeyTile::tiles(p, at.column(p, h));
-  }
-  tiles = uniform(tiles);
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
-
   float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-  if (tiles > 0) barrier_wait(&s.keys_full, 0);
+  barrier_wait(&s.keys_full, 0);
+  const int tiles = uniform(s.tiles);
   const float none[2] = {};
-  attend_rows<T, DP, false>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
+  attend_rows<T, DP, false, kLists>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
 
   const KeyTile own(p);
   bool live[2];
@@ -130,13 +162,12 @@ __global__ void __launch_bounds__(256, 2)
       live[half] = p.key_mask[static_cast<int64_t>(own.b) * p.M + own.first_key + r];
     }
   }
-  const int64_t block = ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own.block) *
-                        static_cast<int64_t>(p.D);
+  const int own_block = min(own.block + warp_index() * kLists / 4, p.nk - 1);
+  const int64_t block = ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own_block) * p.D;
   const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
   finish_rows(dk, k_scale, live, p.k_block == nullptr ? nullptr : p.k_block + block, 0, p.D);
   finish_rows(dv, v_scale, live, p.v_block == nullptr ? nullptr : p.v_block + block, 0, p.D);
   // Out through the place of the keys and values, once every warp is done with them.
-  if (tiles == 0) barrier_wait(&s.keys_full, 0);
   group_sync();
   place_rows<T>(s.k, dk);
   place_rows<T>(s.v, dv);
@@ -153,26 +184,44 @@ __global__ void __launch_bounds__(256, 2)
 #endif
 }
 
+template <typename T, int DP, int kLists>
+cudaError_t launch_backward_columns_lists(const BackwardColumnsMaps& p, const Device& device,
+                                          cudaStream_t stream) {
+  const int words = kLists > 1 ? list_words(kLists, p.row_lists.lists) : 0;
+  const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024 + words * sizeof(uint32_t);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
+  return launch(backward_columns_kernel<T, DP, kLists>, p, blocks, 256 / 32, bytes, stream);
+}
+
 template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams& params, const Device& device,
                                     cudaStream_t stream) {
-  if (params.block_k % 64 != 0 || params.list_rows < 16) return cudaErrorNotSupported;
+  const bool merged = params.block_k < 64;
+  if (params.list_rows < 32 || params.sums == nullptr ||
+      (merged && params.row_lists.lists > kMaxMerged)) {
+    return cudaErrorNotSupported;
+  }
   BackwardColumnsMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const int run = p.list_rows < 64 ? p.list_rows : 64;
   const bool maps =
-      64 % run == 0 && tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
+      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
       tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
                  run) &&
       tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
       tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64) &&
       tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M, p.D, 64) &&
       tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M, p.D, 64);
-  constexpr size_t kBytes = sizeof(ColumnsShared<DP>) + 1024;
-  if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
-  const auto kernel = backward_columns_kernel<T, DP>;
-  return launch(kernel, p, blocks, 256 / 32, kBytes, stream);
+  if (!maps) return cudaErrorNotSupported;
+  switch (p.block_k) {
+    case 16:
+      return launch_backward_columns_lists<T, DP, 4>(p, device, stream);
+    case 32:
+      return launch_backward_columns_lists<T, DP, 2>(p, device, stream);
+    default:
+      return launch_backward_columns_lists<T, DP, 1>(p, device, stream);
+  }
 }
 
 }  // namespace mra::cuda::sm90

@@ -43,17 +43,14 @@ struct PooledTile {
 template <int DP>
 __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>& s,
                            const PooledTile& at) {
-  constexpr int kStages = ColumnsShared<DP>::kStages, kPanels = DP / 64;
+  constexpr int kStages = ColumnsShared<DP>::kStages;
   const int lane = threadIdx.x % 32, all = at.group * at.tiles;
   if (lane == 0) s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < all; ++i) {
     const int stage = i % kStages, h = at.head(i), row = at.row_tile(i) * 64;
-    const int64_t head = (static_cast<int64_t>(at.b) * p.H + h) * p.rows;
-    RowSums sums;
-    sums.look_up(0, p.lse2 + head, p.pooled_delta + head, row + lane, p.rows);
-    sums.look_up(1, p.lse2 + head, p.pooled_delta + head, row + lane + 32, p.rows);
+    const int64_t head = static_cast<int64_t>(at.b) * p.H + h;
     const int window = i / 32 % 2;
     if (i % 32 == 0) barrier_wait(&s.window_full[window], i / 64 & 1);
     const uint2 unseen = s.windows[window][i % 32];
@@ -61,16 +58,12 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
     if (i % 32 == 31 && lane == 0) barrier_arrive(&s.window_empty[window]);
     if (i >= kStages) barrier_wait(&s.empty[stage], i / kStages - 1 & 1);
     if (lane == 0) {
-      barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
-      for (int j = 0; j < kPanels; ++j) {
-        copy_panel(s.q[stage][j], p.q_map, &s.full[stage], 64 * j, row, h, at.b);
-        copy_panel(s.grad_out[stage][j], p.grad_out_map, &s.full[stage], 64 * j, row, h, at.b);
-      }
       s.unseen[stage][0] = unseen.x;
       s.unseen[stage][1] = unseen.y;
+      announce_tile(s, stage);
+      fetch_run(s, p.q_map, p.grad_out_map, p.pooled_sums + head * sum_chunks(p.rows) * 64, stage,
+                0, 64, row, h, at.b);
     }
-    sums.store(s, stage);
-    barrier_arrive(&s.full[stage]);
     __syncwarp();
   }
 }
@@ -172,7 +165,7 @@ __global__ void __launch_bounds__(256, 2)
 template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& device,
                                    cudaStream_t stream) {
-  if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
+  if (params.list_rows % 64 != 0 || params.pooled_sums == nullptr) return cudaErrorNotSupported;
   BackwardPooledMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&

@@ -16,24 +16,25 @@ struct BackwardRowsMaps : BackwardParams, KeyMaps {
 
 template <int DP>
 struct BackwardRowsTraits {
-  static constexpr int kKeys = 64, kStages = 2, kBlocks = 2, kThreads = 256;
+  static constexpr int kStages = 2, kBlocks = 2, kThreads = 256;
 };
 
-template <int DP>
+template <int DP, int kLists>
 struct BackwardRowsShared {
   using Traits = BackwardRowsTraits<DP>;
   uint16_t q[DP / 64][64][64], grad_out[DP / 64][64][64];
-  KeyRing<DP, Traits::kKeys, Traits::kStages> ring;
+  KeyRing<DP, Traits::kStages, kLists> ring;
   uint64_t rows_full;
-  uint32_t bitmap[1];
+  int tiles;  // of keys
+  uint32_t lists[1];
 };
 
-template <typename T, int DP>
+template <typename T, int DP, int kLists>
 __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRowsTraits<DP>::kBlocks)
     backward_rows_kernel(const __grid_constant__ BackwardRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = BackwardRowsShared<DP>;
-  constexpr int kKeys = Shared::Traits::kKeys, kStages = Shared::Traits::kStages;
+  using Shared = BackwardRowsShared<DP, kLists>;
+  constexpr int kKeys = 64, kStages = Shared::Traits::kStages;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   auto& ring = s.ring;
@@ -47,11 +48,12 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   if (warp_index() >= 4) {
     give_registers<56>();
     if (warp_index() > 4) return;
-    KeyProducer<DP, decltype(s.ring)> producer(p, p, ring, s.bitmap);
+    KeyProducer<DP, decltype(s.ring)> producer(p, p, ring, s.lists);
     producer.run_all(
         gridDim.x,
-        [&](const RowTile& at, int) {
+        [&](const RowTile<kLists>& at, int) {
           if (producer.lane == 0) {
+            s.tiles = at.tiles;
             barrier_expect(&s.rows_full, 2 * 64 * DP * 2);
             for (int i = 0; i < DP / 64; ++i) {
               copy_panel(s.q[i], p.q_map, &s.rows_full, 64 * i, at.first_row, at.h, at.b);
@@ -66,8 +68,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   }
 
   take_registers<200>();
-  const RowTile at(p, blockIdx.x, 64, kKeys);
-  const int tiles = uniform(at.tiles);
+  const RowTile<kLists> at(p, blockIdx.x);
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
   const int64_t head = static_cast<int64_t>(at.b) * p.H + at.h;
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     pin(c);
     pin(ds);
     float scale = p.scale * kLog2e;
-    if (!ring.plain[stage]) {
+    const unsigned wanted = ring.wanted_here(stage);
+    if (wanted != 0 && !ring.plain[stage]) {
       ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
       scale = 1.f;
     }
@@ -127,10 +129,19 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
       }
     }
     pack<T>(a, ds);
+    if constexpr (kLists > 1) {  // a branch around the lines above would serialise the products
+#pragma unroll
+      for (int j = 0; j < kKeys / 16; ++j) {
+        const uint32_t mask = wanted >> j & 1 ? ~0u : 0u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[j][i] &= mask;
+      }
+    }
   };
 
+  barrier_wait(&s.rows_full, 0);
+  const int tiles = uniform(s.tiles);
   if (tiles > 0) {
-    barrier_wait(&s.rows_full, 0);
     start_scores(0);
 #pragma unroll 1
     for (int tile = 0; tile < tiles - 1; ++tile) {
@@ -150,10 +161,9 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   }
 
   const float scale[2] = {p.scale, p.scale};
-  finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : p.q_block + at.list_at * p.D, 0,
-              p.D);
+  finish_rows(acc, scale, live,
+              p.q_block == nullptr ? nullptr : p.q_block + at.own_list_at(p) * p.D, 0, p.D);
   // Out through the place of the queries, once every warp is done with them.
-  if (tiles == 0) barrier_wait(&s.rows_full, 0);
   group_sync();
   place_rows<T>(s.q, acc);
   fence_for_copies();
@@ -168,10 +178,21 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 #endif
 }
 
+template <typename T, int DP, int kLists>
+cudaError_t launch_backward_rows_lists(const BackwardRowsMaps& p, const Device& device,
+                                       cudaStream_t stream) {
+  const size_t bytes = sizeof(BackwardRowsShared<DP, kLists>) + 1024 + list_bytes(p, kLists);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int64_t blocks = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
+  const auto kernel = backward_rows_kernel<T, DP, kLists>;
+  return launch(kernel, p, blocks, BackwardRowsTraits<DP>::kThreads / 32, bytes, stream);
+}
+
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams& params, const Device& device,
                                  cudaStream_t stream) {
-  if (params.list_rows % 64 != 0 || params.row_count != nullptr) return cudaErrorNotSupported;
+  const int lists = lists_of_tile(params);
+  if (lists == 0 || params.row_count != nullptr) return cudaErrorNotSupported;
   BackwardRowsMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps =
@@ -180,11 +201,9 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
                  64) &&
       tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows, p.D, 64) &&
       p.set(p, dtype);
-  const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
-  if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int64_t blocks = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
-  const auto kernel = backward_rows_kernel<T, DP>;
-  return launch(kernel, p, blocks, BackwardRowsTraits<DP>::kThreads / 32, bytes, stream);
+  if (!maps) return cudaErrorNotSupported;
+  return lists == 1 ? launch_backward_rows_lists<T, DP, 1>(p, device, stream)
+                    : launch_backward_rows_lists<T, DP, 2>(p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -2,8 +2,8 @@
 // rows that one warp fetches; a warpgroup multiplies with the scores transposed.
 #pragma once
 
-#include "../sm80/tile.cuh"
 #include "backward.h"
+#include "merge.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -14,16 +14,18 @@ struct ColumnsShared {
   static constexpr int kStages = DP == 64 ? 3 : 2, kPanels = DP / 64;
   uint16_t k[kPanels][64][64], v[kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
-  float lse[kStages][64], delta[kStages][64];
-  int first[kStages][4];        // first row of each sixteen, under causal
-  uint32_t unseen[kStages][2];  // pooled keys that the rows don't see, one bit each
+  alignas(16) float sums[kStages][2][2][32];  // of each 32 rows lse (log2 units) and delta
+  int first[kStages][4];                      // first row of each sixteen, under causal
+  uint32_t wanted[kStages];                   // of key blocks shorter than 64: see merge.cuh
+  uint32_t unseen[kStages][2];                // pooled keys that the rows don't see, one bit each
+  int tiles;                                  // of rows
   uint64_t keys_full, full[kStages], empty[kStages];
 
   // By one thread.
   __device__ void init() {
     barrier_init(&keys_full, 1);
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(&full[i], 33);  // its copies, and the lanes that write beside them
+      barrier_init(&full[i], 1);
       barrier_init(&empty[i], 4);
     }
   }
@@ -39,35 +41,47 @@ struct ColumnsShared {
   }
 };
 
-// lse and delta of a lane's two rows of a tile (r = lane, lane + 32), zero weight where there is no
-// row. i: the row.
-struct RowSums {
-  float lse[2], delta[2];
+// By one thread, that what belongs to a tile is written and its copies follow.
+template <int DP>
+__device__ __forceinline__ void announce_tile(ColumnsShared<DP>& s, int stage) {
+  barrier_expect(&s.full[stage], 2 * 64 * DP * 2 + sizeof(s.sums[0]));
+}
 
-  __device__ __forceinline__ void look_up(int half, const float* lse2, const float* deltas, int i,
-                                          int rows) {
-    lse[half] = i < rows ? lse2[i] : INFINITY;
-    delta[half] = i < rows ? deltas[i] : 0.f;
+// `run` rows from `row` on of head h of batch b, as rows `at` on of the tile at `stage`. `sums`: of
+// the head, [sum_chunks][2][32].
+template <int DP>
+__device__ __forceinline__ void fetch_run(ColumnsShared<DP>& s, const CUtensorMap& q_map,
+                                          const CUtensorMap& grad_out_map, const float* sums,
+                                          int stage, int at, int run, int row, int h, int b) {
+  for (int i = 0; i < DP / 64; ++i) {
+    copy_panel(s.q[stage][i][at], q_map, &s.full[stage], 64 * i, row, h, b);
+    copy_panel(s.grad_out[stage][i][at], grad_out_map, &s.full[stage], 64 * i, row, h, b);
   }
-  template <class Shared>
-  __device__ __forceinline__ void store(Shared& s, int stage) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      s.lse[stage][threadIdx.x % 32 + 32 * half] = lse[half];
-      s.delta[stage][threadIdx.x % 32 + 32 * half] = delta[half];
-    }
-  }
-};
+  copy_bytes(s.sums[stage][at / 32], sums + row / 32 * 64, run * 8, &s.full[stage]);
+}
 
 // Adds `tiles` tiles of rows to the sums of the keys; dk less the factor `scale`. kPooled: keys
 // stand for 2^bias keys each, and `unseen` takes away some tile by tile; else `first_key` matters
-// under causal.
-template <typename T, int DP, bool kPooled>
+// under causal. kLists > 1: the keys are those of so many blocks, with lists of their own.
+template <typename T, int DP, bool kPooled, int kLists = 1>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP>& s, int tiles, float scale,
                                             bool causal, int first_key, const float (&bias)[2]) {
   constexpr int kStages = ColumnsShared<DP>::kStages;
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int own_list = warp_index() * kLists / 4;
+  // A branch around the work on what is not wanted would serialise the products.
+  const auto keep_wanted = [&](uint32_t(&x)[4][4], int stage) {
+    if constexpr (kLists > 1) {
+      const uint32_t wanted = s.wanted[stage] >> 4 * own_list;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t mask = wanted >> j & 1 ? ~0u : 0u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[j][i] &= mask;
+      }
+    }
+  };
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int stage = tile % kStages;
@@ -93,7 +107,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(c);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 l = *reinterpret_cast<const float2*>(&s.lse[stage][8 * n + 2 * t]);
+      const float2 l = *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][0][n % 4 * 8 + 2 * t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float shift = i % 2 ? l.y : l.x;
@@ -111,6 +125,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(a, c);
+    keep_wanted(a, stage);
     pin(dv);
     wgmma_fence();
     multiply_pn<T, 64>(dv, a, s.grad_out[stage]);
@@ -120,7 +135,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(ds);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 d = *reinterpret_cast<const float2*>(&s.delta[stage][8 * n + 2 * t]);
+      const float2 d = *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][1][n % 4 * 8 + 2 * t]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Rounded weights: keeping the others would take registers that dim 128 does not have.
@@ -130,6 +145,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(da, ds);
+    keep_wanted(da, stage);
     pin(dk);
     wgmma_fence();
     multiply_pn<T, 64>(dk, da, s.q[stage]);

@@ -20,51 +20,50 @@ struct ForwardMaps : ForwardParams, KeyMaps {
 // Measured choices (docs/kernels.md): stages of the ring, blocks of threads a multiprocessor.
 template <int DP>
 struct ForwardTraits {
-  static constexpr int kKeys = 64, kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2;
-  static constexpr int kRows = 64, kThreads = 160;
+  static constexpr int kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2, kThreads = 160;
 };
 
 // What the consumers are told of a tile of rows.
 struct ForwardWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
-  float state_lse;
+  float state_lse[2];  // of each list
 };
 
-template <int DP>
+template <int DP, int kLists>
 struct ForwardShared {
   using Traits = ForwardTraits<DP>;
   uint16_t q[2][DP / 64][64][64];  // also the output on its way to memory
-  KeyRing<DP, Traits::kKeys, Traits::kStages> ring;
-  alignas(16) float state_mean[2][DP];
+  KeyRing<DP, Traits::kStages, kLists> ring;
+  alignas(16) float state_mean[2][kLists][DP];
   ForwardWork work[2];
   uint64_t q_full[2], q_empty[2];
-  uint32_t bitmap[1];
+  uint32_t lists[1];
 };
 
-template <int DP>
-__device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
+template <int DP, int kLists>
+__device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP, kLists>& s) {
+  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.lists);
   const auto fetch_last = [&] {
     if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
   };
-  const auto fetch_rows = [&](const RowTile& at, int turn) {
+  const auto fetch_rows = [&](const RowTile<kLists>& at, int turn) {
     const int slot = turn % 2;
     if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
-    const bool state = p.state_mean != nullptr;
+    const int states =
+        p.state_mean == nullptr ? 0 : min(kLists, static_cast<int>(p.row_lists.lists) - at.x);
     if (producer.lane == 0) {
-      s.work[slot] = {at.b,
-                      at.h,
-                      at.first_row,
-                      at.rows,
-                      at.pooled_tiles,
-                      at.tiles,
-                      state ? p.state_lse[at.list_at] : 0.f};
-      barrier_expect(&s.q_full[slot], 64 * DP * 2 + (state ? p.D * 4 : 0));
+      ForwardWork& work = s.work[slot];
+      work = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
+      for (int l = 0; l < kLists; ++l) {
+        work.state_lse[l] = l < states ? p.state_lse[at.list_at + l] : -INFINITY;
+      }
+      barrier_expect(&s.q_full[slot], 64 * DP * 2 + states * p.D * 4);
       for (int i = 0; i < DP / 64; ++i) {
         copy_panel(s.q[slot][i], p.q_map, &s.q_full[slot], 64 * i, at.first_row, at.h, at.b);
       }
-      if (state) {
-        copy_bytes(s.state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &s.q_full[slot]);
+      for (int l = 0; l < states; ++l) {
+        copy_bytes(s.state_mean[slot][l], p.state_mean + (at.list_at + l) * p.D, p.D * 4,
+                   &s.q_full[slot]);
       }
     }
     __syncwarp();
@@ -123,13 +122,12 @@ __device__ __forceinline__ void add_order1(float (&acc)[DP / 8][4], const float 
   }
 }
 
-template <typename T, int DP>
+template <typename T, int DP, int kLists>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = ForwardShared<DP>;
-  using Traits = ForwardTraits<DP>;
-  constexpr int kKeys = Traits::kKeys, kStages = Traits::kStages, kPanels = DP / 64;
+  using Shared = ForwardShared<DP, kLists>;
+  constexpr int kKeys = 64, kStages = ForwardTraits<DP>::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   }
   __syncthreads();
   if (warp_index() == 4) {
-    fetch_ahead<DP>(p, s);
+    fetch_ahead<DP, kLists>(p, s);
     return;
   }
   auto& ring = s.ring;
@@ -157,8 +155,9 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     const ForwardWork at = s.work[slot];
     const int tiles = uniform(at.tiles);
     OnlineSoftmax<T, DP> softmax;
-    softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
-                  p.D);
+    const int own = RowTile<kLists>::own_list();
+    softmax.start(p.state_mean != nullptr ? s.state_mean[slot][own] : nullptr,
+                  &s.work[slot].state_lse[own], p.D);
     const bool first_lane = threadIdx.x % 32 == 0;
     float c[kKeys / 8][4];
     uint32_t weights[kKeys / 16][4];
@@ -182,13 +181,14 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     auto weigh = [&](int tile, float(&factor)[2]) {
       const int stage = (before + tile) % kStages;
       float scale = p.scale * kLog2e;
-      if (!ring.plain[stage]) {
+      const unsigned wanted = ring.wanted_here(stage);
+      if (wanted != 0 && !ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
       __syncwarp();
       if (first_lane) barrier_arrive(&ring.k_empty[stage]);
-      const bool grown = softmax.weigh(c, scale, factor);
+      const bool grown = softmax.template weigh<(kLists > 1)>(c, scale, factor, wanted);
       if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
       return grown;
     };
@@ -254,11 +254,21 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 #endif
 }
 
+template <typename T, int DP, int kLists>
+cudaError_t launch_forward_lists(const ForwardMaps& p, const Device& device, cudaStream_t stream) {
+  using Traits = ForwardTraits<DP>;
+  const size_t bytes = sizeof(ForwardShared<DP, kLists>) + 1024 + list_bytes(p, kLists);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const auto kernel = forward_kernel<T, DP, kLists>;
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
+  return launch(kernel, p, blocks, Traits::kThreads / 32, bytes, stream);
+}
+
 // cudaErrorNotSupported: not a case for this kernel.
 template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  using Traits = ForwardTraits<DP>;
-  if (params.list_rows % Traits::kRows != 0) return cudaErrorNotSupported;
+  const int lists = lists_of_tile(params);
+  if (lists == 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps =
@@ -272,16 +282,12 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
       return cudaErrorNotSupported;
     }
   }
-  const int64_t items =
-      (p.rows + Traits::kRows - 1) / Traits::kRows * static_cast<int64_t>(p.B) * p.H;
+  const int64_t items = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
   if (items == 0) return cudaSuccess;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
-  const size_t bytes = sizeof(ForwardShared<DP>) + 1024 + bitmap_bytes(p);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const auto kernel = forward_kernel<T, DP>;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(kernel, p, blocks, Traits::kThreads / 32, bytes, stream);
+  return lists == 1 ? launch_forward_lists<T, DP, 1>(p, device, stream)
+                    : launch_forward_lists<T, DP, 2>(p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

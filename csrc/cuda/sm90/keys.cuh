@@ -3,10 +3,12 @@
 // that are not selected, then the keys of the selected blocks, gathered by the row list.
 //
 // A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
-// has no weight. A `plain` tile needs none: every key is there and counts once, for every row.
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row. Where
+// a tile of rows spans kLists query blocks (merge.cuh), each has its own biases of pooled keys, and
+// `wanted` tells which sixteens of the tile are for it.
 #pragma once
 
-#include "../sm80/tile.cuh"
+#include "merge.cuh"
 #include "tma.cuh"
 
 namespace mra::cuda::sm90 {
@@ -27,50 +29,69 @@ struct KeyMaps {
   }
 };
 
-// Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
-inline size_t bitmap_bytes(const Problem& p) {
-  return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * 4 : 0;
+// Lists that a tile of 64 rows spans: 1 or 2, else 0.
+inline int lists_of_tile(const Problem& p) {
+  return p.list_rows % 64 == 0 ? 1 : p.list_rows == 32 && p.nk <= kMaxMerged ? 2 : 0;
 }
 
-// A tile of rows and the keys that it attends.
-struct RowTile {
-  int b, h, hk, first_row, rows, pooled_blocks, pooled_tiles, tiles;
-  int64_t list_at;
-  List list;
+// Bytes behind the shared memory of a kernel: see KeyProducer::space.
+inline size_t list_bytes(const Problem& p, int lists) {
+  return p.pooled_k != nullptr || lists > 1 ? 2 * list_words(lists, p.nk) * sizeof(uint32_t) : 0;
+}
 
-  __device__ RowTile(const Problem& p, unsigned item, int tile_rows, int tile_keys) {
-    const unsigned row_tiles = (p.rows + tile_rows - 1) / tile_rows;
+// A tile of 64 rows and the keys that it attends, 64 a tile.
+template <int kLists>
+struct RowTile {
+  int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
+  int64_t head, list_at;
+  List list;  // kLists = 1
+
+  __device__ RowTile(const Problem& p, unsigned item) {
+    const unsigned row_tiles = (p.rows + 63) / 64;
     // Under causal the last tiles have most keys: start them first.
     const unsigned bh = item / row_tiles, from_start = item - bh * row_tiles;
-    first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * tile_rows;
+    first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * 64;
     b = bh / static_cast<unsigned>(p.H);
     h = bh - b * p.H;
     hk = h / (p.H / p.Hk);
-    rows = min(tile_rows, p.rows - first_row);
-    const int64_t head = static_cast<int64_t>(b) * p.H + h;
-    const int x = first_row / p.list_rows;
+    rows = min(64, p.rows - first_row);
+    head = static_cast<int64_t>(b) * p.H + h;
+    x = first_row / p.list_rows;
     list_at = head * p.row_lists.lists + x;
-    list = list_of(p.row_lists, head, x);
     pooled_blocks = 0;
-    if (p.pooled_k != nullptr) {
-      const int64_t past = static_cast<int64_t>(x) * p.block_q >> p.log2_block_k;
-      pooled_blocks = p.causal && past < p.nk ? static_cast<int>(past) : p.nk;
+    if (p.pooled_k != nullptr) pooled_blocks = past(p, x + kLists - 1);
+    pooled_tiles = (pooled_blocks + 63) / 64;
+    tiles = pooled_tiles;
+    if constexpr (kLists == 1) {
+      list = list_of(p.row_lists, head, x);
+      add_listed(p, list.count);
     }
-    pooled_tiles = (pooled_blocks + tile_keys - 1) / tile_keys;
-    const int64_t keys = static_cast<int64_t>(list.count) * p.block_k;
-    tiles = pooled_tiles + static_cast<int>((keys + tile_keys - 1) / tile_keys);
+  }
+  // The list of this warp's rows.
+  static __device__ int own_list() { return warp_index() * kLists / 4; }
+  __device__ int64_t own_list_at(const Problem& p) const {
+    return list_at + (x + own_list() < p.row_lists.lists ? own_list() : 0);
+  }
+  __device__ void add_listed(const Problem& p, int count) {
+    tiles += static_cast<int>((static_cast<int64_t>(count) * p.block_k + 63) / 64);
+  }
+  // Pooled keys that query block x may see.
+  static __device__ int past(const Problem& p, int x) {
+    const int64_t past = static_cast<int64_t>(x) * p.block_q >> p.log2_block_k;
+    return p.causal && past < p.nk ? static_cast<int>(past) : p.nk;
   }
 };
 
 // Tiles of keys on their way to the consumers.
-template <int DP, int kTileKeys, int kTiles>
+template <int DP, int kTiles, int kRowLists>
 struct KeyRing {
-  static constexpr int kKeys = kTileKeys, kStages = kTiles, kPanels = DP / 64;
+  static constexpr int kKeys = 64, kStages = kTiles, kLists = kRowLists, kPanels = DP / 64;
   uint16_t k[kStages][kPanels][kKeys][64];
   uint16_t v[kStages][kPanels][kKeys][64];
-  float bias[kStages][kKeys];      // log2 units; read where a tile is not plain
-  int first[kStages][kKeys / 16];  // first key of each sixteen, under causal
+  float bias[kStages][kLists][kKeys];  // log2 units; read where a tile is not plain
+  int first[kStages][kKeys / 16];      // first key of each sixteen, under causal
   int plain[kStages];
+  uint32_t wanted[kStages];  // four bits a list, one for each sixteen; of several lists
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 
   // By one thread. Four warps read a tile.
@@ -83,13 +104,19 @@ struct KeyRing {
     }
   }
 
+  // The sixteens of a tile that this warp's rows attend, one bit each.
+  __device__ __forceinline__ unsigned wanted_here(int stage) const {
+    return kLists == 1 ? 15 : wanted[stage] >> 4 * RowTile<kLists>::own_list() & 15;
+  }
+
   // Scores of a tile that is not plain -> logits in log2 units. `row`: this lane's first.
   __device__ __forceinline__ void to_logits(float (&c)[kKeys / 8][4], int stage, float scale,
                                             bool causal, int row) const {
     const int t = threadIdx.x % 4;
+    const float* own = bias[stage][RowTile<kLists>::own_list()];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      const float2 u = *reinterpret_cast<const float2*>(&bias[stage][8 * n + 2 * t]);
+      const float2 u = *reinterpret_cast<const float2*>(own + 8 * n + 2 * t);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[n][i] = fmaf(c[n][i], scale, i % 2 ? u.y : u.x);
       if (causal) {
@@ -107,41 +134,47 @@ struct KeyRing {
 template <int DP, class Ring>
 struct KeyProducer {
   static constexpr int kKeys = Ring::kKeys, kStages = Ring::kStages, kPanels = Ring::kPanels;
+  static constexpr int kLists = Ring::kLists;
 
   const Problem& p;
   const KeyMaps& maps;
   Ring& s;
-  uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
-  RowTile at;
+  uint32_t* spaces;  // [2][list_words]: lists of this tile of rows and the next
+  RowTile<kLists> at;
+  int turn = 0;               // tiles of rows before this one
+  int listed = 0;             // kLists > 1: entries of the merged list
   int fetched = 0;            // tiles of keys so far
   const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
 
-  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps)
+  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* spaces)
       : p(p),
         maps(maps),
         s(s),
-        bitmaps(bitmaps),
-        at(p, blockIdx.x, 64, kKeys),
+        spaces(spaces),
+        at(p, blockIdx.x),
         lane(threadIdx.x % 32),
         run(min(p.block_k, 64)),
         runs(kKeys / run) {}
 
-  // The selected block that this lane's copy of tile `tile` (of the exact ones) reads; -1: none.
-  __device__ int block_of(int tile) const {
-    const int entry = (tile * runs + lane) * run >> p.log2_block_k;
-    return lane < runs && entry < at.list.count ? at.list.entries[entry] : -1;
+  __device__ uint32_t* space(int turn) const { return spaces + turn % 2 * list_words(kLists, p.nk); }
+
+  // Looks up what the tile of rows of a turn has selected, as far as it is needed in shared memory.
+  __device__ void prepare(RowTile<kLists>& rows, int turn) {
+    if (kLists == 1 && rows.pooled_tiles == 0) return;
+    listed = read_lists<kLists>(p.row_lists, rows.head, rows.x, p.nk, space(turn));
+    if (kLists > 1) rows.add_listed(p, listed);
   }
 
-  __device__ uint32_t* bitmap(int turn) const { return bitmaps + turn % 2 * ((p.nk + 31) / 32); }
-
-  __device__ void mark_selected(uint32_t* bitmap, const List& list) {
-    for (int i = lane; i < (p.nk + 31) / 32; i += 32) bitmap[i] = 0;
-    __syncwarp();
-    for (int i = lane; i < list.count; i += 32) {
-      const unsigned y = list.entries[i];
-      if (y < static_cast<unsigned>(p.nk)) atomicOr(bitmap + y / 32, 1u << y % 32);
+  // What this lane's copy of tile `tile` (of the exact ones) reads: the block, above it the lists
+  // that have it. No block: out of range.
+  __device__ MergedEntry entry_of(int tile) const {
+    const int i = (tile * runs + lane) * run >> p.log2_block_k;
+    if constexpr (kLists == 1) {
+      const bool there = lane < runs && i < at.list.count;
+      return {there ? static_cast<uint32_t>(at.list.entries[i]) : ~0u};
     }
-    __syncwarp();
+    const uint32_t* entries = space(turn) + kLists * ((p.nk + 31) / 32);
+    return {lane < runs && i < listed ? entries[i] : 0xffffffu};
   }
 
   // Counts of the key blocks that this lane has of pooled tile `tile`.
@@ -153,38 +186,47 @@ struct KeyProducer {
     }
   }
 
-  __device__ void fetch_pooled(int tile, int stage, const uint32_t* bitmap,
-                               const int (&counts)[kKeys / 32]) {
-    const int y0 = tile * kKeys;
+  __device__ void fetch_pooled(int tile, int stage, const int (&counts)[kKeys / 32]) {
+    const int y0 = tile * kKeys, words = (p.nk + 31) / 32;
 #pragma unroll
     for (int i = 0; i < kKeys / 32; ++i) {
-      const bool there = y0 + 32 * i + lane < at.pooled_blocks;
-      const bool selected = there && bitmap[y0 / 32 + i] >> lane & 1;
-      s.bias[stage][32 * i + lane] =
-          there && !selected ? log2_approx(static_cast<float>(counts[i])) : -INFINITY;
+      const float bias = log2_approx(static_cast<float>(counts[i]));
+#pragma unroll
+      for (int l = 0; l < kLists; ++l) {
+        const bool seen = y0 + 32 * i + lane < RowTile<kLists>::past(p, at.x + l);
+        const bool unselected = seen && !(space(turn)[l * words + y0 / 32 + i] >> lane & 1);
+        s.bias[stage][l][32 * i + lane] = unselected ? bias : -INFINITY;
+      }
     }
     if (lane == 0) s.plain[stage] = 0;
+    if (kLists > 1 && lane == 0) s.wanted[stage] = ~0u;
     if (lane < kKeys / 16) s.first[stage][lane] = INT_MIN / 2;
     fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
-  __device__ void fetch_listed(int tile, int stage, int block) {
-    const bool valid = static_cast<unsigned>(block) < static_cast<unsigned>(p.nk);
+  __device__ void fetch_listed(int tile, int stage, MergedEntry entry) {
+    const uint32_t block = kLists == 1 ? entry.bits : entry.block();
+    const bool valid = block < static_cast<uint32_t>(p.nk);
     const int within = (tile * runs + lane) * run & (p.block_k - 1);
     const int first = valid ? block * p.block_k + within : p.M;  // beyond the end: zeros
     const bool whole = lane >= runs || (first + run <= p.M && p.key_mask == nullptr &&
                                         (!p.causal || first + run - 1 <= at.first_row));
-    const bool plain = __all_sync(0xffffffffu, whole);
+    const bool plain = __all_sync(0xffffffffu, whole || (kLists > 1 && !valid));
     if (!plain) {
       for (int i = lane; i < kKeys; i += 32) {
         const int j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
         const bool there =
             j < p.M && (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(at.b) * p.M + j]);
-        s.bias[stage][i] = there ? 0.f : -INFINITY;
+#pragma unroll
+        for (int l = 0; l < kLists; ++l) s.bias[stage][l][i] = there ? 0.f : -INFINITY;
         if (i % 16 == 0) s.first[stage][i / 16] = j;
       }
     }
     if (lane == 0) s.plain[stage] = plain;
+    if constexpr (kLists > 1) {
+      const uint32_t wanted = wanted_sixteens(valid ? entry.lists() : 0, run);
+      if (lane == 0) s.wanted[stage] = wanted;
+    }
     fetch(maps.k_map, maps.v_map, runs, run, first);
   }
 
@@ -245,33 +287,32 @@ struct KeyProducer {
   // behind its keys.
   template <class FetchRows, class FetchLast>
   __device__ void run_all(unsigned items, FetchRows fetch_rows, FetchLast fetch_last) {
-    int turn = 0;
+    prepare(at, 0);
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
       fetch_rows(at, turn);
-      if (turn == 0 && at.pooled_tiles > 0) mark_selected(bitmap(0), at.list);
-      int block = block_of(0), counts[kKeys / 32];
+      MergedEntry entry = entry_of(0);
+      int counts[kKeys / 32];
       look_up_counts(0, counts);
       // The list of the next tile of rows is looked up while this one's keys arrive.
       const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
-      const RowTile next_rows(p, next_item, 64, kKeys);
+      RowTile<kLists> next_rows(p, next_item);
 #pragma unroll 1
       for (int tile = 0; tile < at.tiles; ++tile) {
-        const int stage = fetched % kStages, listed = tile - at.pooled_tiles;
-        const int next = listed >= 0 ? block_of(listed + 1) : block;
+        const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
+        const MergedEntry next = exact >= 0 ? entry_of(exact + 1) : entry;
         wait_for_keys();
-        if (listed < 0) {
-          fetch_pooled(tile, stage, bitmap(turn), counts);
+        if (exact < 0) {
+          fetch_pooled(tile, stage, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          fetch_listed(listed, stage, block);
+          fetch_listed(exact, stage, entry);
         }
-        block = next;
+        entry = next;
       }
       fetch_last();
       // While the keys that are on their way are attended.
-      if (next_item != item && next_rows.pooled_tiles > 0)
-        mark_selected(bitmap(turn + 1), next_rows.list);
+      if (next_item != item) prepare(next_rows, turn + 1);
       at = next_rows;
     }
   }
