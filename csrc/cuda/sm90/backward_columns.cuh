@@ -1,47 +1,54 @@
 // Gradients of the keys and values on Hopper: what sm80/backward_columns.cuh computes for the keys
-// of one block from the rows of its column list, for half types and head dims up to 128. A block of
-// threads takes 64 keys: one warp fetches tiles of 64 rows, a warpgroup multiplies with the scores
-// transposed. Registers move from the fetching warps to those that hold two accumulators.
+// of one block from the rows of its column list, for half types and head dims up to 128. Persistent
+// blocks of threads take tiles of 64 keys in turns: one warp fetches tiles of 64 rows ahead, a
+// warpgroup multiplies with the scores transposed. Registers move from the fetching warps to those
+// that hold two accumulators.
 #pragma once
+
+#include <algorithm>
 
 #include "columns.cuh"
 
 namespace mra::cuda::sm90 {
 
 struct BackwardColumnsMaps : BackwardParams {
+  int items;  // tiles of keys in all
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
-template <int DP>
-struct BackwardColumnsShared : ColumnsShared<DP> {
-  uint32_t lists[1];  // kLists > 1: list_words
-};
-
-// A tile of 64 keys. `block`: the first of its kLists blocks, or the one that it is a part of.
+// A tile of 64 keys. `block`: the first of its blocks, or the one that it is a part of.
 struct KeyTile {
-  int b, hk, first_key, keys, block;
+  int b, hk, first_key, block;
+  int tiles;  // of rows, set by the warp that fetches
 
-  __device__ explicit KeyTile(const BackwardParams& p) {
-    unsigned item;  // looked up anew each time: kept, what follows from it would cost registers
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(item));
+  __device__ KeyTile(const BackwardParams& p, unsigned item) : tiles(0) {
     const unsigned key_tiles = (p.M + 63) / 64, head = item / key_tiles;
     first_key = (item - head * key_tiles) * 64;
     b = head / static_cast<unsigned>(p.Hk);
     hk = head - b * p.Hk;
-    keys = min(64, p.M - first_key);
     block = first_key >> p.log2_block_k;
   }
+};
+
+template <int DP, int kLists>
+struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
+  using Base = ColumnsShared<DP, DP == 64 ? 2 : 1>;
+  alignas(16) float blocks[Base::kPlaces][2][kLists][DP];  // parts of dk and dv that blocks share
+  alignas(16) char work[Base::kPlaces][sizeof(KeyTile)];
+  uint32_t lists[1];  // kLists > 1: list_words
+
+  __device__ KeyTile& tile(int place) { return *reinterpret_cast<KeyTile*>(work[place]); }
 };
 
 // Of one query head the rows that attend a tile of keys, 64 a tile.
 template <int kLists>
 struct ColumnRows {
-  List list;       // kLists = 1
-  uint32_t* lists;  // else: list_words
+  List list;  // kLists = 1
   int entries, tiles;
 
-  __device__ ColumnRows(const BackwardParams& p, uint32_t* lists, const KeyTile& at, int64_t head)
-      : lists(lists) {
+  // `lists`: list_words, read again by entry().
+  __device__ ColumnRows(const BackwardParams& p, uint32_t* lists, const KeyTile& at,
+                        int64_t head) {
     if constexpr (kLists == 1) {
       list = list_of(p.column_lists, head, at.block);
       entries = list.count;
@@ -51,42 +58,54 @@ struct ColumnRows {
     tiles = static_cast<int>((static_cast<int64_t>(entries) * p.list_rows + 63) / 64);
   }
   // Block and lists of entry i; out of range where there is none.
-  __device__ MergedEntry entry(const BackwardParams& p, int i) const {
+  __device__ MergedEntry entry(const BackwardParams& p, const uint32_t* lists, int i) const {
     if (i >= entries) return {0xffffffu};
     if constexpr (kLists == 1) return {static_cast<uint32_t>(list.entries[i])};
     return {lists[kLists * ((p.row_lists.lists + 31) / 32) + i]};
   }
 };
 
-// Run by one warp: the rows, head by head.
+// The keys of a tile and what else its end needs, by one thread.
 template <int DP, int kLists>
-__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
-                           const KeyTile& at) {
-  constexpr int kStages = ColumnsShared<DP>::kStages;
+__device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP, kLists>& s,
+                           const KeyTile& at, int place) {
+  const int blocks = p.k_block == nullptr ? 0 : min(kLists, p.nk - at.block);
+  s.tile(place) = at;
+  s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * blocks * p.D * 4);
+  for (int l = 0; l < blocks; ++l) {
+    const int64_t from =
+        ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block + l) * p.D;
+    copy_bytes(s.blocks[place][0][l], p.k_block + from, p.D * 4, &s.keys_full[place]);
+    copy_bytes(s.blocks[place][1][l], p.v_block + from, p.D * 4, &s.keys_full[place]);
+  }
+}
+
+// Run by one warp: the rows of a tile of keys, head by head. `fetched`: tiles of rows so far.
+template <int DP, int kLists>
+__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP, kLists>& s,
+                           KeyTile& at, int turn, int& fetched) {
+  using Shared = BackwardColumnsShared<DP, kLists>;
+  constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
   const int group = p.H / p.Hk, first_head = at.hk * group;
   const int64_t batch = static_cast<int64_t>(at.b) * p.H;
   ColumnRows<kLists> rows(p, s.lists, at, batch + first_head);
-  int tiles = rows.tiles;
+  at.tiles = rows.tiles;
   if (group > 1) {
     for (int h = first_head + 1; h < first_head + group; ++h) {
-      tiles += ColumnRows<kLists>(p, s.lists, at, batch + h).tiles;
+      at.tiles += ColumnRows<kLists>(p, s.lists, at, batch + h).tiles;
     }
     rows = ColumnRows<kLists>(p, s.lists, at, batch + first_head);
   }
-  if (lane == 0) {
-    s.tiles = tiles;
-    s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
-  }
+  if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
+  if (lane == 0) fetch_tile(p, s, at, turn % kPlaces);
   __syncwarp();
   const int log2_rows = __ffs(p.list_rows) - 1;
-  int fetched = 0;
 #pragma unroll 1
   for (int h = first_head;;) {
-    const float* sums = p.sums + (batch + h) * sum_chunks(p.rows) * 64;
     // Of this lane's run of a tile.
     const auto entry_of = [&](int tile) {
-      return lane < runs ? rows.entry(p, 64 * tile + run * lane >> log2_rows)
+      return lane < runs ? rows.entry(p, s.lists, 64 * tile + run * lane >> log2_rows)
                          : MergedEntry{0xffffffu};
     };
     MergedEntry entry = entry_of(0);
@@ -114,6 +133,7 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<D
       }
       __syncwarp();
       if (lane < runs) {
+        const float* sums = p.sums + (batch + h) * sum_chunks(p.rows) * 64;
         fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
       }
       __syncwarp();
@@ -128,7 +148,8 @@ template <typename T, int DP, int kLists>
 __global__ void __launch_bounds__(256, 2)
     backward_columns_kernel(const __grid_constant__ BackwardColumnsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = BackwardColumnsShared<DP>;
+  using Shared = BackwardColumnsShared<DP, kLists>;
+  constexpr int kPlaces = Shared::kPlaces;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
@@ -137,50 +158,68 @@ __global__ void __launch_bounds__(256, 2)
     barrier_init_done();
   }
   __syncthreads();
-  const KeyTile at(p);
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 56 : 32>();
-    if (warp_index() == 4) fetch_rows<DP, kLists>(p, s, at);
+    if (warp_index() > 4) return;
+    int fetched = 0, turn = 0;
+#pragma unroll 1
+    for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+      KeyTile at(p, item);
+      fetch_rows<DP, kLists>(p, s, at, turn, fetched);
+    }
     return;
   }
   take_registers<DP == 64 ? 200 : 224>();
 
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
-  float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-  barrier_wait(&s.keys_full, 0);
-  const int tiles = uniform(s.tiles);
-  const float none[2] = {};
-  attend_rows<T, DP, false, kLists>(dk, dv, s, tiles, p.scale, p.causal, at.first_key, none);
+  int before = 0, turn = 0;  // tiles of rows before this tile of keys; tiles of keys
+#pragma unroll 1
+  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+    const int place = turn % kPlaces;
+    float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
+    barrier_wait(&s.keys_full[place], turn / kPlaces & 1);
+    if (kPlaces > 1 && turn > 0 && threadIdx.x == 0) {
+      store_wait();
+      barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
+    }
+    const int tiles = uniform(s.tile(place).tiles);
+    const float none[2] = {};
+    attend_rows<T, DP, false, kLists>(dk, dv, s, place, before, tiles, p.scale, p.causal,
+                                      s.tile(place).first_key, none);
+    before += tiles;
 
-  const KeyTile own(p);
-  bool live[2];
+    const KeyTile& at = s.tile(place);
+    bool live[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = key + g + 8 * half;
-    live[half] = r < own.keys;
-    if (live[half] && p.key_mask != nullptr) {
-      live[half] = p.key_mask[static_cast<int64_t>(own.b) * p.M + own.first_key + r];
+    for (int half = 0; half < 2; ++half) {
+      const int j = at.first_key + key + g + 8 * half;
+      live[half] = j < p.M && (p.key_mask == nullptr ||
+                               p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
+    }
+    const bool shares = p.k_block != nullptr;
+    const int own = warp_index() * kLists / 4;
+    const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
+    finish_rows(dk, k_scale, live, shares ? s.blocks[place][0][own] : nullptr, 0, p.D);
+    finish_rows(dv, v_scale, live, shares ? s.blocks[place][1][own] : nullptr, 0, p.D);
+    // Out through the place of the keys and values, once every warp is done with them.
+    group_sync();
+    place_rows<T>(s.k[place], dk);
+    place_rows<T>(s.v[place], dv);
+    fence_for_copies();
+    group_sync();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < DP / 64; ++i) {
+        give_panel(p.add, p.grad_k_map, s.k[place][i], 64 * i, at.first_key, at.hk, at.b);
+        give_panel(p.add, p.grad_v_map, s.v[place][i], 64 * i, at.first_key, at.hk, at.b);
+      }
+      store_commit();
+      if (kPlaces == 1) {
+        store_wait();
+        barrier_arrive(&s.keys_empty[place]);
+      }
     }
   }
-  const int own_block = min(own.block + warp_index() * kLists / 4, p.nk - 1);
-  const int64_t block = ((static_cast<int64_t>(own.b) * p.Hk + own.hk) * p.nk + own_block) * p.D;
-  const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
-  finish_rows(dk, k_scale, live, p.k_block == nullptr ? nullptr : p.k_block + block, 0, p.D);
-  finish_rows(dv, v_scale, live, p.v_block == nullptr ? nullptr : p.v_block + block, 0, p.D);
-  // Out through the place of the keys and values, once every warp is done with them.
-  group_sync();
-  place_rows<T>(s.k, dk);
-  place_rows<T>(s.v, dv);
-  fence_for_copies();
-  group_sync();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < DP / 64; ++i) {
-      give_panel(p.add, p.grad_k_map, s.k[i], 64 * i, own.first_key, own.hk, own.b);
-      give_panel(p.add, p.grad_v_map, s.v[i], 64 * i, own.first_key, own.hk, own.b);
-    }
-    store_commit();
-    store_wait();
-  }
+  if (threadIdx.x == 0) store_wait();
 #endif
 }
 
@@ -188,9 +227,9 @@ template <typename T, int DP, int kLists>
 cudaError_t launch_backward_columns_lists(const BackwardColumnsMaps& p, const Device& device,
                                           cudaStream_t stream) {
   const int words = kLists > 1 ? list_words(kLists, p.row_lists.lists) : 0;
-  const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024 + words * sizeof(uint32_t);
+  const size_t bytes = sizeof(BackwardColumnsShared<DP, kLists>) + 1024 + words * sizeof(uint32_t);
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int64_t blocks = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
+  const int blocks = std::min(p.items, 2 * device.sms);
   return launch(backward_columns_kernel<T, DP, kLists>, p, blocks, 256 / 32, bytes, stream);
 }
 
@@ -214,6 +253,9 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
       tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M, p.D, 64) &&
       tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M, p.D, 64);
   if (!maps) return cudaErrorNotSupported;
+  const int64_t items = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
+  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
+  p.items = static_cast<int>(items);
   switch (p.block_k) {
     case 16:
       return launch_backward_columns_lists<T, DP, 4>(p, device, stream);

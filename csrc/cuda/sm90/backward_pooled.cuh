@@ -45,7 +45,7 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
                            const PooledTile& at) {
   constexpr int kStages = ColumnsShared<DP>::kStages;
   const int lane = threadIdx.x % 32, all = at.group * at.tiles;
-  if (lane == 0) s.fetch_keys(p.k_map, p.v_map, at.first_key, at.hk, at.b);
+  if (lane == 0) s.fetch_keys(0, p.k_map, p.v_map, at.first_key, at.hk, at.b);
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < all; ++i) {
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(256, 2)
   }
   const int tiles = uniform(at.group * at.tiles);
   float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-  barrier_wait(&s.keys_full, 0);
-  attend_rows<T, DP, true>(dk, dv, s, tiles, p.scale, false, 0, bias);
+  barrier_wait(&s.keys_full[0], 0);
+  attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
 
   const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
   const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {

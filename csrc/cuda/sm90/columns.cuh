@@ -9,48 +9,52 @@
 
 namespace mra::cuda::sm90 {
 
-template <int DP>
+template <int DP, int kKeyPlaces = 1>
 struct ColumnsShared {
-  static constexpr int kStages = DP == 64 ? 3 : 2, kPanels = DP / 64;
-  uint16_t k[kPanels][64][64], v[kPanels][64][64];
+  static constexpr int kPlaces = kKeyPlaces, kPanels = DP / 64;
+  static constexpr int kStages = DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
+  uint16_t k[kPlaces][kPanels][64][64], v[kPlaces][kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   alignas(16) float sums[kStages][2][2][32];  // of each 32 rows lse (log2 units) and delta
   int first[kStages][4];                      // first row of each sixteen, under causal
   uint32_t wanted[kStages];                   // of key blocks shorter than 64: see merge.cuh
   uint32_t unseen[kStages][2];                // pooled keys that the rows don't see, one bit each
-  int tiles;                                  // of rows
-  uint64_t keys_full, full[kStages], empty[kStages];
+  uint64_t keys_full[kPlaces], keys_empty[kPlaces], full[kStages], empty[kStages];
 
   // By one thread.
   __device__ void init() {
-    barrier_init(&keys_full, 1);
+    for (int i = 0; i < kPlaces; ++i) {
+      barrier_init(&keys_full[i], 1);
+      barrier_init(&keys_empty[i], 1);
+    }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);
       barrier_init(&empty[i], 4);
     }
   }
 
-  // By one thread: the 64 keys and values from `first` on of head h of batch b.
-  __device__ void fetch_keys(const CUtensorMap& k_map, const CUtensorMap& v_map, int first, int h,
-                             int b) {
-    barrier_expect(&keys_full, 2 * 64 * DP * 2);
+  // By one thread: the 64 keys and values from `first` on of head h of batch b, and `more` bytes
+  // that it copies itself.
+  __device__ void fetch_keys(int place, const CUtensorMap& k_map, const CUtensorMap& v_map,
+                             int first, int h, int b, int more = 0) {
+    barrier_expect(&keys_full[place], 2 * 64 * DP * 2 + more);
     for (int i = 0; i < kPanels; ++i) {
-      copy_panel(k[i], k_map, &keys_full, 64 * i, first, h, b);
-      copy_panel(v[i], v_map, &keys_full, 64 * i, first, h, b);
+      copy_panel(k[place][i], k_map, &keys_full[place], 64 * i, first, h, b);
+      copy_panel(v[place][i], v_map, &keys_full[place], 64 * i, first, h, b);
     }
   }
 };
 
 // By one thread, that what belongs to a tile is written and its copies follow.
-template <int DP>
-__device__ __forceinline__ void announce_tile(ColumnsShared<DP>& s, int stage) {
+template <int DP, int kPlaces>
+__device__ __forceinline__ void announce_tile(ColumnsShared<DP, kPlaces>& s, int stage) {
   barrier_expect(&s.full[stage], 2 * 64 * DP * 2 + sizeof(s.sums[0]));
 }
 
 // `run` rows from `row` on of head h of batch b, as rows `at` on of the tile at `stage`. `sums`: of
 // the head, [sum_chunks][2][32].
-template <int DP>
-__device__ __forceinline__ void fetch_run(ColumnsShared<DP>& s, const CUtensorMap& q_map,
+template <int DP, int kPlaces>
+__device__ __forceinline__ void fetch_run(ColumnsShared<DP, kPlaces>& s, const CUtensorMap& q_map,
                                           const CUtensorMap& grad_out_map, const float* sums,
                                           int stage, int at, int run, int row, int h, int b) {
   for (int i = 0; i < DP / 64; ++i) {
@@ -60,41 +64,30 @@ __device__ __forceinline__ void fetch_run(ColumnsShared<DP>& s, const CUtensorMa
   copy_bytes(s.sums[stage][at / 32], sums + row / 32 * 64, run * 8, &s.full[stage]);
 }
 
-// Adds `tiles` tiles of rows to the sums of the keys; dk less the factor `scale`. kPooled: keys
+// Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the factor `scale`. kPooled: keys
 // stand for 2^bias keys each, and `unseen` takes away some tile by tile; else `first_key` matters
 // under causal. kLists > 1: the keys are those of so many blocks, with lists of their own.
-template <typename T, int DP, bool kPooled, int kLists = 1>
+template <typename T, int DP, bool kPooled, int kLists = 1, int kPlaces>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
-                                            ColumnsShared<DP>& s, int tiles, float scale,
-                                            bool causal, int first_key, const float (&bias)[2]) {
-  constexpr int kStages = ColumnsShared<DP>::kStages;
+                                            ColumnsShared<DP, kPlaces>& s, int place, int before,
+                                            int tiles, float scale, bool causal, int first_key,
+                                            const float (&bias)[2]) {
+  constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int own_list = warp_index() * kLists / 4;
-  // A branch around the work on what is not wanted would serialise the products.
-  const auto keep_wanted = [&](uint32_t(&x)[4][4], int stage) {
-    if constexpr (kLists > 1) {
-      const uint32_t wanted = s.wanted[stage] >> 4 * own_list;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t mask = wanted >> j & 1 ? ~0u : 0u;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[j][i] &= mask;
-      }
-    }
-  };
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
+  for (int tile = before; tile < before + tiles; ++tile) {
     const int stage = tile % kStages;
     float c[8][4], ds[8][4];
     uint32_t a[4][4], da[4][4];
     barrier_wait(&s.full[stage], tile / kStages & 1);
     pin(c);
     wgmma_fence();
-    multiply_nt<T, 64>(c, s.k, s.q[stage]);
+    multiply_nt<T, 64>(c, s.k[place], s.q[stage]);
     wgmma_commit();
     pin(ds);
     wgmma_fence();
-    multiply_nt<T, 64>(ds, s.v, s.grad_out[stage]);
+    multiply_nt<T, 64>(ds, s.v[place], s.grad_out[stage]);
     wgmma_commit();
 
     float b[2];
@@ -125,7 +118,8 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(a, c);
-    keep_wanted(a, stage);
+    const unsigned wanted = kLists > 1 ? s.wanted[stage] >> 4 * own_list : 15;
+    keep_wanted<kLists>(a, wanted);
     pin(dv);
     wgmma_fence();
     multiply_pn<T, 64>(dv, a, s.grad_out[stage]);
@@ -145,7 +139,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(da, ds);
-    keep_wanted(da, stage);
+    keep_wanted<kLists>(da, wanted);
     pin(dk);
     wgmma_fence();
     multiply_pn<T, 64>(dk, da, s.q[stage]);

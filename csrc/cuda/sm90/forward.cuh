@@ -68,7 +68,7 @@ __device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP, kLists>& s) 
     }
     __syncwarp();
   };
-  producer.run_all(p.items, fetch_rows, fetch_last);
+  producer.template run_all<2>(p.items, fetch_rows, fetch_last);
 }
 
 // Adds the order-1 term to the output of the tile whose queries are `q`: Sigma and C lie in the

@@ -44,7 +44,7 @@ template <int kLists>
 struct RowTile {
   int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
   int64_t head, list_at;
-  List list;  // kLists = 1
+  List list;  // of several lists only the count: of their union
 
   __device__ RowTile(const Problem& p, unsigned item) {
     const unsigned row_tiles = (p.rows + 63) / 64;
@@ -61,19 +61,17 @@ struct RowTile {
     pooled_blocks = 0;
     if (p.pooled_k != nullptr) pooled_blocks = past(p, x + kLists - 1);
     pooled_tiles = (pooled_blocks + 63) / 64;
-    tiles = pooled_tiles;
-    if constexpr (kLists == 1) {
-      list = list_of(p.row_lists, head, x);
-      add_listed(p, list.count);
-    }
+    set_list(p, kLists == 1 ? list_of(p.row_lists, head, x) : List{nullptr, 0});
+  }
+  __device__ void set_list(const Problem& p, const List& x) {
+    list = x;
+    tiles = pooled_tiles +
+            static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
   }
   // The list of this warp's rows.
   static __device__ int own_list() { return warp_index() * kLists / 4; }
   __device__ int64_t own_list_at(const Problem& p) const {
     return list_at + (x + own_list() < p.row_lists.lists ? own_list() : 0);
-  }
-  __device__ void add_listed(const Problem& p, int count) {
-    tiles += static_cast<int>((static_cast<int64_t>(count) * p.block_k + 63) / 64);
   }
   // Pooled keys that query block x may see.
   static __device__ int past(const Problem& p, int x) {
@@ -142,7 +140,6 @@ struct KeyProducer {
   uint32_t* spaces;  // [2][list_words]: lists of this tile of rows and the next
   RowTile<kLists> at;
   int turn = 0;               // tiles of rows before this one
-  int listed = 0;             // kLists > 1: entries of the merged list
   int fetched = 0;            // tiles of keys so far
   const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
 
@@ -161,20 +158,17 @@ struct KeyProducer {
   // Looks up what the tile of rows of a turn has selected, as far as it is needed in shared memory.
   __device__ void prepare(RowTile<kLists>& rows, int turn) {
     if (kLists == 1 && rows.pooled_tiles == 0) return;
-    listed = read_lists<kLists>(p.row_lists, rows.head, rows.x, p.nk, space(turn));
-    if (kLists > 1) rows.add_listed(p, listed);
+    const int count = read_lists<kLists>(p.row_lists, rows.head, rows.x, p.nk, space(turn));
+    if (kLists > 1) rows.set_list(p, {nullptr, count});
   }
 
   // What this lane's copy of tile `tile` (of the exact ones) reads: the block, above it the lists
   // that have it. No block: out of range.
   __device__ MergedEntry entry_of(int tile) const {
     const int i = (tile * runs + lane) * run >> p.log2_block_k;
-    if constexpr (kLists == 1) {
-      const bool there = lane < runs && i < at.list.count;
-      return {there ? static_cast<uint32_t>(at.list.entries[i]) : ~0u};
-    }
-    const uint32_t* entries = space(turn) + kLists * ((p.nk + 31) / 32);
-    return {lane < runs && i < listed ? entries[i] : 0xffffffu};
+    if (lane >= runs || i >= at.list.count) return {kLists == 1 ? ~0u : 0xffffffu};
+    if constexpr (kLists == 1) return {static_cast<uint32_t>(at.list.entries[i])};
+    return {space(turn)[kLists * ((p.nk + 31) / 32) + i]};
   }
 
   // Counts of the key blocks that this lane has of pooled tile `tile`.
@@ -283,22 +277,29 @@ struct KeyProducer {
     ++fetched;
   }
 
-  // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone, fetch_last() what comes
-  // behind its keys.
-  template <class FetchRows, class FetchLast>
+  // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone into one of kPlaces places,
+  // fetch_last() what comes behind its keys.
+  template <int kPlaces, class FetchRows, class FetchLast>
   __device__ void run_all(unsigned items, FetchRows fetch_rows, FetchLast fetch_last) {
     prepare(at, 0);
+    fetch_rows(at, 0);
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
-      fetch_rows(at, turn);
       MergedEntry entry = entry_of(0);
       int counts[kKeys / 32];
       look_up_counts(0, counts);
-      // The list of the next tile of rows is looked up while this one's keys arrive.
       const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
       RowTile<kLists> next_rows(p, next_item);
+      // The next tile of rows is fetched while this one's keys arrive: once the ring has gone round,
+      // as then the consumers have left the tile before.
+      const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
 #pragma unroll 1
-      for (int tile = 0; tile < at.tiles; ++tile) {
+      for (int tile = 0;; ++tile) {
+        if (tile == early && next_item != item) {
+          prepare(next_rows, turn + 1);
+          fetch_rows(next_rows, turn + 1);
+        }
+        if (tile == at.tiles) break;
         const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
         const MergedEntry next = exact >= 0 ? entry_of(exact + 1) : entry;
         wait_for_keys();
@@ -311,8 +312,6 @@ struct KeyProducer {
         entry = next;
       }
       fetch_last();
-      // While the keys that are on their way are attended.
-      if (next_item != item) prepare(next_rows, turn + 1);
       at = next_rows;
     }
   }

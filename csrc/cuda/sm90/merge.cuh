@@ -74,9 +74,8 @@ __device__ int read_lists(const Lists& lists, int64_t head, int first, int block
   return count;
 }
 
-// What a tile of kTile consecutive rows (or keys) of a list's entries looks like to its readers: of
-// each list, one bit for each sixteen that it has. `lists`: of this lane's run of `run`, of which
-// lanes 0 .. 64 / run have one.
+// Of a tile of 64 that is gathered in runs of `run`, a lane each: four bits a list, one for each
+// sixteen that it has. `lists`: those that have this lane's run.
 __device__ inline uint32_t wanted_sixteens(uint32_t lists, int run) {
   const int lane = threadIdx.x % 32, each = run / 16;
   uint32_t wanted = 0;
@@ -85,6 +84,19 @@ __device__ inline uint32_t wanted_sixteens(uint32_t lists, int run) {
     if (lists >> l & 1) wanted |= ((1u << each) - 1) << (4 * l + each * lane);
   }
   return __reduce_or_sync(0xffffffffu, lane * run < 64 ? wanted : 0);
+}
+
+// Of a left operand of 64 columns the sixteens that are wanted, zeros for the others. A branch around
+// the work on those would serialise the products.
+template <int kLists>
+__device__ __forceinline__ void keep_wanted(uint32_t (&a)[4][4], unsigned wanted) {
+  if constexpr (kLists == 1) return;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t mask = wanted >> j & 1 ? ~0u : 0u;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[j][i] &= mask;
+  }
 }
 
 }  // namespace mra::cuda::sm90
