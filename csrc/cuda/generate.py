@@ -17,6 +17,9 @@ SM90 = {
     "backward_rows": "backward_rows",
     "backward_columns": "backward_columns",
     "backward_pooled": "backward_pooled",
+    "forward_short": "forward_short",
+    "backward_rows_short": "backward_rows_short",
+    "backward_columns_short": "backward_columns_short",
 }
 # Of order 1, bfloat16 alone: head_dim is their one argument.
 SM90_ORDER1 = {
@@ -54,7 +57,7 @@ def attention(namespace, kernels, types, dims):
             header,
             kernel,
             f"{TYPES[short]}, {dim}",
-            "ForwardParams" if kernel == "forward" else "BackwardParams",
+            "ForwardParams" if kernel.startswith("forward") else "BackwardParams",
         )
         for kernel, header in kernels.items()
         for short in types

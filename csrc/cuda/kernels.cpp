@@ -49,12 +49,18 @@ cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
 
 cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
 #ifdef MRA_SM90A
-  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+  cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     return sm90::launch_forward<decltype(t), d()>(p, device, stream);
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
   p.moments = nullptr;
+#ifdef MRA_SM90A
+  error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    return sm90::launch_forward_short<decltype(t), d()>(p, device, stream);
+  });
+  if (error != cudaErrorNotSupported) return error;
+#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -64,7 +70,10 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
                           cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    return sm90::launch_backward_rows<decltype(t), d()>(p, device, stream);
+    using T = decltype(t);
+    const cudaError_t error = sm90::launch_backward_rows<T, d()>(p, device, stream);
+    if (error != cudaErrorNotSupported) return error;
+    return sm90::launch_backward_rows_short<T, d()>(p, device, stream);
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -77,7 +86,10 @@ cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device&
                              cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    return sm90::launch_backward_columns<decltype(t), d()>(p, device, stream);
+    using T = decltype(t);
+    const cudaError_t error = sm90::launch_backward_columns<T, d()>(p, device, stream);
+    if (error != cudaErrorNotSupported) return error;
+    return sm90::launch_backward_columns_short<T, d()>(p, device, stream);
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -126,6 +138,12 @@ std::vector<KernelInfo> kernel_table() {
       {"fine", "backward_rows", "csrc/cuda/sm90/backward_rows.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
+      {"fine", "forward_short", "csrc/cuda/sm90/forward_short.cuh", "sm_90a", "float16, bfloat16",
+       "8..128 (64, 128)"},
+      {"fine", "backward_rows_short", "csrc/cuda/sm90/backward_rows_short.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
+      {"fine", "backward_columns_short", "csrc/cuda/sm90/backward_columns_short.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
 #endif
 #ifdef MRA_SM90A

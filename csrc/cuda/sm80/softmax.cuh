@@ -59,23 +59,11 @@ struct OnlineSoftmax {
   // Logits (scores times `scale`) -> weights; factor: what the accumulators are due, true if that
   // is not 1 for some row of the warp. The shift follows the maximum only when that has grown by
   // more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale nothing.
-  // kSome: only the sixteens of columns with a bit in `wanted` have weight, for the whole warp.
-  template <bool kSome = false, int kScores>
-  __device__ __forceinline__ bool weigh(float (&s)[kScores][4], float scale, float (&factor)[2],
-                                        unsigned wanted = ~0u) {
+  template <int kScores>
+  __device__ __forceinline__ bool weigh(float (&s)[kScores][4], float scale, float (&factor)[2]) {
     constexpr float kSlack = 8.f;
     float shift[2];
     bool grown = false;
-    if constexpr (kSome) {
-      factor[0] = factor[1] = 1.f;
-#pragma unroll
-      for (int n = 0; n < kScores; ++n) {
-        if (wanted >> n / 2 & 1) continue;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] = wanted == 0 ? 0.f : -INFINITY;
-      }
-      if (wanted == 0) return false;
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float m = s[0][2 * half];
@@ -97,10 +85,9 @@ struct OnlineSoftmax {
     }
 #pragma unroll
     for (int n = 0; n < kScores; ++n) {
-      const bool skipped = kSome && !(wanted >> n / 2 & 1);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] = skipped ? 0.f : exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
         sum[i / 2] += s[n][i];
       }
     }

@@ -13,5 +13,10 @@ template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams&, const Device&, cudaStream_t);
+// Query blocks of 32 rows; key blocks of 32 keys.
+template <typename T, int DP>
+cudaError_t launch_backward_rows_short(const BackwardParams&, const Device&, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_columns_short(const BackwardParams&, const Device&, cudaStream_t);
 
 }  // namespace mra::cuda::sm90

@@ -16,7 +16,7 @@ struct BackwardColumnsMaps : BackwardParams {
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
-// A tile of 64 keys. `block`: the first of its blocks, or the one that it is a part of.
+// A tile of 64 keys of one block.
 struct KeyTile {
   int b, hk, first_key, block;
   int tiles;  // of rows, set by the warp that fetches
@@ -30,96 +30,63 @@ struct KeyTile {
   }
 };
 
-template <int DP, int kLists>
+template <int DP>
 struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
   using Base = ColumnsShared<DP, DP == 64 ? 2 : 1>;
-  alignas(16) float blocks[Base::kPlaces][2][kLists][DP];  // parts of dk and dv that blocks share
+  alignas(16) float blocks[Base::kPlaces][2][DP];  // what the block's keys share of dk and dv
   alignas(16) char work[Base::kPlaces][sizeof(KeyTile)];
-  uint32_t lists[1];  // kLists > 1: list_words
 
   __device__ KeyTile& tile(int place) { return *reinterpret_cast<KeyTile*>(work[place]); }
 };
 
-// Of one query head the rows that attend a tile of keys, 64 a tile.
-template <int kLists>
-struct ColumnRows {
-  List list;  // kLists = 1
-  int entries, tiles;
-
-  // `lists`: list_words, read again by entry().
-  __device__ ColumnRows(const BackwardParams& p, uint32_t* lists, const KeyTile& at,
-                        int64_t head) {
-    if constexpr (kLists == 1) {
-      list = list_of(p.column_lists, head, at.block);
-      entries = list.count;
-    } else {
-      entries = read_lists<kLists>(p.column_lists, head, at.block, p.row_lists.lists, lists);
-    }
-    tiles = static_cast<int>((static_cast<int64_t>(entries) * p.list_rows + 63) / 64);
-  }
-  // Block and lists of entry i; out of range where there is none.
-  __device__ MergedEntry entry(const BackwardParams& p, const uint32_t* lists, int i) const {
-    if (i >= entries) return {0xffffffu};
-    if constexpr (kLists == 1) return {static_cast<uint32_t>(list.entries[i])};
-    return {lists[kLists * ((p.row_lists.lists + 31) / 32) + i]};
-  }
-};
-
 // The keys of a tile and what else its end needs, by one thread.
-template <int DP, int kLists>
-__device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP, kLists>& s,
+template <int DP>
+__device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
                            const KeyTile& at, int place) {
-  const int blocks = p.k_block == nullptr ? 0 : min(kLists, p.nk - at.block);
+  const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
   s.tile(place) = at;
-  s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * blocks * p.D * 4);
-  for (int l = 0; l < blocks; ++l) {
-    const int64_t from =
-        ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block + l) * p.D;
-    copy_bytes(s.blocks[place][0][l], p.k_block + from, p.D * 4, &s.keys_full[place]);
-    copy_bytes(s.blocks[place][1][l], p.v_block + from, p.D * 4, &s.keys_full[place]);
-  }
+  s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * bytes);
+  if (bytes == 0) return;
+  const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * p.D;
+  copy_bytes(s.blocks[place][0], p.k_block + from, bytes, &s.keys_full[place]);
+  copy_bytes(s.blocks[place][1], p.v_block + from, bytes, &s.keys_full[place]);
 }
 
 // Run by one warp: the rows of a tile of keys, head by head. `fetched`: tiles of rows so far.
-template <int DP, int kLists>
-__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP, kLists>& s,
-                           KeyTile& at, int turn, int& fetched) {
-  using Shared = BackwardColumnsShared<DP, kLists>;
+template <int DP>
+__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s, KeyTile& at,
+                           int turn, int& fetched) {
+  using Shared = BackwardColumnsShared<DP>;
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
-  const int group = p.H / p.Hk, first_head = at.hk * group;
-  const int64_t batch = static_cast<int64_t>(at.b) * p.H;
-  ColumnRows<kLists> rows(p, s.lists, at, batch + first_head);
-  at.tiles = rows.tiles;
-  if (group > 1) {
-    for (int h = first_head + 1; h < first_head + group; ++h) {
-      at.tiles += ColumnRows<kLists>(p, s.lists, at, batch + h).tiles;
-    }
-    rows = ColumnRows<kLists>(p, s.lists, at, batch + first_head);
-  }
+  const int group = p.H / p.Hk, first_head = at.hk * group, log2_rows = __ffs(p.list_rows) - 1;
+  const auto list_of_head = [&](int h) {
+    return list_of(p.column_lists, static_cast<int64_t>(at.b) * p.H + h, at.block);
+  };
+  const auto tiles_of = [&](const List& list) {
+    return static_cast<int>(((static_cast<int64_t>(list.count) << log2_rows) + 63) / 64);
+  };
+  for (int h = first_head; h < first_head + group; ++h) at.tiles += tiles_of(list_of_head(h));
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
   if (lane == 0) fetch_tile(p, s, at, turn % kPlaces);
   __syncwarp();
-  const int log2_rows = __ffs(p.list_rows) - 1;
 #pragma unroll 1
-  for (int h = first_head;;) {
-    // Of this lane's run of a tile.
-    const auto entry_of = [&](int tile) {
-      return lane < runs ? rows.entry(p, s.lists, 64 * tile + run * lane >> log2_rows)
-                         : MergedEntry{0xffffffu};
+  for (int h = first_head; h < first_head + group; ++h) {
+    const List list = list_of_head(h);
+    const int tiles = tiles_of(list);
+    // The block of this lane's run of a tile.
+    const auto block_of = [&](int tile) {
+      const int i = 64 * tile + run * lane >> log2_rows;
+      return lane < runs && i < list.count ? list.entries[i] : -1;
     };
-    MergedEntry entry = entry_of(0);
+    int block = block_of(0);
 #pragma unroll 1
-    for (int tile = 0; tile < rows.tiles; ++tile) {
-      const uint32_t block = kLists == 1 ? entry.bits : entry.block();
-      // Beyond the end: zeros, without weight.
-      int first = (p.rows + 63) / 64 * 64;
-      if (block < static_cast<uint32_t>(p.row_lists.lists)) {
-        first = min(first, static_cast<int>(block << log2_rows) +
-                               (64 * tile + run * lane & p.list_rows - 1));
+    for (int tile = 0; tile < tiles; ++tile) {
+      int first = (p.rows + 63) / 64 * 64;  // beyond the end: zeros, without weight
+      if (static_cast<unsigned>(block) < static_cast<unsigned>(p.row_lists.lists)) {
+        first = min(first, (block << log2_rows) + (64 * tile + run * lane & p.list_rows - 1));
       }
-      const uint32_t wanted = kLists > 1 ? wanted_sixteens(entry.lists(), run) : 0;
-      if (tile + 1 < rows.tiles) entry = entry_of(tile + 1);
+      if (tile + 1 < tiles) block = block_of(tile + 1);
       const int stage = fetched % kStages;
       if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
       if (p.causal) {
@@ -127,28 +94,24 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<D
         if (lane < 4) s.first[stage][lane] = sixteen;
         __syncwarp();
       }
-      if (lane == 0) {
-        if (kLists > 1) s.wanted[stage] = wanted;
-        announce_tile(s, stage);
-      }
+      if (lane == 0) announce_tile(s, stage);
       __syncwarp();
       if (lane < runs) {
-        const float* sums = p.sums + (batch + h) * sum_chunks(p.rows) * 64;
+        const float* sums =
+            p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
         fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
       }
       __syncwarp();
       ++fetched;
     }
-    if (++h == first_head + group) return;
-    rows = ColumnRows<kLists>(p, s.lists, at, batch + h);
   }
 }
 
-template <typename T, int DP, int kLists>
+template <typename T, int DP>
 __global__ void __launch_bounds__(256, 2)
     backward_columns_kernel(const __grid_constant__ BackwardColumnsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = BackwardColumnsShared<DP, kLists>;
+  using Shared = BackwardColumnsShared<DP>;
   constexpr int kPlaces = Shared::kPlaces;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -165,7 +128,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
       KeyTile at(p, item);
-      fetch_rows<DP, kLists>(p, s, at, turn, fetched);
+      fetch_rows<DP>(p, s, at, turn, fetched);
     }
     return;
   }
@@ -184,7 +147,7 @@ __global__ void __launch_bounds__(256, 2)
     }
     const int tiles = uniform(s.tile(place).tiles);
     const float none[2] = {};
-    attend_rows<T, DP, false, kLists>(dk, dv, s, place, before, tiles, p.scale, p.causal,
+    attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal,
                                       s.tile(place).first_key, none);
     before += tiles;
 
@@ -197,10 +160,9 @@ __global__ void __launch_bounds__(256, 2)
                                p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
     }
     const bool shares = p.k_block != nullptr;
-    const int own = warp_index() * kLists / 4;
     const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
-    finish_rows(dk, k_scale, live, shares ? s.blocks[place][0][own] : nullptr, 0, p.D);
-    finish_rows(dv, v_scale, live, shares ? s.blocks[place][1][own] : nullptr, 0, p.D);
+    finish_rows(dk, k_scale, live, shares ? s.blocks[place][0] : nullptr, 0, p.D);
+    finish_rows(dv, v_scale, live, shares ? s.blocks[place][1] : nullptr, 0, p.D);
     // Out through the place of the keys and values, once every warp is done with them.
     group_sync();
     place_rows<T>(s.k[place], dk);
@@ -223,22 +185,10 @@ __global__ void __launch_bounds__(256, 2)
 #endif
 }
 
-template <typename T, int DP, int kLists>
-cudaError_t launch_backward_columns_lists(const BackwardColumnsMaps& p, const Device& device,
-                                          cudaStream_t stream) {
-  const int words = kLists > 1 ? list_words(kLists, p.row_lists.lists) : 0;
-  const size_t bytes = sizeof(BackwardColumnsShared<DP, kLists>) + 1024 + words * sizeof(uint32_t);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, 2 * device.sms);
-  return launch(backward_columns_kernel<T, DP, kLists>, p, blocks, 256 / 32, bytes, stream);
-}
-
 template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams& params, const Device& device,
                                     cudaStream_t stream) {
-  const bool merged = params.block_k < 64;
-  if (params.list_rows < 32 || params.sums == nullptr ||
-      (merged && params.row_lists.lists > kMaxMerged)) {
+  if (params.block_k % 64 != 0 || params.list_rows < 32 || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardColumnsMaps p{params};
@@ -256,14 +206,12 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   const int64_t items = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
-  switch (p.block_k) {
-    case 16:
-      return launch_backward_columns_lists<T, DP, 4>(p, device, stream);
-    case 32:
-      return launch_backward_columns_lists<T, DP, 2>(p, device, stream);
-    default:
-      return launch_backward_columns_lists<T, DP, 1>(p, device, stream);
-  }
+  const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  // With one place for keys a new block of threads starts sooner than the next tile would.
+  const bool persistent = BackwardColumnsShared<DP>::kPlaces > 1;
+  const int blocks = persistent ? std::min(p.items, 2 * device.sms) : p.items;
+  return launch(backward_columns_kernel<T, DP>, p, blocks, 256 / 32, bytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

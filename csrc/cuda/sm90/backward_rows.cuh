@@ -31,55 +31,52 @@ struct BackwardRowsWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
 };
 
-template <int DP, int kLists>
+template <int DP>
 struct BackwardRowsShared {
   static constexpr int kPlaces = BackwardRowsTraits<DP>::kPlaces;
   uint16_t q[kPlaces][DP / 64][64][64];  // also the gradient on its way to memory
   uint16_t grad_out[kPlaces][DP / 64][64][64];
-  KeyRing<DP, BackwardRowsTraits<DP>::kStages, kLists> ring;
+  KeyRing<DP, BackwardRowsTraits<DP>::kStages, 4> ring;
   // Of each 32 rows lse (log2 units) and delta; for pooled keys.
   alignas(16) float sums[kPlaces][2][2][32], pooled_sums[kPlaces][2][2][32];
-  alignas(16) float q_block[kPlaces][kLists][DP];
+  alignas(16) float q_block[kPlaces][DP];
   BackwardRowsWork work[kPlaces];
   uint64_t rows_full[kPlaces], rows_empty[kPlaces];
-  uint32_t lists[1];
+  uint32_t bitmap[1];
 };
 
-template <int DP, int kLists>
-__device__ void fetch_ahead(const BackwardRowsMaps& p, BackwardRowsShared<DP, kLists>& s) {
+template <int DP>
+__device__ void fetch_ahead(const BackwardRowsMaps& p, BackwardRowsShared<DP>& s) {
   constexpr int kPlaces = BackwardRowsTraits<DP>::kPlaces;
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.lists);
-  const auto fetch_rows = [&](const RowTile<kLists>& at, int turn) {
+  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
+  const auto fetch_rows = [&](const RowTile<64>& at, int turn) {
     const int place = turn % kPlaces;
     uint64_t* full = &s.rows_full[place];
     if (turn >= kPlaces) barrier_wait(&s.rows_empty[place], turn / kPlaces - 1 & 1);
     if (producer.lane == 0) {
       s.work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
-      const int blocks = p.q_block == nullptr ? 0 : min(kLists, p.row_lists.lists - at.x);
-      const bool pooled = p.pooled_k != nullptr;
-      barrier_expect(full, 2 * 64 * DP * 2 + (pooled ? 2 : 1) * static_cast<int>(sizeof(s.sums[0])) +
-                               blocks * p.D * 4);
+      const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
+      constexpr int kSums = sizeof(s.sums[0]);
+      barrier_expect(full, 2 * 64 * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
       for (int i = 0; i < DP / 64; ++i) {
         copy_panel(s.q[place][i], p.q_map, full, 64 * i, at.first_row, at.h, at.b);
         copy_panel(s.grad_out[place][i], p.grad_out_map, full, 64 * i, at.first_row, at.h, at.b);
       }
       const int64_t sums = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
-      copy_bytes(s.sums[place], p.sums + sums, sizeof(s.sums[0]), full);
-      if (pooled) copy_bytes(s.pooled_sums[place], p.pooled_sums + sums, sizeof(s.sums[0]), full);
-      for (int l = 0; l < blocks; ++l) {
-        copy_bytes(s.q_block[place][l], p.q_block + (at.list_at + l) * p.D, p.D * 4, full);
-      }
+      copy_bytes(s.sums[place], p.sums + sums, kSums, full);
+      if (pooled) copy_bytes(s.pooled_sums[place], p.pooled_sums + sums, kSums, full);
+      if (block) copy_bytes(s.q_block[place], p.q_block + at.list_at * p.D, p.D * 4, full);
     }
     __syncwarp();
   };
   producer.template run_all<kPlaces>(p.items, fetch_rows, [] {});
 }
 
-template <typename T, int DP, int kLists>
+template <typename T, int DP>
 __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRowsTraits<DP>::kBlocks)
     backward_rows_kernel(const __grid_constant__ BackwardRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = BackwardRowsShared<DP, kLists>;
+  using Shared = BackwardRowsShared<DP>;
   constexpr int kKeys = 64, kStages = BackwardRowsTraits<DP>::kStages, kPlaces = Shared::kPlaces;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
-    if (warp_index() == 4) fetch_ahead<DP, kLists>(p, s);
+    if (warp_index() == 4) fetch_ahead<DP>(p, s);
     return;
   }
 
@@ -145,8 +142,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
       pin(c);
       pin(ds);
       float scale = p.scale * kLog2e;
-      const unsigned wanted = ring.wanted_here(stage);
-      if (wanted != 0 && !ring.plain[stage]) {
+      if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
@@ -161,7 +157,6 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         }
       }
       pack<T>(a, ds);
-      keep_wanted<kLists>(a, wanted);
     };
     // Where there are several, the place of the tile before is given back once its gradient has
     // left.
@@ -205,8 +200,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         live[half] = p.row_mask[static_cast<int64_t>(at.b) * p.rows + at.first_row + r];
       }
     }
-    const float* q_block = s.q_block[place][RowTile<kLists>::own_list()];
-    finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : q_block, 0, p.D);
+    finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : s.q_block[place], 0, p.D);
     // Out through the place of the queries, once every warp is done with them.
     group_sync();
     place_rows<T>(s.q[place], acc);
@@ -227,21 +221,11 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 #endif
 }
 
-template <typename T, int DP, int kLists>
-cudaError_t launch_backward_rows_lists(const BackwardRowsMaps& p, const Device& device,
-                                       cudaStream_t stream) {
-  const size_t bytes = sizeof(BackwardRowsShared<DP, kLists>) + 1024 + list_bytes(p, kLists);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const auto kernel = backward_rows_kernel<T, DP, kLists>;
-  const int blocks = std::min(p.items, BackwardRowsTraits<DP>::kBlocks * device.sms);
-  return launch(kernel, p, blocks, BackwardRowsTraits<DP>::kThreads / 32, bytes, stream);
-}
-
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams& params, const Device& device,
                                  cudaStream_t stream) {
-  const int lists = lists_of_tile(params);
-  if (lists == 0 || params.row_count != nullptr || params.sums == nullptr) {
+  using Traits = BackwardRowsTraits<DP>;
+  if (params.list_rows % 64 != 0 || params.row_count != nullptr || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardRowsMaps p{params};
@@ -256,8 +240,10 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   const int64_t items = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
-  return lists == 1 ? launch_backward_rows_lists<T, DP, 1>(p, device, stream)
-                    : launch_backward_rows_lists<T, DP, 2>(p, device, stream);
+  const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
+  return launch(backward_rows_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

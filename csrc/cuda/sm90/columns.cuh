@@ -2,8 +2,8 @@
 // rows that one warp fetches; a warpgroup multiplies with the scores transposed.
 #pragma once
 
+#include "../sm80/tile.cuh"
 #include "backward.h"
-#include "merge.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -17,7 +17,6 @@ struct ColumnsShared {
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   alignas(16) float sums[kStages][2][2][32];  // of each 32 rows lse (log2 units) and delta
   int first[kStages][4];                      // first row of each sixteen, under causal
-  uint32_t wanted[kStages];                   // of key blocks shorter than 64: see merge.cuh
   uint32_t unseen[kStages][2];                // pooled keys that the rows don't see, one bit each
   uint64_t keys_full[kPlaces], keys_empty[kPlaces], full[kStages], empty[kStages];
 
@@ -66,15 +65,14 @@ __device__ __forceinline__ void fetch_run(ColumnsShared<DP, kPlaces>& s, const C
 
 // Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the factor `scale`. kPooled: keys
 // stand for 2^bias keys each, and `unseen` takes away some tile by tile; else `first_key` matters
-// under causal. kLists > 1: the keys are those of so many blocks, with lists of their own.
-template <typename T, int DP, bool kPooled, int kLists = 1, int kPlaces>
+// under causal.
+template <typename T, int DP, bool kPooled, int kPlaces>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP, kPlaces>& s, int place, int before,
                                             int tiles, float scale, bool causal, int first_key,
                                             const float (&bias)[2]) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int own_list = warp_index() * kLists / 4;
 #pragma unroll 1
   for (int tile = before; tile < before + tiles; ++tile) {
     const int stage = tile % kStages;
@@ -118,8 +116,6 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(a, c);
-    const unsigned wanted = kLists > 1 ? s.wanted[stage] >> 4 * own_list : 15;
-    keep_wanted<kLists>(a, wanted);
     pin(dv);
     wgmma_fence();
     multiply_pn<T, 64>(dv, a, s.grad_out[stage]);
@@ -139,7 +135,6 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
       }
     }
     pack<T>(da, ds);
-    keep_wanted<kLists>(da, wanted);
     pin(dk);
     wgmma_fence();
     multiply_pn<T, 64>(dk, da, s.q[stage]);

@@ -26,44 +26,44 @@ struct ForwardTraits {
 // What the consumers are told of a tile of rows.
 struct ForwardWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
-  float state_lse[2];  // of each list
+  float state_lse;
 };
 
-template <int DP, int kLists>
+template <int DP>
 struct ForwardShared {
   using Traits = ForwardTraits<DP>;
   uint16_t q[2][DP / 64][64][64];  // also the output on its way to memory
-  KeyRing<DP, Traits::kStages, kLists> ring;
-  alignas(16) float state_mean[2][kLists][DP];
+  KeyRing<DP, Traits::kStages, 4> ring;
+  alignas(16) float state_mean[2][DP];
   ForwardWork work[2];
   uint64_t q_full[2], q_empty[2];
-  uint32_t lists[1];
+  uint32_t bitmap[1];
 };
 
-template <int DP, int kLists>
-__device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP, kLists>& s) {
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.lists);
+template <int DP>
+__device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
+  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
   const auto fetch_last = [&] {
     if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
   };
-  const auto fetch_rows = [&](const RowTile<kLists>& at, int turn) {
+  const auto fetch_rows = [&](const RowTile<64>& at, int turn) {
     const int slot = turn % 2;
     if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
-    const int states =
-        p.state_mean == nullptr ? 0 : min(kLists, static_cast<int>(p.row_lists.lists) - at.x);
+    const bool state = p.state_mean != nullptr;
     if (producer.lane == 0) {
-      ForwardWork& work = s.work[slot];
-      work = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
-      for (int l = 0; l < kLists; ++l) {
-        work.state_lse[l] = l < states ? p.state_lse[at.list_at + l] : -INFINITY;
-      }
-      barrier_expect(&s.q_full[slot], 64 * DP * 2 + states * p.D * 4);
+      s.work[slot] = {at.b,
+                      at.h,
+                      at.first_row,
+                      at.rows,
+                      at.pooled_tiles,
+                      at.tiles,
+                      state ? p.state_lse[at.list_at] : 0.f};
+      barrier_expect(&s.q_full[slot], 64 * DP * 2 + (state ? p.D * 4 : 0));
       for (int i = 0; i < DP / 64; ++i) {
         copy_panel(s.q[slot][i], p.q_map, &s.q_full[slot], 64 * i, at.first_row, at.h, at.b);
       }
-      for (int l = 0; l < states; ++l) {
-        copy_bytes(s.state_mean[slot][l], p.state_mean + (at.list_at + l) * p.D, p.D * 4,
-                   &s.q_full[slot]);
+      if (state) {
+        copy_bytes(s.state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &s.q_full[slot]);
       }
     }
     __syncwarp();
@@ -122,11 +122,11 @@ __device__ __forceinline__ void add_order1(float (&acc)[DP / 8][4], const float 
   }
 }
 
-template <typename T, int DP, int kLists>
+template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = ForwardShared<DP, kLists>;
+  using Shared = ForwardShared<DP>;
   constexpr int kKeys = 64, kStages = ForwardTraits<DP>::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   }
   __syncthreads();
   if (warp_index() == 4) {
-    fetch_ahead<DP, kLists>(p, s);
+    fetch_ahead<DP>(p, s);
     return;
   }
   auto& ring = s.ring;
@@ -155,9 +155,8 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     const ForwardWork at = s.work[slot];
     const int tiles = uniform(at.tiles);
     OnlineSoftmax<T, DP> softmax;
-    const int own = RowTile<kLists>::own_list();
-    softmax.start(p.state_mean != nullptr ? s.state_mean[slot][own] : nullptr,
-                  &s.work[slot].state_lse[own], p.D);
+    softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
+                  p.D);
     const bool first_lane = threadIdx.x % 32 == 0;
     float c[kKeys / 8][4];
     uint32_t weights[kKeys / 16][4];
@@ -181,14 +180,13 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     auto weigh = [&](int tile, float(&factor)[2]) {
       const int stage = (before + tile) % kStages;
       float scale = p.scale * kLog2e;
-      const unsigned wanted = ring.wanted_here(stage);
-      if (wanted != 0 && !ring.plain[stage]) {
+      if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
       __syncwarp();
       if (first_lane) barrier_arrive(&ring.k_empty[stage]);
-      const bool grown = softmax.template weigh<(kLists > 1)>(c, scale, factor, wanted);
+      const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
       return grown;
     };
@@ -254,21 +252,11 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 #endif
 }
 
-template <typename T, int DP, int kLists>
-cudaError_t launch_forward_lists(const ForwardMaps& p, const Device& device, cudaStream_t stream) {
-  using Traits = ForwardTraits<DP>;
-  const size_t bytes = sizeof(ForwardShared<DP, kLists>) + 1024 + list_bytes(p, kLists);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const auto kernel = forward_kernel<T, DP, kLists>;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(kernel, p, blocks, Traits::kThreads / 32, bytes, stream);
-}
-
 // cudaErrorNotSupported: not a case for this kernel.
 template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  const int lists = lists_of_tile(params);
-  if (lists == 0) return cudaErrorNotSupported;
+  using Traits = ForwardTraits<DP>;
+  if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps =
@@ -286,8 +274,10 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
   if (items == 0) return cudaSuccess;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
-  return lists == 1 ? launch_forward_lists<T, DP, 1>(p, device, stream)
-                    : launch_forward_lists<T, DP, 2>(p, device, stream);
+  const size_t bytes = sizeof(ForwardShared<DP>) + 1024 + bitmap_bytes(p);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
+  return launch(forward_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -9,5 +9,8 @@ namespace mra::cuda::sm90 {
 // Half types, head dims up to DP = 64 or 128, query blocks of 64 or 128 rows.
 template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams&, const Device&, cudaStream_t);
+// The same for query blocks of 32 rows, without order 1.
+template <typename T, int DP>
+cudaError_t launch_forward_short(const ForwardParams&, const Device&, cudaStream_t);
 
 }  // namespace mra::cuda::sm90

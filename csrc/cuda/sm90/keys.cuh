@@ -1,14 +1,12 @@
-// What one warp of each block of threads fetches ahead for the others: tiles of 64 rows, and the
+// What one warp of each block of threads fetches ahead for the others: tiles of rows, and the
 // keys that each attends as one stream of tiles of kKeys keys, first the pooled keys of key blocks
 // that are not selected, then the keys of the selected blocks, gathered by the row list.
 //
 // A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
-// has no weight. A `plain` tile needs none: every key is there and counts once, for every row. Where
-// a tile of rows spans kLists query blocks (merge.cuh), each has its own biases of pooled keys, and
-// `wanted` tells which sixteens of the tile are for it.
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row.
 #pragma once
 
-#include "merge.cuh"
+#include "../sm80/tile.cuh"
 #include "tma.cuh"
 
 namespace mra::cuda::sm90 {
@@ -29,92 +27,70 @@ struct KeyMaps {
   }
 };
 
-// Lists that a tile of 64 rows spans: 1 or 2, else 0.
-inline int lists_of_tile(const Problem& p) {
-  return p.list_rows % 64 == 0 ? 1 : p.list_rows == 32 && p.nk <= kMaxMerged ? 2 : 0;
+// Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
+inline size_t bitmap_bytes(const Problem& p) {
+  return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * sizeof(uint32_t) : 0;
 }
 
-// Bytes behind the shared memory of a kernel: see KeyProducer::space.
-inline size_t list_bytes(const Problem& p, int lists) {
-  return p.pooled_k != nullptr || lists > 1 ? 2 * list_words(lists, p.nk) * sizeof(uint32_t) : 0;
-}
-
-// A tile of 64 rows and the keys that it attends, 64 a tile.
-template <int kLists>
+// A tile of kRows rows, which share a list, and the keys that it attends, 64 a tile.
+template <int kRows>
 struct RowTile {
-  int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
+  int b, h, hk, first_row, rows, pooled_blocks, pooled_tiles, tiles;
   int64_t head, list_at;
-  List list;  // of several lists only the count: of their union
+  List list;
 
   __device__ RowTile(const Problem& p, unsigned item) {
-    const unsigned row_tiles = (p.rows + 63) / 64;
+    const unsigned row_tiles = (p.rows + kRows - 1) / kRows;
     // Under causal the last tiles have most keys: start them first.
     const unsigned bh = item / row_tiles, from_start = item - bh * row_tiles;
-    first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * 64;
+    first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * kRows;
     b = bh / static_cast<unsigned>(p.H);
     h = bh - b * p.H;
     hk = h / (p.H / p.Hk);
-    rows = min(64, p.rows - first_row);
+    rows = min(kRows, p.rows - first_row);
     head = static_cast<int64_t>(b) * p.H + h;
-    x = first_row / p.list_rows;
+    const int x = first_row / p.list_rows;
     list_at = head * p.row_lists.lists + x;
+    list = list_of(p.row_lists, head, x);
     pooled_blocks = 0;
-    if (p.pooled_k != nullptr) pooled_blocks = past(p, x + kLists - 1);
+    if (p.pooled_k != nullptr) {
+      const int64_t past = static_cast<int64_t>(x) * p.block_q >> p.log2_block_k;
+      pooled_blocks = p.causal && past < p.nk ? static_cast<int>(past) : p.nk;
+    }
     pooled_tiles = (pooled_blocks + 63) / 64;
-    set_list(p, kLists == 1 ? list_of(p.row_lists, head, x) : List{nullptr, 0});
-  }
-  __device__ void set_list(const Problem& p, const List& x) {
-    list = x;
     tiles = pooled_tiles +
             static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
   }
-  // The list of this warp's rows.
-  static __device__ int own_list() { return warp_index() * kLists / 4; }
-  __device__ int64_t own_list_at(const Problem& p) const {
-    return list_at + (x + own_list() < p.row_lists.lists ? own_list() : 0);
-  }
-  // Pooled keys that query block x may see.
-  static __device__ int past(const Problem& p, int x) {
-    const int64_t past = static_cast<int64_t>(x) * p.block_q >> p.log2_block_k;
-    return p.causal && past < p.nk ? static_cast<int>(past) : p.nk;
-  }
 };
 
-// Tiles of keys on their way to the consumers.
-template <int DP, int kTiles, int kRowLists>
+// Tiles of keys on their way to the kWarps warps that attend them.
+template <int DP, int kTiles, int kWarps>
 struct KeyRing {
-  static constexpr int kKeys = 64, kStages = kTiles, kLists = kRowLists, kPanels = DP / 64;
+  static constexpr int kKeys = 64, kStages = kTiles, kRows = 16 * kWarps, kPanels = DP / 64;
   uint16_t k[kStages][kPanels][kKeys][64];
   uint16_t v[kStages][kPanels][kKeys][64];
-  float bias[kStages][kLists][kKeys];  // log2 units; read where a tile is not plain
-  int first[kStages][kKeys / 16];      // first key of each sixteen, under causal
+  float bias[kStages][kKeys];      // log2 units; read where a tile is not plain
+  int first[kStages][kKeys / 16];  // first key of each sixteen, under causal
   int plain[kStages];
-  uint32_t wanted[kStages];  // four bits a list, one for each sixteen; of several lists
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 
-  // By one thread. Four warps read a tile.
+  // By one thread.
   __device__ void init() {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&k_full[i], 1);
       barrier_init(&v_full[i], 1);
-      barrier_init(&k_empty[i], 4);
-      barrier_init(&v_empty[i], 4);
+      barrier_init(&k_empty[i], kWarps);
+      barrier_init(&v_empty[i], kWarps);
     }
-  }
-
-  // The sixteens of a tile that this warp's rows attend, one bit each.
-  __device__ __forceinline__ unsigned wanted_here(int stage) const {
-    return kLists == 1 ? 15 : wanted[stage] >> 4 * RowTile<kLists>::own_list() & 15;
   }
 
   // Scores of a tile that is not plain -> logits in log2 units. `row`: this lane's first.
   __device__ __forceinline__ void to_logits(float (&c)[kKeys / 8][4], int stage, float scale,
                                             bool causal, int row) const {
     const int t = threadIdx.x % 4;
-    const float* own = bias[stage][RowTile<kLists>::own_list()];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
-      const float2 u = *reinterpret_cast<const float2*>(own + 8 * n + 2 * t);
+      const float2 u = *reinterpret_cast<const float2*>(&bias[stage][8 * n + 2 * t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[n][i] = fmaf(c[n][i], scale, i % 2 ? u.y : u.x);
       if (causal) {
@@ -132,43 +108,45 @@ struct KeyRing {
 template <int DP, class Ring>
 struct KeyProducer {
   static constexpr int kKeys = Ring::kKeys, kStages = Ring::kStages, kPanels = Ring::kPanels;
-  static constexpr int kLists = Ring::kLists;
+  using Rows = RowTile<Ring::kRows>;
 
   const Problem& p;
   const KeyMaps& maps;
   Ring& s;
-  uint32_t* spaces;  // [2][list_words]: lists of this tile of rows and the next
-  RowTile<kLists> at;
+  uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
+  Rows at;
   int turn = 0;               // tiles of rows before this one
   int fetched = 0;            // tiles of keys so far
   const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
 
-  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* spaces)
+  __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps)
       : p(p),
         maps(maps),
         s(s),
-        spaces(spaces),
+        bitmaps(bitmaps),
         at(p, blockIdx.x),
         lane(threadIdx.x % 32),
         run(min(p.block_k, 64)),
         runs(kKeys / run) {}
 
-  __device__ uint32_t* space(int turn) const { return spaces + turn % 2 * list_words(kLists, p.nk); }
-
-  // Looks up what the tile of rows of a turn has selected, as far as it is needed in shared memory.
-  __device__ void prepare(RowTile<kLists>& rows, int turn) {
-    if (kLists == 1 && rows.pooled_tiles == 0) return;
-    const int count = read_lists<kLists>(p.row_lists, rows.head, rows.x, p.nk, space(turn));
-    if (kLists > 1) rows.set_list(p, {nullptr, count});
+  // The selected block that this lane's copy of tile `tile` (of the exact ones) reads; -1: none.
+  __device__ int block_of(int tile) const {
+    const int entry = (tile * runs + lane) * run >> p.log2_block_k;
+    return lane < runs && entry < at.list.count ? at.list.entries[entry] : -1;
   }
 
-  // What this lane's copy of tile `tile` (of the exact ones) reads: the block, above it the lists
-  // that have it. No block: out of range.
-  __device__ MergedEntry entry_of(int tile) const {
-    const int i = (tile * runs + lane) * run >> p.log2_block_k;
-    if (lane >= runs || i >= at.list.count) return {kLists == 1 ? ~0u : 0xffffffu};
-    if constexpr (kLists == 1) return {static_cast<uint32_t>(at.list.entries[i])};
-    return {space(turn)[kLists * ((p.nk + 31) / 32) + i]};
+  __device__ uint32_t* bitmap(int turn) const { return bitmaps + turn % 2 * ((p.nk + 31) / 32); }
+
+  __device__ void mark_selected(const Rows& rows, int turn) {
+    if (rows.pooled_tiles == 0) return;
+    uint32_t* bits = bitmap(turn);
+    for (int i = lane; i < (p.nk + 31) / 32; i += 32) bits[i] = 0;
+    __syncwarp();
+    for (int i = lane; i < rows.list.count; i += 32) {
+      const unsigned y = rows.list.entries[i];
+      if (y < static_cast<unsigned>(p.nk)) atomicOr(bits + y / 32, 1u << y % 32);
+    }
+    __syncwarp();
   }
 
   // Counts of the key blocks that this lane has of pooled tile `tile`.
@@ -181,46 +159,36 @@ struct KeyProducer {
   }
 
   __device__ void fetch_pooled(int tile, int stage, const int (&counts)[kKeys / 32]) {
-    const int y0 = tile * kKeys, words = (p.nk + 31) / 32;
+    const int y0 = tile * kKeys;
 #pragma unroll
     for (int i = 0; i < kKeys / 32; ++i) {
-      const float bias = log2_approx(static_cast<float>(counts[i]));
-#pragma unroll
-      for (int l = 0; l < kLists; ++l) {
-        const bool seen = y0 + 32 * i + lane < RowTile<kLists>::past(p, at.x + l);
-        const bool unselected = seen && !(space(turn)[l * words + y0 / 32 + i] >> lane & 1);
-        s.bias[stage][l][32 * i + lane] = unselected ? bias : -INFINITY;
-      }
+      const bool there = y0 + 32 * i + lane < at.pooled_blocks;
+      const bool selected = there && bitmap(turn)[y0 / 32 + i] >> lane & 1;
+      s.bias[stage][32 * i + lane] =
+          there && !selected ? log2_approx(static_cast<float>(counts[i])) : -INFINITY;
     }
     if (lane == 0) s.plain[stage] = 0;
-    if (kLists > 1 && lane == 0) s.wanted[stage] = ~0u;
     if (lane < kKeys / 16) s.first[stage][lane] = INT_MIN / 2;
     fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
-  __device__ void fetch_listed(int tile, int stage, MergedEntry entry) {
-    const uint32_t block = kLists == 1 ? entry.bits : entry.block();
-    const bool valid = block < static_cast<uint32_t>(p.nk);
+  __device__ void fetch_listed(int tile, int stage, int block) {
+    const bool valid = static_cast<unsigned>(block) < static_cast<unsigned>(p.nk);
     const int within = (tile * runs + lane) * run & (p.block_k - 1);
     const int first = valid ? block * p.block_k + within : p.M;  // beyond the end: zeros
     const bool whole = lane >= runs || (first + run <= p.M && p.key_mask == nullptr &&
                                         (!p.causal || first + run - 1 <= at.first_row));
-    const bool plain = __all_sync(0xffffffffu, whole || (kLists > 1 && !valid));
+    const bool plain = __all_sync(0xffffffffu, whole);
     if (!plain) {
       for (int i = lane; i < kKeys; i += 32) {
         const int j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
         const bool there =
             j < p.M && (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(at.b) * p.M + j]);
-#pragma unroll
-        for (int l = 0; l < kLists; ++l) s.bias[stage][l][i] = there ? 0.f : -INFINITY;
+        s.bias[stage][i] = there ? 0.f : -INFINITY;
         if (i % 16 == 0) s.first[stage][i / 16] = j;
       }
     }
     if (lane == 0) s.plain[stage] = plain;
-    if constexpr (kLists > 1) {
-      const uint32_t wanted = wanted_sixteens(valid ? entry.lists() : 0, run);
-      if (lane == 0) s.wanted[stage] = wanted;
-    }
     fetch(maps.k_map, maps.v_map, runs, run, first);
   }
 
@@ -281,35 +249,34 @@ struct KeyProducer {
   // fetch_last() what comes behind its keys.
   template <int kPlaces, class FetchRows, class FetchLast>
   __device__ void run_all(unsigned items, FetchRows fetch_rows, FetchLast fetch_last) {
-    prepare(at, 0);
+    mark_selected(at, 0);
     fetch_rows(at, 0);
 #pragma unroll 1
     for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
-      MergedEntry entry = entry_of(0);
-      int counts[kKeys / 32];
+      int block = block_of(0), counts[kKeys / 32];
       look_up_counts(0, counts);
       const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
-      RowTile<kLists> next_rows(p, next_item);
+      const Rows next_rows(p, next_item);
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone round,
       // as then the consumers have left the tile before.
       const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
 #pragma unroll 1
       for (int tile = 0;; ++tile) {
         if (tile == early && next_item != item) {
-          prepare(next_rows, turn + 1);
+          mark_selected(next_rows, turn + 1);
           fetch_rows(next_rows, turn + 1);
         }
         if (tile == at.tiles) break;
         const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
-        const MergedEntry next = exact >= 0 ? entry_of(exact + 1) : entry;
+        const int next = exact >= 0 ? block_of(exact + 1) : block;
         wait_for_keys();
         if (exact < 0) {
           fetch_pooled(tile, stage, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          fetch_listed(exact, stage, entry);
+          fetch_listed(exact, stage, block);
         }
-        entry = next;
+        block = next;
       }
       fetch_last();
       at = next_rows;

@@ -1,0 +1,6 @@
+// Made by csrc/cuda/generate.py.
+#include "../backward_columns_short.cuh"
+
+namespace mra::cuda::sm90 {
+template cudaError_t launch_backward_columns_short<__nv_bfloat16, 64>(const BackwardParams&, const Device&, cudaStream_t);
+}  // namespace mra::cuda::sm90

@@ -1,0 +1,92 @@
+// Products of one warp's 16 rows by mma.sync, for blocks too short for a warpgroup: its operands come
+// from panels as the bulk tensor copies leave them (wgmma.cuh), each warp at its own pace.
+#pragma once
+
+#include "../sm80/mma.cuh"
+
+namespace mra::cuda::sm90 {
+
+// Byte offsets in a panel of the 16 bytes that ldmatrix takes from this lane, for 16 of the 64
+// columns: columns 16 i on lie where the swizzle has put those of i = 0, but for two bits.
+struct PanelLane {
+  uint32_t row, key;
+
+  __device__ __forceinline__ PanelLane() {
+    const int lane = threadIdx.x % 32;
+    row = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    key = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
+  }
+  // Operands stored [m][k] or, transposed, [k][n]: 16 rows.
+  __device__ __forceinline__ uint32_t rows(int i) const { return row ^ 32 * i; }
+  // Stored [n][k]: 16 rows, in the order of two tiles of eight.
+  __device__ __forceinline__ uint32_t keys(int i) const { return key ^ 32 * i; }
+};
+
+// A warp's 16 rows, from row `first` of panels of kRows, as left operands.
+template <typename T, int kPanels, int kRows>
+__device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[4 * kPanels],
+                                          const uint16_t (&from)[kPanels][kRows][64], int first,
+                                          const PanelLane& lane) {
+  const uint32_t base = smem_address(from) + first * 128;
+#pragma unroll
+  for (int i = 0; i < 4 * kPanels; ++i) {
+    ldmatrix_x4<false>(a[i].r, base + i / 4 * kRows * 128 + lane.rows(i % 4));
+  }
+}
+
+// c += A B^T over the columns of the panels: B of kRows rows.
+template <typename T, int kPanels, int kRows>
+__device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
+                                            const typename Mma<T>::A (&a)[4 * kPanels],
+                                            const uint16_t (&b)[kPanels][kRows][64],
+                                            const PanelLane& lane) {
+  const uint32_t base = smem_address(b);
+#pragma unroll
+  for (int i = 0; i < 4 * kPanels; ++i) {
+    typename Mma<T>::B fb[kRows / 16];
+#pragma unroll
+    for (int n = 0; n < kRows / 16; ++n) {
+      ldmatrix_x4<false>(fb[n].r, base + i / 4 * kRows * 128 + n * 2048 + lane.keys(i % 4));
+    }
+    Mma<T>::mma(c, 0, a[i], fb, false);
+  }
+}
+
+// acc += P B: P of kRows columns in accumulators, B of kRows rows.
+template <typename T, int kPanels, int kRows>
+__device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
+                                            const float (&p)[kRows / 8][4],
+                                            const uint16_t (&b)[kPanels][kRows][64],
+                                            const PanelLane& lane) {
+  const uint32_t base = smem_address(b);
+#pragma unroll
+  for (int k = 0; k < kRows / 16; ++k) {
+    const typename Mma<T>::A a = Mma<T>::from_accumulator(p, k);
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      typename Mma<T>::B fb[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        ldmatrix_x4<true>(fb[n].r, base + i * kRows * 128 + k * 2048 + lane.rows(n));
+      }
+      Mma<T>::mma(acc, 8 * i, a, fb, false);
+    }
+  }
+}
+
+// A warp's 16 rows of accumulators as rows `first` on of panels.
+template <typename T, int kPanels, int kRows>
+__device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][kRows][64], int first,
+                                           const float (&c)[8 * kPanels][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint16_t* at = &to[n / 8][first + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
+      *reinterpret_cast<uint32_t*>(at) = Mma<T>::pack(c[n][2 * half], c[n][2 * half + 1]);
+    }
+  }
+}
+
+}  // namespace mra::cuda::sm90
