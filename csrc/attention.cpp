@@ -55,14 +55,13 @@ BlockList given_plan(const PlanTensors& plan) {
   return rows;
 }
 
-BlockList make_plan(const Stages& stages, const Pooled& query, const Pooled& key, int64_t N,
-                    const Options& o) {
-  const int64_t nq = ceil_div(N, o.block_q), nk = key.mean.size(2);
+BlockList make_plan(const Stages& stages, const PooledInputs& means, int64_t N, const Options& o) {
+  const int64_t nq = ceil_div(N, o.block_q), nk = means.key.size(2);
   TORCH_CHECK_VALUE(nq * row_capacity(o, nk) <= std::numeric_limits<int32_t>::max(),
                     "density, blocks_per_row, block_q, block_k: got a plan of up to ",
                     nq * row_capacity(o, nk), " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
-  return stages.plan(query, key, N, o);
+  return stages.plan({means.query, means.query_count}, {means.key, means.key_count}, N, o);
 }
 
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of
@@ -96,22 +95,11 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
 
   // pool: means over the valid rows of each block
-  Pooled query, key;
-  PooledInputs pooled;
-  if (!has_plan || o.coarse == Coarse::block) {
-    query = stages.pool(in.query, in.query_mask, o.block_q);
-  }
-  if (has_coarse) {
-    pooled = stages.pool_keys(in, o);
-    pooled.query = query.mean;
-    pooled.query_count = query.count;
-    key = {pooled.key, pooled.key_count};
-  } else if (!has_plan) {
-    key = stages.pool(in.key, in.key_mask, o.block_k);
-  }
+  PooledInputs pooled =
+      stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block, !has_plan);
 
   // plan: which pairs of blocks are exact
-  const BlockList rows = has_plan ? given_plan(plan) : make_plan(stages, query, key, N, o);
+  const BlockList rows = has_plan ? given_plan(plan) : make_plan(stages, pooled, N, o);
 
   // coarse: the pairs that are not
   std::optional<CoarseState> state;
@@ -156,12 +144,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
               contiguous(means.value),       contiguous(means.key_count),
               contiguous(means.query_count), contiguous(means.moments)};
   } else if (o.coarse != Coarse::none) {
-    pooled = stages.pool_keys(in, o);
-    if (o.coarse == Coarse::block) {
-      const Pooled query = stages.pool(in.query, in.query_mask, o.block_q);
-      pooled.query = query.mean;
-      pooled.query_count = query.count;
-    }
+    pooled = stages.pool_inputs(in, o, o.coarse == Coarse::block, false);
   }
 
   // plan, seen from the keys
@@ -256,9 +239,8 @@ struct Operators {
     if (query.numel() == 0) {
       rows = empty_plan(query, ceil_div(key.size(2), block_k), o);
     } else {
-      const Pooled q = stages.pool(readable(query), readable(query_mask), block_q);
-      const Pooled k = stages.pool(readable(key), readable(key_mask), block_k);
-      rows = make_plan(stages, q, k, query.size(2), o);
+      const Inputs in = readable(Inputs{query, key, key, key_mask, query_mask});
+      rows = make_plan(stages, stages.pool_inputs(in, o, true, true), query.size(2), o);
     }
     return {rows.start, rows.count, rows.index};
   }

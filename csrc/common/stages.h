@@ -66,15 +66,18 @@ struct Inputs {
   OptTensor query_mask;  // [B, N] bool, contiguous
 };
 
-// What the coarse form needs of the pooled inputs; `query` is defined for coarse = block only.
-// `moments` are C and Sigma of order 1 without causal, once they are made: see moments_shape.
+// The pooled inputs: keys and values for the coarse part, queries for coarse = block, and both
+// queries and keys for a plan; the rest may be undefined. `moments` are C and Sigma of order 1
+// without causal, once they are made: see moments_dim.
 struct PooledInputs {
   Tensor query;        // [B, H, nq, D] acc
   Tensor key;          // [B, Hk, nk, D] acc
   Tensor value;        // [B, Hk, nk, D] acc
   Tensor key_count;    // [B, nk] int32
-  Tensor query_count;  // [B, nq] int32, defined for coarse = block only
+  Tensor query_count;  // [B, nq] int32
   Tensor moments;
+  // key and value in T, where the stage pool writes them: for coarse = row, half types on CUDA.
+  Tensor key_rounded{}, value_rounded{};
 };
 
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
@@ -139,8 +142,9 @@ struct Stages {
   // x [B, H, L, D], mask [B, L] bool.
   Pooled (*pool)(const Tensor& x, const OptTensor& mask, int64_t block);
 
-  // The key part of PooledInputs, for a call that has a coarse part.
-  PooledInputs (*pool_keys)(const Inputs&, const Options&);
+  // What a call needs of its inputs: queries and keys where asked for, keys and values where there
+  // is a coarse part. May make the moments of order 1 along with these.
+  PooledInputs (*pool_inputs)(const Inputs&, const Options&, bool query, bool key);
 
   // Selection of reference.py::plan. Budgets and capacity come from common/budget.h.
   BlockList (*plan)(const Pooled& query, const Pooled& key, int64_t N, const Options&);

@@ -53,9 +53,20 @@ Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
   return {mean, count};
 }
 
-PooledInputs pool_keys(const Inputs& in, const Options& o) {
-  const Pooled key = pool(in.key, in.key_mask, o.block_k);
-  return {{}, key.mean, pool(in.value, in.key_mask, o.block_k).mean, key.count, {}, {}};
+PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key) {
+  PooledInputs pooled;
+  if (query) {
+    const Pooled q = pool(in.query, in.query_mask, o.block_q);
+    pooled.query = q.mean;
+    pooled.query_count = q.count;
+  }
+  if (key || o.coarse != Coarse::none) {
+    const Pooled k = pool(in.key, in.key_mask, o.block_k);
+    pooled.key = k.mean;
+    pooled.key_count = k.count;
+  }
+  if (o.coarse != Coarse::none) pooled.value = pool(in.value, in.key_mask, o.block_k).mean;
+  return pooled;
 }
 
 }  // namespace mra::cpu

@@ -6,7 +6,7 @@ namespace mra {
 const Stages& cpu_stages() {
   static const Stages stages = {
       cpu::pool,
-      cpu::pool_keys,
+      cpu::pool_inputs,
       cpu::plan,
       cpu::transpose,
       cpu::coarse,

@@ -6,7 +6,7 @@
 namespace mra::cpu {
 
 Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
-PooledInputs pool_keys(const Inputs&, const Options&);
+PooledInputs pool_inputs(const Inputs&, const Options&, bool query, bool key);
 
 BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&);
 BlockList transpose(const BlockList& rows, int64_t nk);

@@ -135,7 +135,7 @@ __device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit
         rows, p.grad_stride.l, live, chunk, chunks,
         [&](int g, int r) { return __shfl_sync(kFullWarp, weight[g], r); }, sum);
     if (lane < kLanes && chunk < chunks) {
-      store_floats(p.block_grad + unit * p.D + chunk * kVec<T>, sum);
+      store_values<kVec<T>>(p.block_grad + unit * p.D + chunk * kVec<T>, sum);
     }
   }
 }

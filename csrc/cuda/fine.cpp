@@ -5,20 +5,35 @@
 
 #include "../common/budget.h"
 #include "delta.h"
+#include "pool.h"
 #include "problem.h"
 
 namespace mra::cuda {
 namespace {
 
-// Means of key blocks in the dtype that the kernel multiplies.
+// Means of key blocks in the dtype that the kernel multiplies, rounded here unless they came so.
 struct PooledKeys {
   Tensor key, value, count;
 
-  PooledKeys(const std::optional<PooledInputs>& pooled, at::ScalarType dtype) {
+  PooledKeys(const std::optional<PooledInputs>& pooled, const Inputs& in, const Options& o,
+             const Launch& launch) {
     if (!pooled) return;
-    key = pooled->key.to(dtype);
-    value = pooled->value.to(dtype);
     count = pooled->key_count;
+    if (!rounds_pooled(in.key, o)) {
+      key = pooled->key;
+      value = pooled->value;
+    } else if (pooled->key_rounded.defined()) {
+      key = pooled->key_rounded;
+      value = pooled->value_rounded;
+    } else {
+      const auto s = pooled->key.sizes();
+      const Tensor both = at::empty({2, s[0], s[1], s[2], s[3]}, in.key.options());
+      launch.check(round_pooled(pooled->key.const_data_ptr<float>(),
+                                pooled->value.const_data_ptr<float>(), both.mutable_data_ptr(),
+                                pooled->key.numel(), dtype_of(in.key), launch.stream));
+      key = both[0];
+      value = both[1];
+    }
   }
 };
 
@@ -53,7 +68,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
                 const std::optional<PooledInputs>& pooled, const Tensor& moments,
                 const Options& o) {
   const Launch launch(in.query);
-  const PooledKeys keys(pooled, in.query.scalar_type());
+  const PooledKeys keys(pooled, in, o, launch);
   ForwardParams p{};
   fill(p, in, rows, keys.key, keys.value, keys.count, o);
 
@@ -81,7 +96,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                     const Options& o) {
   const Launch launch(in.query);
   const Dtype dtype = dtype_of(in.query);
-  const PooledKeys keys(pooled, in.query.scalar_type());
+  const PooledKeys keys(pooled, in, o, launch);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   BackwardParams p{};
   fill(p, in, rows, keys.key, keys.value, keys.count, o);

@@ -54,6 +54,12 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     p.k_mean = pooled->key.mutable_data_ptr<float>();
     p.v_mean = pooled->value.mutable_data_ptr<float>();
     p.key_count = count.mutable_data_ptr<int>();
+    if (rounds_pooled(in.key, o)) {
+      pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
+      pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());
+      p.k_rounded = pooled->key_rounded.mutable_data_ptr();
+      p.v_rounded = pooled->value_rounded.mutable_data_ptr();
+    }
   }
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
   const Tensor matrices = at::empty({B, Hk, 2, dim, dim}, in.key.options());

@@ -8,50 +8,83 @@
 #include "../common/budget.h"
 #include "launch.h"
 #include "moments.h"
+#include "problem.h"
 
 namespace mra::cuda {
+namespace {
 
-// x [B, H, L, D] -> mean [B, H, n, D] float32 and count [B, n] int32, n = ceil(L / block).
-Pooled pool(const Tensor& x_in, const OptTensor& mask, int64_t block) {
-  const Launch launch(x_in);
-  const Tensor x = with_aligned_rows(x_in);
-  const int64_t B = x.size(0), H = x.size(1), L = x.size(2), D = x.size(3);
-  const int64_t n = ceil_div(L, block);
-  TORCH_CHECK_NOT_IMPLEMENTED(B * H * n <= std::numeric_limits<int>::max(),
-                              "mra_attention on CUDA takes at most 2^31 - 1 blocks in all, got ",
-                              B * H * n);
-  Pooled out{at::empty({B, H, n, D}, x.options().dtype(at::kFloat)),
-             at::empty({B, n}, x.options().dtype(at::kInt))};
-  if (out.mean.numel() == 0) {
-    out.count.zero_();
-    return out;
+// Means of up to three tensors, and counts of those that ask for them, in one launch.
+class Pools {
+ public:
+  explicit Pools(const Tensor& like) : launch_(like) {
+    p_.B = static_cast<int>(like.size(0));
+    p_.D = static_cast<int>(like.size(3));
+    p_.dtype = dtype_of(like);
   }
 
-  PoolParams p;
-  p.x = x.const_data_ptr();
-  p.stride = strides_of(x);
-  p.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
-  p.mean = out.mean.mutable_data_ptr<float>();
-  p.count = out.count.mutable_data_ptr<int32_t>();
-  p.B = static_cast<int>(B);
-  p.H = static_cast<int>(H);
-  p.n = static_cast<int>(n);
-  p.L = L;
-  p.D = static_cast<int>(D);
-  p.block = static_cast<int>(block);
-  p.dtype = dtype_of(x);
-  launch.check(pool_forward(p, launch.stream));
+  // x [B, H, L, D] -> mean [B, H, n, D] float32 and, unless null, count [B, n] int32 and rounded
+  // [B, H, n, D] T, n = ceil(L / block).
+  void add(const Tensor& x, const OptTensor& mask, int64_t block, Tensor& mean, Tensor* count,
+           Tensor* rounded) {
+    const int64_t B = x.size(0), H = x.size(1), L = x.size(2), D = x.size(3);
+    const int64_t n = ceil_div(L, block);
+    TORCH_CHECK_NOT_IMPLEMENTED(B * H * n <= std::numeric_limits<int>::max(),
+                                "mra_attention on CUDA takes at most 2^31 - 1 blocks in all, got ",
+                                B * H * n);
+    mean = at::empty({B, H, n, D}, x.options().dtype(at::kFloat));
+    if (count != nullptr) *count = at::empty({B, n}, x.options().dtype(at::kInt));
+    if (rounded != nullptr) *rounded = at::empty({B, H, n, D}, x.options());
+
+    PoolTensor& t = p_.tensor[p_.tensors++];
+    t.x = x.const_data_ptr();
+    t.stride = strides_of(x);
+    t.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
+    t.mean = mean.mutable_data_ptr<float>();
+    t.rounded = rounded != nullptr ? rounded->mutable_data_ptr() : nullptr;
+    t.count = count != nullptr ? count->mutable_data_ptr<int32_t>() : nullptr;
+    t.H = static_cast<int>(H);
+    t.n = static_cast<int>(n);
+    t.L = L;
+    t.log2_block = log2_of(block);
+  }
+
+  void run() const { launch_.check(pool_forward(p_, launch_.stream)); }
+
+ private:
+  const Launch launch_;
+  PoolParams p_{};
+};
+
+}  // namespace
+
+Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
+  Pooled out;
+  Pools pools(x);
+  pools.add(x, mask, block, out.mean, &out.count, nullptr);
+  pools.run();
   return out;
 }
 
-PooledInputs pool_keys(const Inputs& in, const Options& o) {
+PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key) {
   PooledInputs pooled;
+  Pools pools(in.query);
+  const bool coarse = o.coarse != Coarse::none;
   if (has_order1(o)) pooled.moments = pool_moments(in, o, &pooled, {});
-  if (pooled.moments.defined()) return pooled;
-  const Pooled key = pool(in.key, in.key_mask, o.block_k);
-  pooled.key = key.mean;
-  pooled.key_count = key.count;
-  pooled.value = pool(in.value, in.key_mask, o.block_k).mean;
+  if (query) {
+    pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
+  }
+  if (!pooled.moments.defined()) {
+    const bool rounded = rounds_pooled(in.key, o);
+    if (key || coarse) {
+      pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
+                rounded ? &pooled.key_rounded : nullptr);
+    }
+    if (coarse) {
+      pools.add(in.value, in.key_mask, o.block_k, pooled.value, nullptr,
+                rounded ? &pooled.value_rounded : nullptr);
+    }
+  }
+  pools.run();
   return pooled;
 }
 

@@ -1,22 +1,36 @@
-// Block means on CUDA: what pool.cpp hands to pool_fwd.cu.
+// Block means on CUDA: what pool.cpp and fine.cpp hand to pool_fwd.cu.
 #pragma once
 
 #include "types.h"
 
 namespace mra::cuda {
 
-struct PoolParams {
-  const void* x;     // [B, H, L, D], rows 16-byte aligned
+// One tensor and its means.
+struct PoolTensor {
+  const void* x;     // [B, H, L, D] T, rows 16-byte aligned
   Strides stride;    // of x
   const bool* mask;  // [B, L] contiguous, or null
   float* mean;       // [B, H, n, D]
-  int32_t* count;    // [B, n]
-  int B, H, n;       // B * H * n < 2^31
+  void* rounded;     // [B, H, n, D] T: the same in the type of x, or null
+  int32_t* count;    // [B, n], or null
+  int H, n;          // B * H * n < 2^31
   int64_t L;
-  int D, block;
+  int log2_block;
+};
+
+struct PoolParams {
+  PoolTensor tensor[3];
+  int tensors;
+  int B, D;
   Dtype dtype;
 };
 
+// All tensors in one launch.
 cudaError_t pool_forward(const PoolParams& params, cudaStream_t stream);
+
+// Means of keys and values in the type that attention multiplies: out[i] and out[n + i] are key[i]
+// and value[i], n a multiple of 8.
+cudaError_t round_pooled(const float* key, const float* value, void* out, int64_t n, Dtype dtype,
+                         cudaStream_t stream);
 
 }  // namespace mra::cuda

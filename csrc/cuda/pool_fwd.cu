@@ -1,68 +1,144 @@
-// Block means: one warp per block of rows, one read of the input.
+// Block means of up to three tensors, one read of each: a warp takes one block of rows, or as many
+// neighbouring ones as have kWindow rows.
 #include "block_sum.cuh"
 #include "pool.h"
 
 namespace mra::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+// Measured choices (docs/kernels.md).
+constexpr int kWarps = 4, kWindow = 32;
+
+struct PoolGrid : PoolParams {
+  int windows[3];  // of a head
+  int window[3];   // rows of one
+  int ctas[3];
+};
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const PoolParams p) {
-  const int lane = threadIdx.x % 32;
-  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (unit >= int64_t{p.B} * p.H * p.n) return;  // whole warps leave; nothing below syncs the block
-  const int y = static_cast<int>(unit) % p.n;
-  const int head = static_cast<int>(unit) / p.n;
-  const int h = head % p.H;
-  const int b = head / p.H;
-  const int64_t first = int64_t{y} * p.block;
+__global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const __grid_constant__ PoolGrid p) {
+  constexpr int kRows = 32 / kLanes;  // read at once
+  int cta = blockIdx.x, which = 0;
+  while (cta >= p.ctas[which]) cta -= p.ctas[which++];
+  const PoolTensor& t = p.tensor[which];
+  const int lane = threadIdx.x % 32, window = p.window[which];
+  const int64_t unit = int64_t{cta} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * t.H * p.windows[which]) return;  // whole warps leave
+  const int head = static_cast<int>(unit) / p.windows[which];
+  const int b = head / t.H, h = head - b * t.H;
+  const int64_t first = (unit - int64_t{head} * p.windows[which]) * window;
+  const int y0 = static_cast<int>(first >> t.log2_block);
+  const int rows = static_cast<int>(min(int64_t{window}, t.L - first));
 
-  uint32_t live[kBlockWords];
-  int count = 0;
+  uint32_t counts = 0;  // bit g: row 32 g + lane
 #pragma unroll
   for (int g = 0; g < kBlockWords; ++g) {
     const int r = g * 32 + lane;
-    bool valid = r < p.block && first + r < p.L;
-    if (valid && p.mask != nullptr) valid = p.mask[b * p.L + first + r];
-    live[g] = __ballot_sync(kFullWarp, valid);
-    count += __popc(live[g]);
+    bool valid = r < rows;
+    if (valid && t.mask != nullptr) valid = t.mask[b * t.L + first + r];
+    counts |= static_cast<uint32_t>(valid) << g;
   }
-  if (h == 0 && lane == 0) p.count[int64_t{b} * p.n + y] = count;
 
-  const T* rows = static_cast<const T*>(p.x) + b * p.stride.b + h * p.stride.h + first * p.stride.l;
-  const float divisor = static_cast<float>(max(count, 1));
+  const T* const x =
+      static_cast<const T*>(t.x) + b * t.stride.b + h * t.stride.h + first * t.stride.l;
   const int chunks = p.D / kVec<T>;
   for (int c = 0; c < chunks; c += kLanes) {
     const int chunk = c + lane % kLanes;
-    float sum[kVec<T>];
-    block_sum<T, kLanes>(
-        rows, p.stride.l, live, chunk, chunks, [](int, int) { return 1.f; }, sum);
-    if (lane < kLanes && chunk < chunks) {
+    const T* next = x + lane / kLanes * t.stride.l + chunk * kVec<T>;
+    float sum[kVec<T>] = {};
+    int count = 0;
+    const auto finish = [&](int y) {
+      constexpr int kKept = kept<kVec<T>, kLanes>;
+      scatter_sums<kLanes>(sum);
 #pragma unroll
-      for (int e = 0; e < kVec<T>; ++e) sum[e] /= divisor;
-      store_floats(p.mean + unit * p.D + chunk * kVec<T>, sum);
+      for (int e = 0; e < kKept; ++e) sum[e] /= static_cast<float>(max(count, 1));
+      if (y < t.n && chunk < chunks && lane < kLanes * kVec<T>) {
+        const int64_t at =
+            (int64_t{head} * t.n + y) * p.D + chunk * kVec<T> + first_kept<kVec<T>, kLanes>();
+        store_values<kKept>(t.mean + at, sum);
+        if (t.rounded != nullptr) store_values<kKept>(static_cast<T*>(t.rounded) + at, sum);
+      }
+      if (t.count != nullptr && y < t.n && h == 0 && c == 0 && lane == 0) {
+        t.count[int64_t{b} * t.n + y] = count;
+      }
+#pragma unroll
+      for (int e = 0; e < kVec<T>; ++e) sum[e] = 0.f;
+      count = 0;
+    };
+#pragma unroll 1
+    for (int g = 0; 32 * g < rows; ++g, next += 32 * t.stride.l) {
+      const uint32_t live = __ballot_sync(kFullWarp, counts >> g & 1);
+      const bool halves = kRows < 32 && t.log2_block == 4;
+      count += __popc(halves ? live & 0xffff : live);
+      add_rows<T, kLanes>(
+          next, kRows * t.stride.l, chunk < chunks ? live : 0, [](int) { return 1.f; },
+          [&] {
+            if (!halves) return;
+            finish(y0 + 2 * g);
+            count = __popc(live >> 16);
+          },
+          sum);
+      // The last row of these 32 that is in the window tells which block it is.
+      const int last = min(32 * g + 31, window - 1), y = last >> t.log2_block;
+      if (last + 1 == (y + 1) << t.log2_block || last + 1 >= rows) finish(y0 + y);
     }
   }
 }
 
 struct LaunchPool {
-  const PoolParams& p;
+  const PoolParams& params;
   cudaStream_t stream;
 
   template <typename T, int kLanes>
   cudaError_t operator()() const {
-    const int64_t units = int64_t{p.B} * p.H * p.n;
-    const auto grid = static_cast<unsigned>((units + kWarps - 1) / kWarps);
-    pool_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(p);
+    PoolGrid p{params};
+    int64_t ctas = 0;
+    for (int i = 0; i < p.tensors; ++i) {
+      const PoolTensor& t = p.tensor[i];
+      const int block = 1 << t.log2_block;
+      // Blocks of fewer rows than are read at once stay alone.
+      p.window[i] = std::max(block, block < 32 / kLanes ? 0 : kWindow);
+      const int each = p.window[i] >> t.log2_block;
+      p.windows[i] = (t.n + each - 1) / each;
+      p.ctas[i] = static_cast<int>((int64_t{p.B} * t.H * p.windows[i] + kWarps - 1) / kWarps);
+      ctas += p.ctas[i];
+    }
+    if (ctas == 0) return cudaSuccess;
+    pool_kernel<T, kLanes><<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(p);
     return cudaGetLastError();
   }
 };
+
+template <typename T>
+__global__ void __launch_bounds__(256)
+    round_pooled_kernel(const float* key, const float* value, T* out, int64_t n) {
+  const int64_t i = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 8;
+  if (i >= 2 * n) return;
+  const float* const from = i < n ? key + i : value + i - n;
+  float v[8];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 bits = load16(from + 4 * half);
+    unpack16<float>(bits, reinterpret_cast<float(&)[4]>(v[4 * half]));
+  }
+  store_values<8>(out + i, v);
+}
 
 }  // namespace
 
 cudaError_t pool_forward(const PoolParams& params, cudaStream_t stream) {
   return dispatch_rows(params.dtype, params.D, LaunchPool{params, stream});
+}
+
+cudaError_t round_pooled(const float* key, const float* value, void* out, int64_t n, Dtype dtype,
+                         cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>((2 * n + 2047) / 2048);
+  if (dtype == Dtype::f16) {
+    round_pooled_kernel<<<grid, 256, 0, stream>>>(key, value, static_cast<__half*>(out), n);
+  } else {
+    round_pooled_kernel<<<grid, 256, 0, stream>>>(key, value, static_cast<__nv_bfloat16*>(out), n);
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace mra::cuda

@@ -16,6 +16,11 @@ inline const uint8_t* mask_of(const OptTensor& mask) {
   return mask ? reinterpret_cast<const uint8_t*>(mask->const_data_ptr<bool>()) : nullptr;
 }
 
+// Whether attention multiplies the means of keys and values in a type of their own: T.
+inline bool rounds_pooled(const Tensor& key, const Options& o) {
+  return o.coarse == Coarse::row && key.scalar_type() != at::kFloat;
+}
+
 // Raises NotImplementedError for what the kernels can't do.
 void check_supported(const Options& o);
 

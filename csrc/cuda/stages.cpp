@@ -6,7 +6,7 @@
 namespace mra {
 namespace cuda {
 Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
-PooledInputs pool_keys(const Inputs& in, const Options& o);
+PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key);
 BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& o);
 BlockList transpose(const BlockList& rows, int64_t nk);
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
@@ -22,7 +22,7 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
 
 const Stages& cuda_stages() {
   static const Stages stages{cuda::pool,
-                             cuda::pool_keys,
+                             cuda::pool_inputs,
                              cuda::plan,
                              cuda::transpose,
                              cuda::coarse,

@@ -10,8 +10,9 @@ namespace mra::cuda::sm90 {
 
 // Where block means go. Null pointers: nowhere.
 struct BlockMeans {
-  float *k_mean, *v_mean;  // [B, Hk, nk, D]
-  int* key_count;          // [B, nk]
+  float *k_mean, *v_mean;       // [B, Hk, nk, D]
+  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] bfloat16
+  int* key_count;               // [B, nk]
   int Hk, nk, D;
 };
 
@@ -105,6 +106,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
 #pragma unroll
   for (int i = 0; i < 8; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
   float* const to = which == 0 ? p.k_mean : p.v_mean;
+  auto* const rounded = static_cast<__nv_bfloat16*>(which == 0 ? p.k_rounded : p.v_rounded);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     constexpr int kRows = 8 / kBlocks;  // of this lane
@@ -126,7 +128,9 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
     if (y < p.nk) {
       const int column = 64 * panel + chunk * 8 + lane / 4;
       if (to != nullptr && column < p.D) {
-        to[((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column] = mean;
+        const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
+        to[at] = mean;
+        if (rounded != nullptr) rounded[at] = __float2bfloat16_rn(mean);
       }
       if (p.key_count != nullptr && h == 0 && unit == 0 && lane == 0) {
         p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   const int group = uniform(threadIdx.x / 128);
   const bool first_lane = threadIdx.x % 32 == 0;
   float moment[8 * kPanels][4], sigma[8 * kPanels][4];
-  const BlockMeans means{p.k_mean, p.v_mean, p.key_count, p.Hk, p.nk, p.D};
+  const BlockMeans means{p.k_mean,    p.v_mean, p.k_rounded, p.v_rounded,
+                         p.key_count, p.Hk,     p.nk,        p.D};
   int keys = 0;
   const auto prepare = [&](int tile) {
     const int stage = tile % kStages;

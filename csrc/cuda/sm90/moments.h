@@ -13,11 +13,12 @@ struct Moments {
   const uint8_t* mask;  // [B, M] or null
   int B, Hk, M, D, nk, log2_block_k;
 
-  float *k_mean, *v_mean;  // [B, Hk, nk, D], or null: not written
-  int* key_count;          // [B, nk], or null
-  int chunks;              // parts of a head that are summed apart: see tile_chunks
-  float* sums;             // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
-  void* matrices;          // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
+  float *k_mean, *v_mean;       // [B, Hk, nk, D], or null: not written
+  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] bfloat16: the same rounded, or null
+  int* key_count;               // [B, nk], or null
+  int chunks;                   // parts of a head that are summed apart: see tile_chunks
+  float* sums;                  // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
+  void* matrices;               // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
