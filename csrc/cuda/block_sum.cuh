@@ -75,7 +75,7 @@ __device__ __forceinline__ void block_sum(const T* rows, int64_t stride,
 // lane is that of element first_kept + e. Where more lanes share a chunk than it has elements,
 // several have the same.
 template <int kVec, int kLanes>
-inline constexpr int kept = std::max(1, kVec* kLanes / 32);
+inline constexpr int kept = std::max(1, kVec / (32 / kLanes));
 template <int kVec, int kLanes>
 __device__ __forceinline__ int first_kept() {
   int first = 0;
@@ -105,12 +105,31 @@ __device__ __forceinline__ void scatter_sums(float (&x)[kVec]) {
 // Writes kCount values, rounded to T; `out` is aligned to all of them, or to 16 bytes.
 template <int kCount, typename T, int kVec>
 __device__ __forceinline__ void store_values(T* out, const float (&v)[kVec]) {
-  struct alignas(std::min<int>(16, kCount * sizeof(T))) Values {
-    T x[kCount];
-  } values;
+  constexpr int kWords = kCount * sizeof(T) / 4;
+  if constexpr (kWords == 0) {
+    *out = from_float<T>(v[0]);
+  } else {
+    uint32_t words[kWords];
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) values.x[e] = from_float<T>(v[e]);
-  *reinterpret_cast<Values*>(out) = values;
+    for (int i = 0; i < kWords; ++i) {
+      constexpr int kIn = 4 / sizeof(T);
+      alignas(4) T word[kIn];
+#pragma unroll
+      for (int e = 0; e < kIn; ++e) word[e] = from_float<T>(v[kIn * i + e]);
+      words[i] = *reinterpret_cast<const uint32_t*>(word);
+    }
+    if constexpr (kWords == 1) {
+      *reinterpret_cast<uint32_t*>(out) = words[0];
+    } else if constexpr (kWords == 2) {
+      *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        reinterpret_cast<uint4*>(out)[i / 4] =
+            make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      }
+    }
+  }
 }
 
 // Calls f<T, kLanes>() for the element type and for the lanes that a row of `head_dim` takes: the

@@ -16,7 +16,7 @@ struct PoolGrid : PoolParams {
 };
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const __grid_constant__ PoolGrid p) {
+__global__ void __launch_bounds__(kWarps * 32, 6) pool_kernel(const __grid_constant__ PoolGrid p) {
   constexpr int kRows = 32 / kLanes;  // read at once
   int cta = blockIdx.x, which = 0;
   while (cta >= p.ctas[which]) cta -= p.ctas[which++];
@@ -27,24 +27,32 @@ __global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const __grid_const
   const int head = static_cast<int>(unit) / p.windows[which];
   const int b = head / t.H, h = head - b * t.H;
   const int64_t first = (unit - int64_t{head} * p.windows[which]) * window;
-  const int y0 = static_cast<int>(first >> t.log2_block);
   const int rows = static_cast<int>(min(int64_t{window}, t.L - first));
 
-  uint32_t counts = 0;  // bit g: row 32 g + lane
+  // Bit g: whether row 32 g + lane counts.
+  uint32_t counts = (1u << (rows - lane + 31) / 32) - 1;
+  if (t.mask != nullptr) {
+    const bool* const mask = t.mask + b * t.L + first + lane;
 #pragma unroll
-  for (int g = 0; g < kBlockWords; ++g) {
-    const int r = g * 32 + lane;
-    bool valid = r < rows;
-    if (valid && t.mask != nullptr) valid = t.mask[b * t.L + first + r];
-    counts |= static_cast<uint32_t>(valid) << g;
+    for (int g = 0; g < kBlockWords; ++g) {
+      if (counts >> g & 1 && !mask[32 * g]) counts ^= 1u << g;
+    }
   }
 
+  const int y0 = static_cast<int>(first >> t.log2_block);
+  const int blocks = t.n - y0;  // from here on
+  const int64_t mean_at = (int64_t{head} * t.n + y0) * p.D;
+  const int count_at = h == 0 && lane == 0 && t.count != nullptr ? b * t.n + y0 : -1;
   const T* const x =
       static_cast<const T*>(t.x) + b * t.stride.b + h * t.stride.h + first * t.stride.l;
   const int chunks = p.D / kVec<T>;
   for (int c = 0; c < chunks; c += kLanes) {
     const int chunk = c + lane % kLanes;
     const T* next = x + lane / kLanes * t.stride.l + chunk * kVec<T>;
+    // Where this lane's values go; negative: nowhere.
+    const int column = chunk < chunks && lane < kLanes * kVec<T>
+                           ? chunk * kVec<T> + first_kept<kVec<T>, kLanes>()
+                           : -1;
     float sum[kVec<T>] = {};
     int count = 0;
     const auto finish = [&](int y) {
@@ -52,14 +60,13 @@ __global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const __grid_const
       scatter_sums<kLanes>(sum);
 #pragma unroll
       for (int e = 0; e < kKept; ++e) sum[e] /= static_cast<float>(max(count, 1));
-      if (y < t.n && chunk < chunks && lane < kLanes * kVec<T>) {
-        const int64_t at =
-            (int64_t{head} * t.n + y) * p.D + chunk * kVec<T> + first_kept<kVec<T>, kLanes>();
-        store_values<kKept>(t.mean + at, sum);
-        if (t.rounded != nullptr) store_values<kKept>(static_cast<T*>(t.rounded) + at, sum);
-      }
-      if (t.count != nullptr && y < t.n && h == 0 && c == 0 && lane == 0) {
-        t.count[int64_t{b} * t.n + y] = count;
+      if (y < blocks) {
+        if (column >= 0) {
+          const int64_t at = mean_at + y * p.D + column;
+          store_values<kKept>(t.mean + at, sum);
+          if (t.rounded != nullptr) store_values<kKept>(static_cast<T*>(t.rounded) + at, sum);
+        }
+        if (c == 0 && count_at >= 0) t.count[count_at + y] = count;
       }
 #pragma unroll
       for (int e = 0; e < kVec<T>; ++e) sum[e] = 0.f;
@@ -74,13 +81,13 @@ __global__ void __launch_bounds__(kWarps * 32, 8) pool_kernel(const __grid_const
           next, kRows * t.stride.l, chunk < chunks ? live : 0, [](int) { return 1.f; },
           [&] {
             if (!halves) return;
-            finish(y0 + 2 * g);
+            finish(2 * g);
             count = __popc(live >> 16);
           },
           sum);
       // The last row of these 32 that is in the window tells which block it is.
       const int last = min(32 * g + 31, window - 1), y = last >> t.log2_block;
-      if (last + 1 == (y + 1) << t.log2_block || last + 1 >= rows) finish(y0 + y);
+      if (last + 1 == (y + 1) << t.log2_block || last + 1 >= rows) finish(y);
     }
   }
 }
