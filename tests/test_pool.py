@@ -29,6 +29,24 @@ def test_pool_matches_reference(device, dtype, L, block):
         assert relative_error(mean, exact) <= allowed
 
 
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize("D", [8, 16, 32, 64, 128, 136, 256])
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_pool_head_dims(device, dtype, D, block):
+    """Lanes share a row, and rows a warp, in another way for each width; block 1 is masked."""
+    g = torch.Generator().manual_seed(new_seed())
+    x = torch.randn(2, 2, 300, D, generator=g).to(device, dtype)
+    mask = torch.rand(2, 300, generator=g) < 0.8
+    mask[:, block : 2 * block] = False
+    mask = mask.to(device)
+    mean, count = pool(x, mask, block)
+    exact, exact_count = pool_reference(x.double(), mask, block)
+    same, _ = pool_reference(x, mask, block)
+    assert torch.equal(count.long().expand_as(exact_count), exact_count)
+    assert not mean[:, :, 1].any()
+    assert relative_error(mean, exact) <= limit(mean.dtype, "cpu", relative_error(same, exact))
+
+
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_pool_literals(device, dtype):
     """Rows 0..20 with value i in column 0 and 1 in column 1; blocks of 16; row 1 and 20 masked.

@@ -26,11 +26,12 @@ struct PooledKeys {
       key = pooled->key_rounded;
       value = pooled->value_rounded;
     } else {
-      const auto s = pooled->key.sizes();
-      const Tensor both = at::empty({2, s[0], s[1], s[2], s[3]}, in.key.options());
-      launch.check(round_pooled(pooled->key.const_data_ptr<float>(),
-                                pooled->value.const_data_ptr<float>(), both.mutable_data_ptr(),
-                                pooled->key.numel(), dtype_of(in.key), launch.stream));
+      const Tensor k = with_aligned_rows(pooled->key), v = with_aligned_rows(pooled->value);
+      const Tensor both =
+          at::empty({2, k.size(0), k.size(1), k.size(2), k.size(3)}, in.key.options());
+      launch.check(round_pooled(k.const_data_ptr<float>(), v.const_data_ptr<float>(),
+                                both.mutable_data_ptr(), k.numel(), dtype_of(in.key),
+                                launch.stream));
       key = both[0];
       value = both[1];
     }
