@@ -6,8 +6,8 @@
 namespace mra::cuda {
 namespace {
 
-// Measured choices (docs/kernels.md).
-constexpr int kWarps = 4, kWindow = 32;
+// Six blocks of threads a multiprocessor leave registers for all loads of a batch in flight.
+constexpr int kWarps = 4, kCtas = 6, kWindow = 32;
 
 struct PoolGrid : PoolParams {
   int windows[3];  // of a head
@@ -16,7 +16,8 @@ struct PoolGrid : PoolParams {
 };
 
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 6) pool_kernel(const __grid_constant__ PoolGrid p) {
+__global__ void __launch_bounds__(kWarps * 32, kCtas)
+    pool_kernel(const __grid_constant__ PoolGrid p) {
   constexpr int kRows = 32 / kLanes;  // read at once
   int cta = blockIdx.x, which = 0;
   while (cta >= p.ctas[which]) cta -= p.ctas[which++];
