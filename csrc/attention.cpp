@@ -55,13 +55,15 @@ BlockList given_plan(const PlanTensors& plan) {
   return rows;
 }
 
-BlockList make_plan(const Stages& stages, const PooledInputs& means, int64_t N, const Options& o) {
+// `coarse`: the pooled inputs for coarse = block.
+Planned make_plan(const Stages& stages, const PooledInputs& means,
+                  const std::optional<PooledInputs>& coarse, int64_t N, const Options& o) {
   const int64_t nq = ceil_div(N, o.block_q), nk = means.key.size(2);
   TORCH_CHECK_VALUE(nq * row_capacity(o, nk) <= std::numeric_limits<int32_t>::max(),
                     "density, blocks_per_row, block_q, block_k: got a plan of up to ",
                     nq * row_capacity(o, nk), " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
-  return stages.plan({means.query, means.query_count}, {means.key, means.key_count}, N, o);
+  return stages.plan({means.query, means.query_count}, {means.key, means.key_count}, coarse, N, o);
 }
 
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of
@@ -97,15 +99,19 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   // pool: means over the valid rows of each block
   PooledInputs pooled =
       stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block, !has_plan);
+  pooled.type = in.query.scalar_type();
+  std::optional<PooledInputs> coarse_blocks, coarse_keys;
+  if (o.coarse == Coarse::block) coarse_blocks = pooled;
+  if (o.coarse == Coarse::row) coarse_keys = pooled;
 
   // plan: which pairs of blocks are exact
-  const BlockList rows = has_plan ? given_plan(plan) : make_plan(stages, pooled, N, o);
+  const Planned planned = has_plan ? Planned{given_plan(plan), std::nullopt}
+                                   : make_plan(stages, pooled, coarse_blocks, N, o);
+  const BlockList& rows = planned.rows;
 
-  // coarse: the pairs that are not
-  std::optional<CoarseState> state;
-  std::optional<PooledInputs> coarse_keys;
-  if (o.coarse == Coarse::block) state = stages.coarse(pooled, rows, o);
-  if (o.coarse == Coarse::row) coarse_keys = pooled;
+  // coarse: the pairs that are not, unless the plan brought them along
+  std::optional<CoarseState> state = planned.coarse;
+  if (coarse_blocks && !state) state = stages.coarse(pooled, rows, o);
 
   // fine: the pairs that are, and one softmax over both
   FineResult result = stages.fine(in, rows, state, coarse_keys, pooled.moments, o);
@@ -146,6 +152,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   } else if (o.coarse != Coarse::none) {
     pooled = stages.pool_inputs(in, o, o.coarse == Coarse::block, false);
   }
+  pooled.type = in.query.scalar_type();
 
   // plan, seen from the keys
   const BlockList columns = stages.transpose(rows, nk);
@@ -240,7 +247,8 @@ struct Operators {
       rows = empty_plan(query, ceil_div(key.size(2), block_k), o);
     } else {
       const Inputs in = readable(Inputs{query, key, key, key_mask, query_mask});
-      rows = make_plan(stages, stages.pool_inputs(in, o, true, true), query.size(2), o);
+      const PooledInputs means = stages.pool_inputs(in, o, true, true);
+      rows = make_plan(stages, means, std::nullopt, query.size(2), o).rows;
     }
     return {rows.start, rows.count, rows.index};
   }

@@ -78,6 +78,13 @@ struct PooledInputs {
   Tensor moments;
   // key and value in T, where the stage pool writes them: for coarse = row, half types on CUDA.
   Tensor key_rounded{}, value_rounded{};
+  at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
+};
+
+// A plan made inside of a call, and the coarse state where it was made along with it.
+struct Planned {
+  BlockList rows;
+  std::optional<CoarseState> coarse;
 };
 
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
@@ -146,8 +153,10 @@ struct Stages {
   // is a coarse part. May make the moments of order 1 along with these.
   PooledInputs (*pool_inputs)(const Inputs&, const Options&, bool query, bool key);
 
-  // Selection of reference.py::plan. Budgets and capacity come from common/budget.h.
-  BlockList (*plan)(const Pooled& query, const Pooled& key, int64_t N, const Options&);
+  // Selection of reference.py::plan. Budgets and capacity come from common/budget.h. `pooled` is
+  // set for coarse = block; its state may be left to `coarse`. What lies behind the lists is zeros.
+  Planned (*plan)(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>& pooled,
+                  int64_t N, const Options&);
 
   // Rows to columns (nk lists), deterministic.
   BlockList (*transpose)(const BlockList& rows, int64_t nk);

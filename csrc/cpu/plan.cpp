@@ -181,7 +181,8 @@ void select_global(const RowScores<A>& rows, const Shape& s, const Options& o, i
 
 }  // namespace
 
-BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& o) {
+Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>&, int64_t N,
+             const Options& o) {
   const Shape s{query.mean.size(0),
                 query.mean.size(1),
                 key.mean.size(1),
@@ -204,7 +205,7 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
         o.selection == Selection::row ? select_rows<scalar_t> : select_global<scalar_t>;
     select(rows, s, o, stride, start, count, index);
   });
-  return list;
+  return {list, std::nullopt};
 }
 
 BlockList transpose(const BlockList& rows, int64_t nk) {

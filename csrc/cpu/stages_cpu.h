@@ -8,7 +8,8 @@ namespace mra::cpu {
 Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
 PooledInputs pool_inputs(const Inputs&, const Options&, bool query, bool key);
 
-BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&);
+Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>&, int64_t N,
+             const Options&);
 BlockList transpose(const BlockList& rows, int64_t nk);
 
 CoarseState coarse(const PooledInputs&, const BlockList& rows, const Options&);

@@ -1,9 +1,9 @@
-// Stage plan on CUDA, and the transpose of its lists: allocate and launch plan_row.cu,
+// Stage plan on CUDA, and the transpose of its lists: allocate and launch plan_row.cu, plan_map.cu,
 // plan_global.cu and plan_transpose.cu.
 #include "plan.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -46,8 +46,11 @@ PlanParams plan_params(const Pooled& query, const Pooled& key, int64_t N, const 
 }  // namespace
 
 // query.mean [B, H, nq, D], key.mean [B, Hk, nk, D] -> row lists, as reference.py::plan selects.
-// Row selection keeps scores on chip; global selection takes a workspace of B * H * nq * nk floats.
-BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& options) {
+// Scores stay on chip, but for rows that are too long and for global selection from more than one
+// block of threads can hold, which takes a workspace of B * H * nq * nk floats. Where they stay,
+// the block-coarse state comes with them.
+Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>& pooled,
+             int64_t N, const Options& options) {
   const Launch launch(query.mean);
   const int64_t B = query.mean.size(0), H = query.mean.size(1), nq = query.mean.size(2);
   const int64_t nk = key.mean.size(2);
@@ -57,20 +60,30 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
       "mra_attention on CUDA takes plans of at most 2^31 - 1 entries a head, got room for ",
       capacity, "; lower density or blocks_per_row, or use larger blocks");
   const auto ints = query.mean.options().dtype(at::kInt);
-  // Zeros behind short lists, so that the operator's results are the same every time.
-  BlockList rows{at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
-                 at::zeros({B, H, capacity}, ints)};
-  if (rows.start.numel() == 0) return rows;
+  Planned planned;
+  BlockList& rows = planned.rows = {at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
+                                    at::empty({B, H, capacity}, ints)};
+  if (rows.start.numel() == 0) return planned;
 
   PlanParams p = plan_params(query, key, N, options);
   p.start = rows.start.mutable_data_ptr<int32_t>();
   p.count = rows.count.mutable_data_ptr<int32_t>();
   p.index = rows.index.mutable_data_ptr<int32_t>();
+  const auto with_coarse = [&] {
+    if (!pooled) return;
+    const CoarseState& state = planned.coarse.emplace(
+        CoarseState{at::empty_like(query.mean), at::empty({B, H, nq}, query.mean.options())});
+    p.v_mean = pooled->value.const_data_ptr<float>();
+    p.mean = state.mean.mutable_data_ptr<float>();
+    p.lse = state.lse.mutable_data_ptr<float>();
+    p.tf32 = at::isReducedFloatingType(pooled->type);
+  };
   if (options.selection == Selection::row) {
     const PlanRowConfig config = plan_row_config(p, launch.device);
+    if (config.coarse) with_coarse();
     const Tensor workspace = at::empty({config.workspace_bytes()}, ints.dtype(at::kByte));
     launch.check(plan_row(p, config, workspace.mutable_data_ptr(), launch.stream));
-    return rows;
+    return planned;
   }
   TORCH_CHECK_NOT_IMPLEMENTED(nq * nk <= int64_t{1} << 30,
                               "mra_attention on CUDA: selection=\"global\" takes maps of at most "
@@ -78,10 +91,15 @@ BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options&
                               nq, " x ", nk, "; use selection=\"row\" or larger blocks");
   int64_t budget = 0;
   for (int64_t x = 0; x < nq; ++x) budget += row_budget(options, N, nk, x);
+  if (plan_map_fits(p, launch.device)) {
+    with_coarse();
+    launch.check(plan_map(p, budget, launch.stream));
+    return planned;
+  }
   const Tensor map = at::empty({B, H, nq, nk}, ints);
   launch.check(plan_global(p, budget, reinterpret_cast<uint32_t*>(map.mutable_data_ptr<int32_t>()),
                            launch.stream));
-  return rows;
+  return planned;
 }
 
 // Row lists of nq query blocks -> column lists of nk key blocks, ascending; entries out of range

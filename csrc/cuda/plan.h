@@ -1,4 +1,5 @@
-// Selection on CUDA: what plan.cpp hands to plan_row.cu, plan_global.cu and plan_transpose.cu.
+// Selection on CUDA: what plan.cpp hands to plan_row.cu, plan_map.cu, plan_global.cu and
+// plan_transpose.cu.
 #pragma once
 
 #include "types.h"
@@ -12,7 +13,14 @@ struct PlanParams {
   const int32_t* k_count;  // [B, nk]
   int32_t* start;          // [B, H, nq]
   int32_t* count;          // [B, H, nq]
-  int32_t* index;          // [B, H, nq * row_capacity]
+  int32_t* index;          // [B, H, nq * row_capacity]; zeros behind the lists
+
+  // The block-coarse state (CoarseState of common/stages.h), made where v_mean isn't null.
+  const float* v_mean;  // [B, Hk, nk, D] or null
+  float* mean;          // [B, H, nq, D]
+  float* lse;           // [B, H, nq]
+  bool tf32;            // one TF32 product of weights and values instead of three
+
   int B, H, Hk, nq, nk, D;
   int64_t N;
   int block_q, block_k;
@@ -28,9 +36,10 @@ struct PlanParams {
 // How plan_row runs: rows of scores of `rows` query blocks in shared memory, or, where one does not
 // fit, in a slot of `workspace` for each of the `ctas` blocks of threads.
 struct PlanRowConfig {
-  int rows;   // 8, 16 or 32
-  int pitch;  // floats in a row of scores, a multiple of 32
+  int rows;   // 16 or 32
+  int pitch;  // words in a row of scores
   bool in_workspace;
+  bool coarse;  // the block-coarse state can be made along with the plan
   int ctas;
   int64_t workspace_bytes() const { return in_workspace ? int64_t{ctas} * rows * pitch * 4 : 0; }
 };
@@ -39,8 +48,11 @@ PlanRowConfig plan_row_config(const PlanParams& params, const Device& device);
 cudaError_t plan_row(const PlanParams& params, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream);
 
-// `map` is a workspace of [B, H, nq, nk] 4-byte words, nq * nk <= 2^30; `budget` the pairs that a
-// head may take.
+// Global selection, `budget` the pairs that a head may take. A map that one block of threads can
+// hold is one launch, plan_map, which makes the block-coarse state too. Others go through a
+// workspace `map` of [B, H, nq, nk] 4-byte words, nq * nk <= 2^30, and make no coarse state.
+bool plan_map_fits(const PlanParams& params, const Device& device);
+cudaError_t plan_map(const PlanParams& params, int64_t budget, cudaStream_t stream);
 cudaError_t plan_global(const PlanParams& params, int64_t budget, uint32_t* map,
                         cudaStream_t stream);
 

@@ -1,9 +1,11 @@
 // Row selection: each query block takes the key blocks with the highest scores.
 //
-// A block of threads makes the scores of kRows query blocks, which stay on chip, then each warp
-// selects within whole rows. Only the lists are written: no (N / block)^2 array.
+// A block of threads makes the scores of some query blocks, which stay on chip, then each warp
+// selects within whole rows. Only the lists are written: no (N / block)^2 array. What a row leaves
+// is still there afterwards: the block-coarse state is made from it.
 #include <algorithm>
 
+#include "plan_coarse.cuh"
 #include "plan_scores.cuh"
 
 namespace mra::cuda {
@@ -53,9 +55,55 @@ struct Row {
   }
 };
 
-// The list of query block x by one warp: writes index[0 .. returned).
+// The cut of a row, by one warp; `candidates` [kRanked] is its own.
 template <int kSteps>
-__device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* index) {
+__device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32_t* candidates) {
+  const int lane = threadIdx.x % 32;
+  uint32_t lo = kForced, hi = kAbsent;
+  row.each([&](int, uint32_t key) {
+    if (key == kAbsent || key == kForced) return;
+    lo = min(lo, key);
+    hi = max(hi, key);
+  });
+  Search search;
+  search.lo = __reduce_min_sync(kFullWarp, lo);
+  search.hi = __reduce_max_sync(kFullWarp, hi);
+  search.at_least = edge.forced + edge.within;
+  search.above = edge.forced;
+  search.m = edge.take;
+  while (!search.done() && search.candidates() > kRanked) {
+    uint32_t a, b;
+    search.pivots(a, b);
+    int at_a = 0, at_b = 0;
+    row.each([&](int, uint32_t key) {
+      at_a += key >= a;
+      at_b += key >= b;
+    });
+    search.report(a, __reduce_add_sync(kFullWarp, at_a), b, __reduce_add_sync(kFullWarp, at_b));
+  }
+  if (search.done()) return search.cut();
+
+  candidates[lane] = kAbsent;
+  __syncwarp();
+  int at = 0;
+  row.each([&](int, uint32_t key) {
+    const bool inside = key >= search.lo && key <= search.hi;
+    const unsigned all = __ballot_sync(kFullWarp, inside);
+    if (inside) candidates[at + __popc(all & ((1u << lane) - 1))] = key;
+    at += __popc(all);
+  });
+  __syncwarp();
+  const Cut cut = rank_cut(candidates, search.m - search.above);
+  __syncwarp();  // all have read what the next row overwrites
+  return cut;
+}
+
+// The list of query block x by one warp: writes index[0 .. row_capacity), zeros behind the list,
+// and returns how many are taken. With v_mean, row.keys then holds the scores of those that are
+// left to the coarse part, -inf elsewhere.
+template <int kSteps>
+__device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* index,
+                          uint32_t* candidates) {
   const int lane = threadIdx.x % 32;
   int pairs[kTiers] = {0, 0, 0, 0, 0};
   if (has_tiers(p)) {
@@ -73,144 +121,151 @@ __device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* 
   pairs[0] = __reduce_add_sync(kFullWarp, pairs[0]);
 
   const Boundary edge = find_boundary(pairs, row_budget(p, x));
-  if (edge.take == 0) return 0;
-  if (has_tiers(p)) {
-    row.map([&](int t, uint32_t key) {
-      if (key == kAbsent) return key;
-      return key_in_tier(key, tier_of<false>(p, x, t * 32 + lane), edge.tier);
-    });
+  Cut cut{kForced, 0};  // nothing
+  if (edge.take > 0) {
+    if (has_tiers(p)) {
+      row.map([&](int t, uint32_t key) {
+        if (key == kAbsent) return key;
+        return key_in_tier(key, tier_of<false>(p, x, t * 32 + lane), edge.tier);
+      });
+    }
+    cut = find_row_cut(row, edge, candidates);
   }
 
-  uint32_t lo = kForced, hi = kAbsent;
-  row.each([&](int, uint32_t key) {
-    if (key == kAbsent || key == kForced) return;
-    lo = min(lo, key);
-    hi = max(hi, key);
-  });
-  Search search;
-  search.lo = __reduce_min_sync(kFullWarp, lo);
-  search.hi = __reduce_max_sync(kFullWarp, hi);
-  search.at_least = edge.forced + edge.within;
-  search.above = edge.forced;
-  search.m = edge.take;
-  while (!search.done()) {
-    const uint32_t pivot = search.pivot();
-    int count = 0;
-    row.each([&](int, uint32_t key) { count += key >= pivot; });
-    search.report(pivot, __reduce_add_sync(kFullWarp, count));
-  }
-
-  Cut cut = search.cut();
+  const int past = past_blocks(p, x);
   int at = 0;
   row.each([&](int t, uint32_t key) {
+    const int y = t * 32 + lane;
     const unsigned taken = take_lanes(key, cut.key, cut.ties);
-    const int mine = at + __popc(taken & ((1u << lane) - 1));
-    if ((taken >> lane & 1) != 0 && mine < p.row_capacity) index[mine] = t * 32 + lane;
+    const bool mine = (taken >> lane & 1) != 0;
+    const int to = at + __popc(taken & ((1u << lane) - 1));
+    if (mine && to < p.row_capacity) index[to] = y;
     at += __popc(taken);
+    if (kSteps > 0 && p.v_mean != nullptr && t < row.steps) {
+      const uint32_t whole = row.keys[y];  // of any tier
+      const bool left = !mine && whole != kAbsent && y < past;
+      row.keys[y] = __float_as_uint(left ? score_of(whole) : -INFINITY);
+    }
   });
-  return min(at, p.row_capacity);
+  at = min(at, p.row_capacity);
+  for (int i = at + lane; i < p.row_capacity; i += 32) index[i] = 0;
+  return at;
 }
 
-template <int kRows, int kTileCols, bool kWorkspace>
-__global__ void __launch_bounds__(kScoreThreads, (kScoreBlocks<kRows, kTileCols>))
+// Blocks of threads a multiprocessor that the registers leave room for.
+template <class Tile, int kSteps>
+inline constexpr int kRowBlocks = Tile::kThreads == 128                            ? 6
+                                  : kSteps > 0 && kSteps < 32 && Tile::kRows == 16 ? 2
+                                                                                   : 1;
+
+template <class Tile, int kSteps, bool kWorkspace>
+__global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
-  extern __shared__ __align__(16) float smem[];
+  constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
+  extern __shared__ __align__(16) float ring[];
+  __shared__ __align__(16) uint32_t candidates[kWarps][kRanked];
+  __shared__ float inverse[kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(smem + score_floats(kRows, p.D, kTileCols));
+  uint32_t* keys = reinterpret_cast<uint32_t*>(ring + Tile::kRingWords);
   if constexpr (kWorkspace) keys = workspace + int64_t{blockIdx.x} * kRows * pitch;
 
   const int row_tiles = (p.nq + kRows - 1) / kRows;
   for (int64_t next = blockIdx.x; next < tiles; next += gridDim.x) {
     const int tile = static_cast<int>(next);
-    const int head = tile / row_tiles;
+    const int head = tile / row_tiles, b = head / p.H, h = head % p.H;
     // Later query blocks see more under causality: they go first.
-    const int x0 = (row_tiles - 1 - tile % row_tiles) * kRows;
-    const int written =
-        score_rows<kRows, kTileCols>(p, head / p.H, head % p.H, x0, smem, keys, pitch, pitch);
+    const int x0 = (row_tiles - 1 - tile % row_tiles) * kRows, rows = min(kRows, p.nq - x0);
+    const int written = Tile::write(p, b, h, x0, ring, keys, pitch, pitch);
     __syncthreads();
 
-    for (int r = warp; r < kRows && x0 + r < p.nq; r += kScoreWarps) {
-      const int x = x0 + r;
+    for (int r = warp; r < rows; r += kWarps) {
+      const int x = x0 + r, steps = written / 32;
       const int64_t start = int64_t{x} * p.row_capacity;
       const int64_t list = int64_t{head} * p.nq + x;
       int32_t* index = p.index + int64_t{head} * p.nq * p.row_capacity + start;
       uint32_t* row = keys + int64_t{r} * pitch;
-      const int steps = written / 32;
-      int count;
-      if (steps <= 8) {
-        count = select_row<8>(p, x, {row, steps}, index);
-      } else if (steps <= 16) {
-        count = select_row<16>(p, x, {row, steps}, index);
-      } else if (steps <= 32) {
-        count = select_row<32>(p, x, {row, steps}, index);
-      } else {
-        count = select_row<0>(p, x, {row, steps}, index);
-      }
+      const int count = select_row<kSteps>(p, x, {row, steps}, index, candidates[warp]);
       if (lane == 0) {
         p.start[list] = static_cast<int32_t>(start);
         p.count[list] = count;
       }
+      if (kSteps > 0 && p.v_mean != nullptr) {
+        const float sum = weigh_row(p, b, reinterpret_cast<float*>(row), steps, 0.f, p.lse + list);
+        if (lane == 0) inverse[r] = sum;
+      }
     }
-    // No barrier: the next tile's first copies go to the queries and the ring, which the selection
-    // does not read, and its keys are written only after the barrier of its first stage.
+    if (kSteps > 0 && p.v_mean != nullptr) {
+      __syncthreads();
+      mean_of_values<kRows / 16, (kSteps > 1 ? 8 : 4)>(
+          p, b, h, x0, reinterpret_cast<const float*>(keys), pitch, inverse, rows,
+          past_blocks(p, x0 + rows - 1), ring);
+    }
+    // No barrier: a next tile is there with a workspace only, and its keys are written after the
+    // barrier of its first stage. Its copies go to the ring, which the selection does not read.
   }
 }
 
-template <int kRows, int kTileCols, bool kWorkspace>
+template <class Tile, int kSteps, bool kWorkspace = false>
 cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* workspace,
                        cudaStream_t stream) {
-  const auto kernel = plan_row_kernel<kRows, kTileCols, kWorkspace>;
-  const int words = score_floats(kRows, p.D, kTileCols) + (kWorkspace ? 0 : kRows * config.pitch);
+  static_assert(Tile::kRingWords >= 256 * Tile::kWarps * Tile::kRows / 16, "parts of means");
+  const auto kernel = plan_row_kernel<Tile, kSteps, kWorkspace>;
+  const int words = Tile::kRingWords + (kWorkspace ? 0 : Tile::kRows * config.pitch);
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, words * static_cast<int>(sizeof(float)));
   if (error != cudaSuccess) return error;
-  const int tiles = p.B * p.H * ((p.nq + kRows - 1) / kRows);
-  kernel<<<config.ctas, kScoreThreads, words * sizeof(float), stream>>>(
+  const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
+  kernel<<<config.ctas, Tile::kThreads, words * sizeof(float), stream>>>(
       p, config.pitch, tiles, static_cast<uint32_t*>(workspace));
   return cudaGetLastError();
 }
 
+using Wide16 = ScoreTile<4, 4, 4, 2>;  // 256 columns
+using Wide32 = ScoreTile<8, 4, 4, 2>;
+constexpr int kHeldBlocks = 1024;  // longest row that a warp holds in registers
+
 }  // namespace
 
-// The most rows that fit on chip and still give every multiprocessor a block of threads: more rows
-// mean fewer reads of the pooled keys. Longer rows than fit go to a workspace, which is bounded by
-// the number of multiprocessors.
+// 16 rows a block of threads, or 32 where they still give every multiprocessor work: more rows mean
+// fewer reads of the pooled keys. Longer rows than fit go to a workspace, which is bounded by the
+// number of multiprocessors.
 PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   PlanRowConfig config{};
-  config.pitch = (p.nk + 31) / 32 * 32;
+  config.pitch = score_pitch(p.nk);
+  config.coarse = p.nk <= kHeldBlocks;
   const auto tiles = [&](int rows) { return p.B * p.H * ((p.nq + rows - 1) / rows); };
-  for (int rows = 32; rows >= 8; rows /= 2) {
-    const int64_t words = score_floats(rows, p.D, tile_cols(p.nk)) + int64_t{rows} * config.pitch;
-    if (words * 4 > device.max_smem) continue;
-    config.rows = rows;
-    config.ctas = tiles(rows);
-    if (rows / 2 < p.nq && int64_t{config.ctas} * 10 >= int64_t{device.sms} * 9) return config;
+  const auto fits = [&](int rows, int ring) {
+    return (ring + int64_t{rows} * config.pitch) * 4 + 2048 <= device.max_smem;
+  };
+  const bool many = p.nk > 128 && int64_t{tiles(32)} * 10 >= int64_t{device.sms} * 18;
+  config.rows = many && fits(32, Wide32::kRingWords) ? 32 : 16;
+  if (!fits(config.rows, Wide16::kRingWords)) {
+    config.rows = 32;
+    config.in_workspace = true;
+    config.coarse = false;
   }
-  if (config.rows > 0) return config;
-  config.in_workspace = true;
-  config.rows = p.nk > 16384 ? 16 : 32;
-  config.ctas = std::min(tiles(config.rows), device.sms);
+  config.ctas = tiles(config.rows);
+  if (config.in_workspace) config.ctas = std::min(config.ctas, device.sms);
   return config;
 }
 
-cudaError_t plan_row(const PlanParams& params, const PlanRowConfig& config, void* workspace,
+cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream) {
-  if (config.in_workspace) {
-    return config.rows == 16 ? launch_row<16, 256, true>(params, config, workspace, stream)
-                             : launch_row<32, 256, true>(params, config, workspace, stream);
+  const auto run = [&](auto launch) { return launch(p, config, workspace, stream); };
+  if (config.in_workspace) return run(launch_row<Wide32, 0, true>);
+  if (config.rows == 32) {
+    if (p.nk <= 256) return run(launch_row<Wide32, 8>);
+    if (p.nk <= 512) return run(launch_row<Wide32, 16>);
+    if (p.nk <= kHeldBlocks) return run(launch_row<Wide32, 32>);
+    return run(launch_row<Wide32, 0>);
   }
-  const bool narrow = tile_cols(params.nk) == 128;
-  switch (config.rows) {
-    case 8:
-      return narrow ? launch_row<8, 128, false>(params, config, workspace, stream)
-                    : launch_row<8, 256, false>(params, config, workspace, stream);
-    case 16:
-      return narrow ? launch_row<16, 128, false>(params, config, workspace, stream)
-                    : launch_row<16, 256, false>(params, config, workspace, stream);
-    default:
-      return narrow ? launch_row<32, 128, false>(params, config, workspace, stream)
-                    : launch_row<32, 256, false>(params, config, workspace, stream);
-  }
+  if (p.nk <= 32) return run(launch_row<ScoreTile<4, 1, 4, 1>, 1>);
+  if (p.nk <= 64) return run(launch_row<ScoreTile<4, 1, 4, 2>, 2>);
+  if (p.nk <= 128) return run(launch_row<ScoreTile<4, 2, 4, 2>, 4>);
+  if (p.nk <= 256) return run(launch_row<Wide16, 8>);
+  if (p.nk <= 512) return run(launch_row<Wide16, 16>);
+  if (p.nk <= kHeldBlocks) return run(launch_row<Wide16, 32>);
+  return run(launch_row<Wide16, 0>);
 }
 
 }  // namespace mra::cuda

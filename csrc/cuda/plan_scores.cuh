@@ -1,31 +1,17 @@
 // Scores of pairs of blocks, L = scale * q_mean . k_mean, in float32, as keys.
 //
-// One block of kScoreThreads threads makes kRows query blocks against tiles of 128 key blocks (all
-// warps share out the rows) or 256 (half of them each half). The pooled queries stay in shared
-// memory; the pooled keys come through a ring of two stages of kDepth dimensions by cp.async.
+// A block of threads makes tiles of query blocks against key blocks. Both come through a ring of
+// two stages of kDepth dimensions by cp.async, all of a small head at once. Every sum runs over the
+// dimensions in order, so that a score has the same bits whatever the tile.
 #pragma once
 
 #include "plan_select.cuh"
 
 namespace mra::cuda {
 
-constexpr int kScoreThreads = 256;
-constexpr int kScoreWarps = kScoreThreads / 32;
-constexpr int kDepth = 16;
-// Blocks of threads a multiprocessor that the registers of a kernel leave room for.
-template <int kRows, int kTileCols>
-inline constexpr int kScoreBlocks = kTileCols == 128 || kRows < 32 ? 2 : 1;
+constexpr int kDepth = 32;
 // 4 times an odd number: eight lanes that read 16 bytes of eight rows hit all 32 banks.
-constexpr int kKeyPitch = 20;
-
-// Key blocks a tile: more where there are more.
-__host__ __device__ constexpr int tile_cols(int nk) { return nk <= 128 ? 128 : 256; }
-
-// Floats of shared memory for the pooled queries and the ring.
-__host__ __device__ constexpr int query_pitch(int D) { return (D + kDepth - 1) / kDepth * kDepth; }
-__host__ __device__ constexpr int score_floats(int rows, int D, int tile_cols) {
-  return rows * query_pitch(D) + 2 * tile_cols * kKeyPitch;
-}
+constexpr int kDepthPitch = kDepth + 4;
 
 // 16 bytes from global to shared memory, or zeros.
 __device__ __forceinline__ void copy_async16(float* to, const float* from, bool inside) {
@@ -38,125 +24,136 @@ __device__ __forceinline__ void copy_async16(float* to, const float* from, bool 
 __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");
 }
+// Waits for all groups but the last `kPending`.
+template <int kPending>
 __device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// acc[i][j] += q[row + i] . k[col + 32 j] over one stage.
-template <int kRowTile, int kColTile>
-__device__ __forceinline__ void score_stage(const float* q, int q_pitch, const float* k,
-                                            float (&acc)[kRowTile][4]) {
-#pragma unroll
-  for (int d = 0; d < kDepth; d += 4) {
-    float4 key[kColTile];
-#pragma unroll
-    for (int j = 0; j < kColTile; ++j) {
-      key[j] = *reinterpret_cast<const float4*>(k + 32 * j * kKeyPitch + d);
-    }
-#pragma unroll
-    for (int i = 0; i < kRowTile; ++i) {
-      const float4 query = *reinterpret_cast<const float4*>(q + i * q_pitch + d);
+// kRowWarps x kColWarps warps; a lane has kRowTile rows, and kColTile columns in steps of 32.
+template <int kRowTile, int kColTile, int kRowWarps, int kColWarps>
+struct ScoreTile {
+  static constexpr int kRows = kRowTile * kRowWarps, kCols = 32 * kColTile * kColWarps;
+  static constexpr int kWarps = kRowWarps * kColWarps, kThreads = 32 * kWarps;
+  static constexpr int kStageWords = (kRows + kCols) * kDepthPitch;
+  static constexpr int kRingWords = 2 * kStageWords;
+
+  // acc[i][j] += q[i] . k[32 j] over one stage.
+  static __device__ __forceinline__ void add_stage(const float* q, const float* k,
+                                                   float (&acc)[kRowTile][kColTile]) {
+#pragma unroll(kRowTile* kColTile > 16 ? 2 : 4)
+    for (int d = 0; d < kDepth; d += 4) {
+      float4 key[kColTile];
 #pragma unroll
       for (int j = 0; j < kColTile; ++j) {
-        acc[i][j] = fmaf(query.x, key[j].x, acc[i][j]);
-        acc[i][j] = fmaf(query.y, key[j].y, acc[i][j]);
-        acc[i][j] = fmaf(query.z, key[j].z, acc[i][j]);
-        acc[i][j] = fmaf(query.w, key[j].w, acc[i][j]);
+        key[j] = *reinterpret_cast<const float4*>(k + 32 * j * kDepthPitch + d);
       }
-    }
-  }
-}
-
-// Writes the keys of query blocks x0 .. x0 + kRows against key blocks 0 .. written (returned; at
-// most `width`) to keys[r * pitch + y]; pairs that do not exist get kAbsent. What the rest of
-// those rows would hold does not exist either. Rows from nq on are left alone.
-// Ends without a barrier after the last write.
-template <int kRows, int kTileCols>
-__device__ int score_rows(const PlanParams& p, int b, int h, int x0, float* smem, uint32_t* keys,
-                          int64_t pitch, int width) {
-  constexpr int kRowWarps = 8 / (kTileCols / 128), kRowTile = kRows / kRowWarps;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int row = warp % kRowWarps * kRowTile;    // first of this thread's rows
-  const int col = warp / kRowWarps * 128 + lane;  // first of its columns, in steps of 32
-  const int q_pitch = query_pitch(p.D);
-  float* q_smem = smem;                    // [kRows][q_pitch]
-  float* k_smem = smem + kRows * q_pitch;  // [2][kTileCols][kKeyPitch]
-  const float* q_mean = p.q_mean + ((int64_t{b} * p.H + h) * p.nq + x0) * p.D;
-  const float* k_mean = p.k_mean + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk * p.D;
-
-  // The last row sees most.
-  const int cols = visible_blocks(p, min(x0 + kRows, p.nq) - 1);
-  const int written = min(width, (cols + 31) / 32 * 32);
-  const int depths = q_pitch / kDepth;
-  const int stages = (cols + kTileCols - 1) / kTileCols * depths;
-
-  const auto load_keys = [&](int stage) {
-    float* to = k_smem + stage % 2 * kTileCols * kKeyPitch;
-    const int y0 = stage / depths * kTileCols, d0 = stage % depths * kDepth;
-#pragma unroll
-    for (int i = 0; i < kTileCols * kDepth / 4 / kScoreThreads; ++i) {
-      const int id = tid + i * kScoreThreads;
-      const int c = id / 4, d = id % 4 * 4;
-      const bool inside = y0 + c < cols && d0 + d < p.D;
-      const float* from = inside ? k_mean + int64_t{y0 + c} * p.D + d0 + d : k_mean;
-      copy_async16(to + c * kKeyPitch + d, from, inside);
-    }
-    copy_commit();
-  };
-
-  for (int id = tid; id < kRows * q_pitch / 4; id += kScoreThreads) {
-    const int r = id / (q_pitch / 4), d = id % (q_pitch / 4) * 4;
-    const bool inside = x0 + r < p.nq && d < p.D;
-    copy_async16(q_smem + r * q_pitch + d, inside ? q_mean + int64_t{r} * p.D + d : q_mean, inside);
-  }
-  load_keys(0);  // committed together with the queries
-
-  int seen[kRowTile];  // key blocks that exist for each of this thread's rows end here
-#pragma unroll
-  for (int i = 0; i < kRowTile; ++i) {
-    const int x = x0 + row + i;
-    const bool exists = x < p.nq && p.q_count[int64_t{b} * p.nq + x] > 0;
-    seen[i] = exists ? visible_blocks(p, x) : 0;
-  }
-
-  float acc[kRowTile][4];
-  for (int stage = 0; stage < stages; ++stage) {
-    const int y0 = stage / depths * kTileCols, depth = stage % depths;
-    copy_wait();
-    __syncthreads();  // this stage is here, and no warp reads the other one any more
-    if (stage + 1 < stages) load_keys(stage + 1);
-    if (depth == 0) {
 #pragma unroll
       for (int i = 0; i < kRowTile; ++i) {
+        const float4 query = *reinterpret_cast<const float4*>(q + i * kDepthPitch + d);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
-      }
-    }
-    const float* q = q_smem + row * q_pitch + depth * kDepth;
-    const float* k = k_smem + stage % 2 * kTileCols * kKeyPitch + col * kKeyPitch;
-    const int left = cols - y0 - (col - lane);  // columns that this warp has in the tile
-    if (left > 64) {
-      score_stage<kRowTile, 4>(q, q_pitch, k, acc);
-    } else if (left > 32) {
-      score_stage<kRowTile, 2>(q, q_pitch, k, acc);
-    } else if (left > 0) {
-      score_stage<kRowTile, 1>(q, q_pitch, k, acc);
-    }
-    if (depth < depths - 1) continue;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int y = y0 + col + 32 * j;
-      if (y >= written) continue;
-      const bool has_key = y < cols && p.k_count[int64_t{b} * p.nk + y] > 0;
-#pragma unroll
-      for (int i = 0; i < kRowTile; ++i) {
-        if (x0 + row + i >= p.nq) continue;
-        const bool exists = has_key && y < seen[i];
-        keys[(row + i) * pitch + y] = exists ? key_of(p.scale * acc[i][j]) : kAbsent;
+        for (int j = 0; j < kColTile; ++j) {
+          acc[i][j] = fmaf(query.x, key[j].x, acc[i][j]);
+          acc[i][j] = fmaf(query.y, key[j].y, acc[i][j]);
+          acc[i][j] = fmaf(query.z, key[j].z, acc[i][j]);
+          acc[i][j] = fmaf(query.w, key[j].w, acc[i][j]);
+        }
       }
     }
   }
-  return written;
-}
+
+  // Writes the keys of query blocks x0 .. x0 + kRows against key blocks 0 .. written (returned; at
+  // most `width`) to keys[r * pitch + y]; pairs that do not exist get kAbsent. What the rest of
+  // those rows would hold does not exist either. Rows from nq on are left alone.
+  // Begins with copies into the ring [kRingWords], ends without a barrier after the last write.
+  static __device__ int write(const PlanParams& p, int b, int h, int x0, float* ring,
+                              uint32_t* keys, int64_t pitch, int width) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int row = warp % kRowWarps * kRowTile;                // first of this thread's rows
+    const int col = warp / kRowWarps * (32 * kColTile) + lane;  // first of its columns
+    const float* q_mean = p.q_mean + ((int64_t{b} * p.H + h) * p.nq + x0) * p.D;
+    const float* k_mean = p.k_mean + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk * p.D;
+    const int32_t* k_count = p.k_count + int64_t{b} * p.nk;
+
+    const int rows = min(kRows, p.nq - x0);
+    const int cols = visible_blocks(p, x0 + rows - 1);  // the last row sees most
+    const int written = min(width, (cols + 31) / 32 * 32);
+    const int depths = (p.D + kDepth - 1) / kDepth;
+    const int stages = (cols + kCols - 1) / kCols * depths;
+
+    const auto load = [&](int stage) {
+      float* to = ring + stage % 2 * kStageWords;
+      const int y0 = stage / depths * kCols, d0 = stage % depths * kDepth;
+      constexpr int kCopies = (kRows + kCols) * (kDepth / 4);
+#pragma unroll
+      for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
+        const int id = static_cast<int>(threadIdx.x) + i * kThreads;
+        if (kCopies % kThreads != 0 && id >= kCopies) break;
+        const int r = id / (kDepth / 4), d = id % (kDepth / 4) * 4;
+        const bool query = r < kRows;
+        const int from_row = query ? r : y0 + r - kRows;
+        const bool inside = from_row < (query ? rows : cols) && d0 + d < p.D;
+        const float* from = query ? q_mean : k_mean;
+        if (inside) from += int64_t{from_row} * p.D + d0 + d;
+        copy_async16(to + r * kDepthPitch + d, from, inside);
+      }
+      copy_commit();
+    };
+    load(0);
+    if (stages > 1) load(1);
+
+    int seen[kRowTile];  // key blocks that exist for each of this thread's rows end here
+#pragma unroll
+    for (int i = 0; i < kRowTile; ++i) {
+      const int x = x0 + row + i;
+      const bool exists = row + i < rows && p.q_count[int64_t{b} * p.nq + x] > 0;
+      seen[i] = exists ? visible_blocks(p, x) : 0;
+    }
+
+    float acc[kRowTile][kColTile];
+    bool has_key[kColTile];
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+      const int y0 = stage / depths * kCols, depth = stage % depths;
+      if (depth == 0) {
+#pragma unroll
+        for (int j = 0; j < kColTile; ++j) {
+          const int y = y0 + col + 32 * j;
+          has_key[j] = y < cols && k_count[y] > 0;
+#pragma unroll
+          for (int i = 0; i < kRowTile; ++i) acc[i][j] = 0.f;
+        }
+      }
+      if (stage + 1 < stages) {
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();
+      const float* q = ring + stage % 2 * kStageWords;
+      // Not where all columns of the warp are in the future.
+      if (y0 + col - lane < cols) {
+        add_stage(q + row * kDepthPitch, q + (kRows + col) * kDepthPitch, acc);
+      }
+      if (stage + 2 < stages) {
+        __syncthreads();  // no warp reads this stage any more
+        load(stage + 2);
+      }
+      if (depth < depths - 1) continue;
+#pragma unroll
+      for (int j = 0; j < kColTile; ++j) {
+        const int y = y0 + col + 32 * j;
+        if (y >= written) continue;
+#pragma unroll
+        for (int i = 0; i < kRowTile; ++i) {
+          if (row + i >= rows) continue;
+          const bool exists = has_key[j] && y < seen[i];
+          keys[(row + i) * pitch + y] = exists ? key_of(p.scale * acc[i][j]) : kAbsent;
+        }
+      }
+    }
+    return written;
+  }
+};
 
 }  // namespace mra::cuda

@@ -1,5 +1,5 @@
-// What plan_row.cu and plan_global.cu share of the selection: order-preserving keys, which pairs
-// exist, in which tier they are, and the search for the cut.
+// What the plan kernels share of the selection: order-preserving keys, which pairs exist, in which
+// tier they are, and the search for the cut.
 #pragma once
 
 #include <cfloat>
@@ -36,6 +36,12 @@ __device__ __forceinline__ int visible_blocks(const PlanParams& p, int x) {
   return static_cast<int>(min(int64_t{p.nk}, last / p.block_k + 1));
 }
 
+// Key blocks wholly before query block x: what its coarse part may see.
+__device__ __forceinline__ int past_blocks(const PlanParams& p, int x) {
+  if (!p.causal) return p.nk;
+  return static_cast<int>(min(int64_t{p.nk}, int64_t{x} * p.block_q / p.block_k));
+}
+
 __device__ __forceinline__ int row_budget(const PlanParams& p, int x) {
   const int64_t seen = visible_blocks(p, x);
   if (p.blocks_per_row > 0) return static_cast<int>(min(p.blocks_per_row, seen));
@@ -45,7 +51,7 @@ __device__ __forceinline__ int row_budget(const PlanParams& p, int x) {
 
 constexpr int kTiers = 5;
 
-__device__ __forceinline__ bool has_tiers(const PlanParams& p) {
+__host__ __device__ __forceinline__ bool has_tiers(const PlanParams& p) {
   return p.causal || p.diagonal_reach >= 0 || p.first_blocks > 0;
 }
 
@@ -103,10 +109,12 @@ struct Cut {
   int ties;
 };
 
-// Bisection for the m-th largest key, first between scores, which is quick for scores that spread
-// evenly, then between keys, which ends after 32 rounds whatever they are. It stops as soon as
-// exactly m keys are at or above the pivot.
+// Search for the m-th largest key, two pivots a round: by thirds, or close on both sides of where
+// the cut would be if the scores between lo and hi were spread evenly. From kScoreRounds on it is
+// thirds of the keys, which ends whatever they are. It is done as soon as exactly m keys are at or
+// above lo; a few candidates are better ranked (rank_cut).
 struct Search {
+  static constexpr int kScoreRounds = 12;
   uint32_t lo, hi;  // count(key >= lo) >= m > count(key > hi)
   int at_least;     // count(key >= lo)
   int above;        // count(key > hi)
@@ -114,26 +122,69 @@ struct Search {
   int rounds = 0;
 
   __device__ bool done() const { return lo >= hi || at_least == m; }
+  __device__ int candidates() const { return at_least - above; }
 
-  __device__ uint32_t pivot() {
-    uint32_t mid = lo;
-    if (rounds++ < 16) mid = key_of(0.5f * score_of(lo) + 0.5f * score_of(hi));
-    if (mid <= lo || mid > hi) mid = lo + (hi - lo + 1) / 2;
-    return mid;
+  // lo < a <= b <= hi
+  __device__ void pivots(uint32_t& a, uint32_t& b) {
+    a = lo + (hi - lo + 2) / 3;
+    b = hi - (hi - lo) / 3;
+    if (rounds < kScoreRounds) {
+      float middle = 0.5f, margin = 1.f / 6.f;
+      if (rounds % 3 != 0) {
+        const auto n = static_cast<float>(candidates());
+        middle = __fdividef(static_cast<float>(at_least - m), n);
+        margin = rsqrtf(n);
+      }
+      const float from = score_of(lo), width = score_of(hi) - from;
+      const uint32_t u = key_of(from + (middle - margin) * width);
+      const uint32_t v = key_of(from + (middle + margin) * width);
+      const bool u_inside = u > lo && u <= hi, v_inside = v > lo && v <= hi;
+      if (u_inside || v_inside) {
+        a = u_inside ? u : v;
+        b = v_inside && v > a ? v : a;
+      }
+    }
+    ++rounds;
   }
 
-  __device__ void report(uint32_t pivot, int count) {
-    if (count >= m) {
-      lo = pivot;
-      at_least = count;
+  // The counts of keys at or above the pivots.
+  __device__ void report(uint32_t a, int at_a, uint32_t b, int at_b) {
+    if (at_b >= m) {
+      lo = b;
+      at_least = at_b;
+      return;
+    }
+    hi = b - 1;
+    above = at_b;
+    if (at_a >= m) {
+      lo = a;
+      at_least = at_a;
     } else {
-      hi = pivot - 1;
-      above = count;
+      hi = a - 1;
+      above = at_a;
     }
   }
 
   __device__ Cut cut() const { return at_least == m ? Cut{lo, INT_MAX} : Cut{lo, m - above}; }
 };
+
+constexpr int kRanked = 32;  // candidates that are ranked instead of searched
+
+// The cut at the m-th largest of `candidates` [kRanked], kAbsent where there are fewer; by each
+// warp.
+__device__ __forceinline__ Cut rank_cut(const uint32_t* candidates, int m) {
+  const uint32_t key = candidates[threadIdx.x % 32];
+  int higher = 0, equal = 0;
+#pragma unroll
+  for (int i = 0; i < kRanked / 4; ++i) {
+    const uint4 other = reinterpret_cast<const uint4*>(candidates)[i];
+    higher += (other.x > key) + (other.y > key) + (other.z > key) + (other.w > key);
+    equal += (other.x == key) + (other.y == key) + (other.z == key) + (other.w == key);
+  }
+  const bool here = key != kAbsent && higher < m && m <= higher + equal;
+  const int lane = max(0, __ffs(static_cast<int>(__ballot_sync(kFullWarp, here))) - 1);
+  return {__shfl_sync(kFullWarp, key, lane), __shfl_sync(kFullWarp, m - higher, lane)};
+}
 
 // Which lanes' keys are taken; `ties` is what is left of the cut's, and goes down.
 __device__ __forceinline__ unsigned take_lanes(uint32_t key, uint32_t cut, int& ties) {

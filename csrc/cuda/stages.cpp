@@ -7,7 +7,8 @@ namespace mra {
 namespace cuda {
 Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block);
 PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key);
-BlockList plan(const Pooled& query, const Pooled& key, int64_t N, const Options& o);
+Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>& pooled,
+             int64_t N, const Options& o);
 BlockList transpose(const BlockList& rows, int64_t nk);
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
 BlockRows block_rows(const Tensor& grad_out, const Tensor& lse, const Tensor& delta,
