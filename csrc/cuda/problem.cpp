@@ -43,7 +43,7 @@ void fill(Problem& p, const Inputs& in, const BlockList& rows, const Tensor& poo
   p.nk = ceil_div(p.M, o.block_k);
   p.list_rows = o.block_q;
   p.exact = true;
-  p.tf32 = at::globalContext().allowTF32CuBLAS();
+  p.tf32_scores = p.tf32 = at::globalContext().allowTF32CuBLAS();
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
   p.k_strides = strides_of(in.key);
@@ -62,6 +62,9 @@ void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Optio
   p.pooled_k = in.key.const_data_ptr();
   p.pooled_v = in.value.const_data_ptr();
   p.key_count = in.key_count.const_data_ptr<int>();
+  // What comes of half inputs is rounded as coarsely as TF32; but the error of a score, which grows
+  // with the score, ends up in an exponent.
+  p.tf32 = at::isReducedFloatingType(in.type);
 }
 
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {

@@ -108,7 +108,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
       ds[n][0] = ds[n][2] = -d.x;
       ds[n][1] = ds[n][3] = -d.y;
     }
-    multiply_nt<T, DP>(s, k, key, q, kLdT, p.tf32);
+    multiply_nt<T, DP>(s, k, key, q, kLdT, p.tf32_scores);
     multiply_nt<T, DP>(ds, v, key, grad_out, kLdT, p.tf32);
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {

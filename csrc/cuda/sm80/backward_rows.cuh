@@ -82,10 +82,10 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
       for (int i = 0; i < 4; ++i) ds[n][i] = pooled ? -pooled_delta[i / 2] : -delta[i / 2];
     }
     if constexpr (kKeepRows) {
-      multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
+      multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32_scores);
       multiply_nt<T, DP>(ds, grad_rows, v, kLdT, p.tf32);
     } else {
-      multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
+      multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32_scores);
       multiply_nt<T, DP>(ds, grad_out, row, v, kLdT, p.tf32);
     }
     float scale = p.scale * kLog2e;

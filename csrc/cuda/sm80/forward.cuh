@@ -64,9 +64,9 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     const int buffer = tile % 2;
     const T* k = keys.k_tiles + buffer * keys.kTile;
     if constexpr (kKeepRows)
-      multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32);
+      multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32_scores);
     else
-      multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32);
+      multiply_nt<T, DP>(s, q, row, k, kLdT, p.tf32_scores);
     float scale = p.scale * kLog2e;
     if (!keys.plain) {
       keys.to_logits(s, tile, row, scale);

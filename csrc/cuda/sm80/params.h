@@ -28,7 +28,8 @@ struct Problem {
   float scale;
   bool causal;
   bool exact;  // attend the listed key blocks, key by key
-  bool tf32;   // float32 only: one TF32 product instead of three
+  // float32 only: one TF32 product instead of three, for scores and for everything else.
+  bool tf32_scores, tf32;
 
   const void* q;  // [B, H, rows, D] T
   const void* k;  // [B, Hk, M, D] T
