@@ -78,6 +78,23 @@ def test_nothing_selected_is_attention_to_pooled_keys(device, dtype, coarse):
         assert relative_error(got, exact) <= TIGHT[device], name
 
 
+@pytest.mark.parametrize("selection", ["row", "global"])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_state_made_along_with_the_plan(device, dtype, selection):
+    """A plan made inside may bring the block-coarse state along; the same plan, given, cannot."""
+    sizes = [(150, 203), (500, 1000), (2100, 4000), (5000, 5000)]  # the last: a map of 157 x 157
+    for N, M in sizes if device == "cuda" else sizes[:2]:
+        for options in ({}, {"diagonal_blocks": 3, "first_blocks": 1, "is_causal": True}):
+            case = Case(
+                device, dtype, N=N, M=N if options else M, coarse="block", masks="both",
+                selection=selection, density=0.1, **options,
+            )  # fmt: skip
+            inside, given = case.ours(), case.ours(case.plan())
+            for name in inside:
+                error = relative_error(inside[name], given[name])
+                assert error <= TIGHT[device], (case.seed, N, M, options, name)
+
+
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_none_drops_what_is_not_selected(device, dtype):
     """coarse="none" is softmax attention under the element mask that the plan spells out."""

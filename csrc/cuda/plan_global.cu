@@ -112,12 +112,9 @@ __global__ void __launch_bounds__(1024, 1)
   int position = place.first;
   elements([&](int i, uint32_t key) {
     const unsigned taken = take_lanes(key, cut.key, cut.ties);
-    const int mine = position + __popc(taken & ((1u << lane) - 1));
-    if (i < size) {
-      const int x = i / p.nk, y = i - x * p.nk;
-      if (y == 0) start[x] = mine;
-      if ((taken >> lane & 1) != 0 && mine < capacity) index[mine] = y;
-    }
+    const int x = i / p.nk, y = i - x * p.nk;
+    if (i < size && y == 0) start[x] = position + __popc(taken & ((1u << lane) - 1));
+    append(taken, y, index, position, capacity);
     position += __popc(taken);
   });
   for (int64_t i = place.total + threadIdx.x; i < capacity; i += blockDim.x) index[i] = 0;

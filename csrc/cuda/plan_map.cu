@@ -130,9 +130,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
       const int y = t * 32 + lane;
       const uint32_t whole = map[x * shape.pitch + y];  // of any tier
       const unsigned taken = take_lanes(work[x * shape.pitch + y], cut.key, cut.ties);
-      const bool mine = (taken >> lane & 1) != 0;
-      const int to = position + __popc(taken & ((1u << lane) - 1));
-      if (mine && to < capacity) index[to] = y;
+      const bool mine = append(taken, y, index, position, capacity);
       position += __popc(taken);
       const bool left = !mine && whole != kAbsent && y < past;
       scores[y] = left ? score_of(whole) : -INFINITY;
@@ -149,8 +147,9 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
   for (int64_t i = place.total + threadIdx.x; i < capacity; i += Tile::kThreads) index[i] = 0;
   if (p.v_mean == nullptr) return;
   __syncthreads();
-  mean_of_values<kTiles, 4>(p, b, h, 0, reinterpret_cast<const float*>(map), shape.pitch, per_row,
-                            p.nq, past_blocks(p, p.nq - 1), ring);
+  mean_of_values<kTiles, (Tile::kCols > 32 ? 8 : 4)>(
+      p, b, h, 0, reinterpret_cast<const float*>(map), shape.pitch, per_row, p.nq,
+      past_blocks(p, p.nq - 1), ring);
 }
 
 // f(tile, row tiles of 16 a warp takes at once, blocks of threads a multiprocessor), by the map.

@@ -137,9 +137,7 @@ __device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* 
   row.each([&](int t, uint32_t key) {
     const int y = t * 32 + lane;
     const unsigned taken = take_lanes(key, cut.key, cut.ties);
-    const bool mine = (taken >> lane & 1) != 0;
-    const int to = at + __popc(taken & ((1u << lane) - 1));
-    if (mine && to < p.row_capacity) index[to] = y;
+    const bool mine = append(taken, y, index, at, p.row_capacity);
     at += __popc(taken);
     if (kSteps > 0 && p.v_mean != nullptr && t < row.steps) {
       const uint32_t whole = row.keys[y];  // of any tier

@@ -109,10 +109,11 @@ struct Cut {
   int ties;
 };
 
-// Search for the m-th largest key, two pivots a round: by thirds, or close on both sides of where
-// the cut would be if the scores between lo and hi were spread evenly. From kScoreRounds on it is
-// thirds of the keys, which ends whatever they are. It is done as soon as exactly m keys are at or
-// above lo; a few candidates are better ranked (rank_cut).
+// Search for the m-th largest key, two pivots a round: close on both sides of where the cut would
+// be if the scores between lo and hi were spread evenly, or, at first and whenever that has gained
+// little, by thirds. From kScoreRounds on it is thirds of the keys, which ends whatever they are.
+// It is done as soon as exactly m keys are at or above lo; a few candidates are better ranked
+// (rank_cut).
 struct Search {
   static constexpr int kScoreRounds = 12;
   uint32_t lo, hi;  // count(key >= lo) >= m > count(key > hi)
@@ -120,6 +121,7 @@ struct Search {
   int above;        // count(key > hi)
   int m;
   int rounds = 0;
+  bool thirds = true;
 
   __device__ bool done() const { return lo >= hi || at_least == m; }
   __device__ int candidates() const { return at_least - above; }
@@ -130,10 +132,10 @@ struct Search {
     b = hi - (hi - lo) / 3;
     if (rounds < kScoreRounds) {
       float middle = 0.5f, margin = 1.f / 6.f;
-      if (rounds % 3 != 0) {
+      if (!thirds) {
         const auto n = static_cast<float>(candidates());
         middle = __fdividef(static_cast<float>(at_least - m), n);
-        margin = rsqrtf(n);
+        margin = 1.5f * rsqrtf(n);  // three times what a count of n / 2 spreads by
       }
       const float from = score_of(lo), width = score_of(hi) - from;
       const uint32_t u = key_of(from + (middle - margin) * width);
@@ -149,20 +151,22 @@ struct Search {
 
   // The counts of keys at or above the pivots.
   __device__ void report(uint32_t a, int at_a, uint32_t b, int at_b) {
+    const int before = candidates();
     if (at_b >= m) {
       lo = b;
       at_least = at_b;
-      return;
-    }
-    hi = b - 1;
-    above = at_b;
-    if (at_a >= m) {
-      lo = a;
-      at_least = at_a;
     } else {
-      hi = a - 1;
-      above = at_a;
+      hi = b - 1;
+      above = at_b;
+      if (at_a >= m) {
+        lo = a;
+        at_least = at_a;
+      } else {
+        hi = a - 1;
+        above = at_a;
+      }
     }
+    thirds = candidates() > before / 2;
   }
 
   __device__ Cut cut() const { return at_least == m ? Cut{lo, INT_MAX} : Cut{lo, m - above}; }
@@ -197,6 +201,17 @@ __device__ __forceinline__ unsigned take_lanes(uint32_t key, uint32_t cut, int& 
     if (ties != INT_MAX) ties -= min(ties, __popc(equal));
   }
   return taken;
+}
+
+// Writes the blocks y of the lanes in `taken` behind `at` entries of a list with room for `room`;
+// returns whether this lane's is one of them.
+__device__ __forceinline__ bool append(unsigned taken, int y, int32_t* index, int at,
+                                       int64_t room) {
+  const int lane = threadIdx.x % 32;
+  const bool mine = (taken >> lane & 1) != 0;
+  const int to = at + __popc(taken & ((1u << lane) - 1));
+  if (mine && to < room) index[to] = y;
+  return mine;
 }
 
 }  // namespace mra::cuda
