@@ -1,12 +1,14 @@
-"""Command line: ``python -m benchmarks [memory | accuracy | table] [options]``."""
+"""Command line: ``python -m benchmarks [COMMAND] [options]``; without a command, speed."""
 
 import importlib
 import sys
 
+COMMANDS = ("memory", "accuracy", "minilm", "table")
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    name = argv[0] if argv[:1] and argv[0] in ("memory", "accuracy", "table") else "speed"
+    name = argv[0] if argv[:1] and argv[0] in COMMANDS else "speed"
     return importlib.import_module(f"benchmarks.{name}").main(argv)
 
 

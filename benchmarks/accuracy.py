@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.cases import FORMS, ratio
+from benchmarks.inputs import smoothed
 from benchmarks.options import add_common, begin, block_size, listed, shape, share
 from mra_attention import mra_attention
 
@@ -33,10 +34,9 @@ def inputs(sizes, smooth, spread, seed, device):
     """query, key, value (B, H, N, D), float32."""
     B, H, N, D = sizes
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(4 * B * H * D, 1, N + smooth - 1, generator=generator)
-    window = torch.hann_window(smooth + 2, periodic=False)[1:-1]
-    x = F.conv1d(noise, (window / window.norm())[None, None])
-    x = x.view(4, B, H, D, N).transpose(-1, -2).contiguous().to(device)
+    noise = torch.randn(4, B, H, D, N + smooth - 1, generator=generator)
+    x = smoothed(noise, torch.hann_window(smooth + 2, periodic=False)[1:-1])
+    x = x.transpose(-1, -2).contiguous().to(device)
     return *((spread / 2) ** 0.5 * (x[:2] + x[2])), x[3]
 
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import formulas
-from benchmarks.cases import Form
+from benchmarks.cases import Form, Unsupported
+from benchmarks.inputs import draw, normal
 from mra_attention import make_plan, mra_attention
 
 KINDS = ("exact", "flex", "flex 128", "equal pairs", "mra")
@@ -31,26 +32,22 @@ SDPA = {
 }
 
 
-class Unsupported(Exception):
-    """A backend does not take this case; the text says why."""
-
-
 class Context:
-    """Fresh inputs of a case: query, grad_out (B, H, N, D) and key, value (B, Hk, M, D).
+    """Inputs of a case: query, grad_out (B, H, N, D) and key, value (B, Hk, M, D).
 
-    ``layout`` "bnhd" lays heads beside each other, as the projections of a layer do."""
+    ``layout`` "bnhd" lays heads beside each other, as the projections of a layer do;
+    ``minilm_file`` is where the case's inputs come from if they are MiniLM's and it isn't here."""
 
-    def __init__(self, case, device, seed=0, layout="bnhd"):
+    def __init__(self, case, device, seed=0, layout="bnhd", minilm_file=None):
         self.case, self.device = case, device
         generator = torch.Generator(device).manual_seed(seed)
 
-        def normal(H, L):
-            sizes = (case.B, L, H, case.D) if layout == "bnhd" else (case.B, H, L, case.D)
-            x = torch.randn(sizes, generator=generator, device=device, dtype=case.torch_dtype)
-            return x.transpose(1, 2) if layout == "bnhd" else x
+        def laid_out(x):
+            x = x.to(device, case.torch_dtype)
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "bnhd" else x
 
-        self.query, self.grad_out = normal(case.H, case.N), normal(case.H, case.N)
-        self.key, self.value = normal(case.Hk, case.M), normal(case.Hk, case.M)
+        self.query, self.key, self.value = map(laid_out, draw(case, generator, minilm_file))
+        self.grad_out = laid_out(normal(case, generator, case.H, case.N))
 
     @property
     def inputs(self):

@@ -8,8 +8,13 @@ import torch
 
 from mra_attention.reference import row_budgets
 
+INPUTS = ("normal", "correlated", "minilm")  # inputs.py and minilm.py make them
 PASSES = ("forward", "backward")  # "backward" is forward and backward together, as in training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Unsupported(Exception):
+    """A backend or a kind of inputs does not take this case; the text says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Case:
     diagonal_blocks: int = 0
     first_blocks: int = 0
     is_causal: bool = False
+    inputs: str = "normal"
     forms: tuple = FORMS
     goal: Goal = Goal(exact=None)
 
@@ -117,9 +123,10 @@ class Case:
         kv = "" if (self.Hk, self.M) == (self.H, self.N) else f" Hk{self.Hk} M{self.M}"
         blocks = "x".join(map(str, dict.fromkeys(self.block_size)))
         causal = ", causal" if self.is_causal else ""
+        inputs = f", {self.inputs} inputs" if self.inputs != "normal" else ""
         return (
             f"B{self.B} H{self.H} N{self.N} D{self.D}{kv} {self.dtype}, blocks of {blocks}, "
-            f"{budget}{causal}"
+            f"{budget}{causal}{inputs}"
         )
 
 
@@ -188,6 +195,8 @@ def _changes(args):
         changes["density"] = None
     if args.causal:
         changes["is_causal"] = True
+    if args.inputs != "normal":
+        changes["inputs"] = args.inputs
     if args.coarse or args.order or args.selection:
         forms = itertools.product(
             args.coarse or ["row"], args.order or [1], args.selection or ["row"]

@@ -5,10 +5,11 @@ import argparse
 import torch
 
 from benchmarks.backends import KINDS
-from benchmarks.cases import DTYPES, PASSES
+from benchmarks.cases import DTYPES, INPUTS, PASSES
 from benchmarks.environment import environment
 from benchmarks.stages import STAGES
 
+UNNAMED = ("--json", "--commit", "--minilm-file")  # paths and what stands elsewhere
 SCHEMA = 1  # of the JSON files; README.md describes it
 
 
@@ -72,7 +73,7 @@ def speed_parser():
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
         "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "accuracy, table (each has --help).",
+        "accuracy, minilm, table (each has --help).",
     )
     add = parser.add_argument
     add_common(parser)
@@ -99,6 +100,8 @@ def speed_parser():
     add("--stage", type=stages, help=f"also the time of stages: all, or some of {names}")
     add("--kernels", action="store_true", help="also the CUDA kernels of each form (profiler)")
     add("--graph", action="store_true", help="also the time of a CUDA graph's replay")
+    add("--inputs", choices=INPUTS, default="normal", help="inputs.py says what they are")
+    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
     add("--layout", choices=("bnhd", "bhnd"), default="bnhd", help="memory order of the inputs")
     add("--seconds", type=float, help="time for each row (CUDA: 0.3) or pass of a case (CPU: 20)")
     add("--repeat", type=int, help="fewest timed runs (CUDA: 10, CPU: 3)")
@@ -107,14 +110,14 @@ def speed_parser():
 
 
 def command_line(argv):
-    """The command as a result file names it: without the file and the commit."""
+    """The command as a result file names it: without files and the commit."""
     parts, skip = [], False
     for part in argv:
         if skip:
             skip = False
-        elif part in ("--json", "--commit"):
+        elif part in UNNAMED:
             skip = True
-        elif not part.startswith(("--json=", "--commit=")):
+        elif not part.startswith(tuple(f"{name}=" for name in UNNAMED)):
             parts.append(part)
     return " ".join(["python -m benchmarks", *parts])
 
@@ -124,7 +127,7 @@ def begin(kind, args, argv):
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    hidden = ("json", "commit", "dry_run")
+    hidden = ("json", "commit", "dry_run", "minilm_file")
     options = {name: value for name, value in vars(args).items() if name not in hidden}
     report = {"schema": SCHEMA, "kind": kind, **environment(device, args.commit)}
     return device, report | {"command": command_line(argv), "options": options}

@@ -27,7 +27,7 @@ def print_environment(env):
 
 HEAD = (
     f"  {'backend':<30} {'pass':<4} {'ms':>9} {'p10':>9} {'p90':>9} {'graph':>9} {'error':>8} "
-    f"{'MiB':>8} {'TFLOP/s':>8}"
+    f"{'approx.':>8} {'overlap':>8} {'MiB':>8} {'TFLOP/s':>8}"
 )
 
 
@@ -41,6 +41,7 @@ def print_row(row):
     say(
         f"{start} {ms['median']:9.3f} {ms['p10']:9.3f} {ms['p90']:9.3f} "
         f"{number(row['graph_ms'], '.3f'):>9} {number(row['error'], '.1e'):>8} "
+        f"{number(row['approximation'], '.3f'):>8} {number(row['overlap'], '.3f'):>8} "
         f"{number(mib, '.1f'):>8} {row['tflops']:8.1f}"
     )
 

@@ -7,8 +7,9 @@ import time
 import torch
 
 from benchmarks import formulas, report, stages
-from benchmarks.backends import KINDS, Context, Unsupported, list_backends
-from benchmarks.cases import pick_cases
+from benchmarks.approximation import approximation
+from benchmarks.backends import KINDS, Context, list_backends
+from benchmarks.cases import PASSES, Unsupported, pick_cases
 from benchmarks.check import check
 from benchmarks.environment import clocks, plain
 from benchmarks.options import SCHEMA, begin, speed_parser
@@ -16,8 +17,9 @@ from benchmarks.report import say
 from benchmarks.timing import make_timer
 
 ROW = ("backend", "kind", "form", "pass", "status", "reason", "ms", "graph_ms", "error", "errors",
-       "plan_agreement", "difference_from_mra", "peak_bytes", "flops", "bytes", "tflops",
-       "floor_ms", "best_exact_ms", "faster_than_exact", "faster_than_paper", "goal")  # fmt: skip
+       "plan_agreement", "difference_from_mra", "approximation", "overlap", "peak_bytes", "flops",
+       "bytes", "tflops", "floor_ms", "best_exact_ms", "faster_than_exact", "faster_than_paper",
+       "goal")  # fmt: skip
 
 
 def main(argv):
@@ -34,9 +36,13 @@ def main(argv):
         entry = {**describe(case), "rows": [], "stages": []}
         result["cases"].append(entry)
         try:
-            context = Context(case, device, args.seed, args.layout)
+            context = Context(case, device, args.seed, args.layout, args.minilm_file)
             measure_stages(args, context, timer, entry)
             measure(args, context, timer, entry)
+        except Unsupported as error:  # of the inputs
+            backends = list_backends(case, device.type, args.backend)
+            entry["rows"] = [new_row(b, which, device) for b in backends for which in args.passes]
+            refuse(entry["rows"], "not supported", plain(error))
         except Exception as error:  # inputs that do not fit, a device that is lost
             entry["failed"] = plain(error)
             say(f"  failed: {entry['failed']}")
@@ -72,11 +78,15 @@ def measure(args, context, timer, entry):
         ready = prepare(backend, context, here, last)
         if ready is None:
             continue
+        if backend.kind == "mra":
+            found = _or_none(lambda ready=ready: approximation(context, ready))
+            for row in here if found else ():
+                row |= {"approximation": found.error, "overlap": found.overlap}
         if device.type == "cuda":  # one after the other, so that memory peaks are each one's own
-            time_rows(args, timer, {backend: ready}, here, case)
+            time_rows(timer, {backend: ready}, here, case, args.graph)
         else:
             prepared[backend] = ready
-    time_rows(args, timer, prepared, rows, case)
+    time_rows(timer, prepared, rows, case, args.graph)
     report.derive(case, rows)
     report.print_summary(case, rows)
 
@@ -91,8 +101,9 @@ def new_row(backend, which, device):
     return row | {"flops": work.flops, "bytes": work.bytes, "floor_ms": work.floor_ms(name)}
 
 
-def prepare(backend, context, rows, last):
-    """Set up and check; None, with the reason in the rows, where that ends."""
+def prepare(backend, context, rows, last, show=report.print_row):
+    """Set up and check; None, with the reason in the rows, where that ends. ``show(row)`` for each
+    row that failed."""
     try:
         ready = backend.setup(context)
         if ready.form is None:
@@ -120,7 +131,7 @@ def prepare(backend, context, rows, last):
                 row |= {"status": "failed", "reason": problem}
         failed = [row for row in rows if row["status"] != "ok"]
         for row in failed:
-            report.print_row(row)
+            show(row)
         return ready if len(failed) < len(rows) else None
     except Unsupported as error:
         status, reason = "not supported", plain(error)
@@ -128,16 +139,21 @@ def prepare(backend, context, rows, last):
         no_kernel = "No available kernel" in str(error)
         status = "not supported" if no_kernel else "failed"
         reason = plain(error)
-    for row in rows:
-        row |= {"status": status, "reason": reason}
-        report.print_row(row)
+    refuse(rows, status, reason, show)
     return None
 
 
-def time_rows(args, timer, prepared, rows, case):
-    """Times those of ``rows`` that are still ok, all backends of a pass together."""
+def refuse(rows, status, reason, show=report.print_row):
+    for row in rows:
+        row |= {"status": status, "reason": reason}
+        show(row)
+
+
+def time_rows(timer, prepared, rows, case, graph=False, show=report.print_row):
+    """Times those of ``rows`` that are still ok, all backends of a pass together; ``show(row)`` as
+    each is known."""
     by_name = {backend.name: (backend, ready) for backend, ready in prepared.items()}
-    for which in args.passes:
+    for which in PASSES:
         live = {
             row["backend"]: row
             for row in rows
@@ -154,9 +170,9 @@ def time_rows(args, timer, prepared, rows, case):
                 row["tflops"] = row["flops"] / result.median / 1e9
                 returned = formulas.output_bytes(case, which, backend.keys)
                 row["peak_bytes"] = _or_none(lambda: max(0, timer.peak(runs[name]) - returned))
-                if args.graph:
+                if graph:
                     row["graph_ms"] = _or_none(lambda: timer.measure_graph(runs[name]).median)
-            report.print_row(row)
+            show(row)
 
         timer.measure_all(runs, finish)
 
