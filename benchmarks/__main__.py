@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("memory", "accuracy", "minilm", "table")
+COMMANDS = ("memory", "growth", "accuracy", "minilm", "table")
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """Where the numbers come from. Names hardware and software; no path and no host name."""
 
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -39,6 +40,16 @@ def device_name(device):
         info = ""
     match = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
     return match[1].strip() if match else platform.machine()
+
+
+def free_bytes(device):
+    """Memory that is free now on the GPU, or on the machine; None where nothing says so."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def clocks(device):

@@ -7,9 +7,9 @@ import math
 
 from benchmarks import formulas, report
 from benchmarks.backends import Context, prepare_mra
-from benchmarks.cases import DTYPES, PASSES, Case, Form
+from benchmarks.cases import Case, Form
 from benchmarks.environment import plain
-from benchmarks.options import add_common, begin, block_size, listed, ordered_passes
+from benchmarks.options import add_common, add_sizes, begin, listed
 from benchmarks.timing import make_timer
 
 LINEAR = 1.1  # the largest exponent that counts as linear
@@ -20,15 +20,10 @@ def parser():
     add = parser.add_argument
     add_common(parser)
     add("--length", type=listed(int), default=[32768, 65536, 131072, 262144], metavar="N,N,...")
-    add("--heads", type=int, default=1)
-    add("--head-dim", type=int, default=64)
-    add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
-    add("--block-size", type=block_size, default=(64, 64))
-    add("--blocks-per-row", type=int, default=16)
+    add_sizes(parser, heads=1)
     add("--coarse", choices=("none", "block", "row"), default="row")
     add("--order", type=int, choices=(0, 1), default=1)
     add("--selection", choices=("row", "global"), default="row")
-    add("--pass", dest="passes", type=ordered_passes, default=list(PASSES))
     return parser
 
 

@@ -68,12 +68,23 @@ def add_common(parser):
     parser.add_argument("--commit", help="commit to name in the file where git cannot be asked")
 
 
+def add_sizes(parser, heads):
+    """Sizes of a command that measures against N, beside N."""
+    add = parser.add_argument
+    add("--heads", type=int, default=heads)
+    add("--head-dim", type=int, default=64)
+    add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
+    add("--block-size", type=block_size, default=(64, 64))
+    add("--blocks-per-row", type=int, default=16)
+    add("--pass", dest="passes", type=ordered_passes, default=list(PASSES))
+
+
 def speed_parser():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
         "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "accuracy, minilm, table (each has --help).",
+        "growth, accuracy, minilm, table (each has --help).",
     )
     add = parser.add_argument
     add_common(parser)

@@ -25,6 +25,11 @@ def print_environment(env):
     say(f"{', '.join(parts)}, torch {env['torch']}{commit}")
 
 
+def number(x, spec):
+    """``x`` by a format, a dash where there is none."""
+    return "-" if x is None else format(x, spec)
+
+
 HEAD = (
     f"  {'backend':<30} {'pass':<4} {'ms':>9} {'p10':>9} {'p90':>9} {'graph':>9} {'error':>8} "
     f"{'approx.':>8} {'overlap':>8} {'MiB':>8} {'TFLOP/s':>8}"
@@ -36,7 +41,7 @@ def print_row(row):
     if row["status"] != "ok":
         say(f"{start} {row['status']}: {row['reason']}")
         return
-    ms, number = row["ms"], lambda x, f: "-" if x is None else format(x, f)
+    ms = row["ms"]
     mib = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
     say(
         f"{start} {ms['median']:9.3f} {ms['p10']:9.3f} {ms['p90']:9.3f} "

@@ -1,7 +1,8 @@
 """``python -m benchmarks table FILE.json ...``: Markdown of result files, for the README.
 
 ``--write README.md`` puts each file's table between ``<!-- results:NAME -->`` and
-``<!-- /results:NAME -->``, NAME being the file's name without ``.json``. Tables are generated from
+``<!-- /results:NAME -->``, NAME being the file's name without ``.json``; a file that is not there
+yet is skipped. Tables are generated from
 the files under benchmarks/results, never typed; a test compares them.
 """
 
@@ -21,6 +22,9 @@ def main(argv):
     parser.add_argument("--write", type=Path, metavar="README.md", help="put the tables there")
     args = parser.parse_args(argv[1:])
     for path in args.files:
+        if args.write and not path.exists():
+            print(f"{path.name}: no such file, its markers stay as they are")
+            continue
         text = markdown(json.loads(path.read_text(encoding="utf-8")))
         if args.write:
             readme = args.write.read_text(encoding="utf-8")
@@ -41,7 +45,7 @@ def replaced(readme, name, text):
 
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
-    kinds = {"speed": _speed, "memory": _memory}
+    kinds = {"speed": _speed, "memory": _memory, "growth": _growth}
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -111,6 +115,29 @@ def _memory(report):
         cells = [f"{peak / 2**20:.1f}", f"{peak / row['N']:.0f}", grown]
         lines.append([str(row["N"]), row["pass"], *cells])
     return _table(lines)
+
+
+def _growth(report):
+    """One line for each N and form; "a / b" is forward / forward + backward."""
+    base = report["base"]
+    lines = [["N", "form", "ms", "ns a token", f"× that at {base}", "plan alone", "bytes a token"]]
+    lines.append(["---"] * 7)
+    for N, form in dict.fromkeys((row["N"], row["form"]) for row in report["rows"]):
+        here = [row for row in report["rows"] if (row["N"], row["form"]) == (N, form)]
+        rows = _passes({"rows": here}, lambda row: True)
+        if not any(rows):
+            continue
+        cells = [_pair(rows, "ns_per_token", "{:.1f}"), _pair(rows, "relative", "{:.2f}")]
+        cells.append("" if form == "plan" else _pair(rows, "plan_share", "{:.0%}"))
+        lines.append([str(N), form, _ms(rows), *cells, _pair(rows, "bytes_per_token", "{:.0f}")])
+    notes = (
+        "Median, forward / forward + backward; memory is the peak beyond inputs and outputs. Plan "
+        "alone is the share of the time that the operator plan takes."
+    )
+    for row in report["rows"]:
+        if row["status"] != "ok":
+            notes += f" {row['form']}, {row['pass']}, from N {row['N']}: {row['reason']}."
+    return _table(lines) + "\n" + notes + "\n"
 
 
 def _table(lines):

@@ -283,7 +283,7 @@ def test_table_by_hand():
     )
 
 
-def test_table_goes_between_its_markers(tmp_path):
+def test_table_goes_between_its_markers(tmp_path, capsys):
     readme = "a\n<!-- results:x -->\nold\n<!-- /results:x -->\n<!-- results:y -->\n"
     assert replaced(readme, "x", "new\n") == readme.replace("old", "new")
     with pytest.raises(SystemExit):
@@ -291,7 +291,8 @@ def test_table_goes_between_its_markers(tmp_path):
     file, page = tmp_path / "x.json", tmp_path / "page.md"
     file.write_text(json.dumps(cuda_report()))
     page.write_text(readme)
-    main(["table", "--write", str(page), str(file)])
+    main(["table", "--write", str(page), str(file), str(tmp_path / "y.json")])
+    assert "y.json: no such file" in capsys.readouterr().out
     assert page.read_text() == replaced(readme, "x", markdown(cuda_report()))
 
 
