@@ -83,6 +83,19 @@ def test_a_form_stops_once_and_says_why(tmp_path, capsys):
     assert "none, backward, from N 512: one call would take some" in markdown(report)
 
 
+def test_other_passes_go_on(monkeypatch):
+    def stops(longest, free, case, which, done):
+        return "enough" if done and which == "backward" else None
+
+    monkeypatch.setattr(growth, "stops", stops)
+    rows = growth.main([*SMALL, "--max", "1024"])["rows"]
+    found = {(row["N"], row["pass"]): row["status"] for row in rows}
+    assert found == {
+        (256, "forward"): "ok", (256, "backward"): "ok", (512, "forward"): "ok",
+        (512, "backward"): "stopped", (1024, "forward"): "ok",
+    }  # fmt: skip
+
+
 def test_inputs_that_fail_are_rows(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("out of memory")
