@@ -44,7 +44,9 @@ class Context:
 
         def laid_out(x):
             x = x.to(device, case.torch_dtype)
-            return x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "bnhd" else x
+            if layout == "bhnd":
+                return x.contiguous()
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
 
         self.query, self.key, self.value = map(laid_out, draw(case, generator, minilm_file))
         self.grad_out = laid_out(normal(case, generator, case.H, case.N))

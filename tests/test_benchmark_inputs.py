@@ -45,6 +45,14 @@ def test_correlated_inputs_are_what_they_should_be():
     assert logits.std().item() == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("inputs", ["normal", "correlated", "minilm"])
+@pytest.mark.parametrize("layout", ["bnhd", "bhnd"])
+def test_inputs_have_the_layout(layout, inputs, file):
+    context = Context(case(inputs, H=2, N=96), CPU, 0, layout, file)
+    for x in (*context.inputs, context.grad_out):
+        assert (x if layout == "bhnd" else x.transpose(1, 2)).is_contiguous()
+
+
 def test_correlated_plans_overlap_and_err_less():
     found = {}
     for inputs in ("normal", "correlated"):
