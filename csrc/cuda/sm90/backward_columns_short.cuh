@@ -19,7 +19,7 @@ struct BackwardColumnsShortMaps : BackwardParams {
 // Measured choices (docs/kernels.md).
 template <int DP>
 struct BackwardColumnsShortTraits {
-  static constexpr int kStages = 4, kBlocks = DP == 64 ? 4 : 2, kThreads = 96;
+  static constexpr int kStages = 3, kBlocks = DP == 64 ? 4 : 2, kThreads = 96;
 };
 
 // A key block and how many tiles of rows attend it.
@@ -153,9 +153,6 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     const int slot = turn % 2;
     barrier_wait(&s.keys_full[slot], turn / 2 & 1);
     const KeyBlock at = s.block(slot);
-    typename Mma<T>::A k[DP / 16], v[DP / 16];
-    load_rows<T>(k, s.k[slot], key, lane);
-    load_rows<T>(v, s.v[slot], key, lane);
     // The place of the block before is given back once its gradients have left.
     if (turn > 0 && first_lane) {
       store_wait();
@@ -167,8 +164,8 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
       const int stage = at_tile % kStages;
       barrier_wait(&s.full[stage], at_tile / kStages & 1);
       float c[4][4] = {}, ds[4][4] = {};
-      multiply_nt<T>(c, k, s.q[stage], lane);
-      multiply_nt<T>(ds, v, s.grad_out[stage], lane);
+      multiply_nt<T>(c, s.k[slot], key, s.q[stage], lane);
+      multiply_nt<T>(ds, s.v[slot], key, s.grad_out[stage], lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float2 l = *reinterpret_cast<const float2*>(&s.sums[stage][0][8 * n + 2 * t]);
@@ -200,7 +197,8 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
     finish_rows(dk, k_scale, live, shares ? s.blocks[slot][0] : nullptr, 0, p.D);
     finish_rows(dv, v_scale, live, shares ? s.blocks[slot][1] : nullptr, 0, p.D);
-    // Out through the place of the keys and values, which are in registers.
+    // Out through the place of the keys and values, of which each warp has read its own.
+    __syncwarp();
     place_rows<T>(s.k[slot], key, dk);
     place_rows<T>(s.v[slot], key, dv);
     fence_for_copies();

@@ -96,9 +96,6 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
     const int slot = turn % 2;
     barrier_wait(&s.full[slot], turn / 2 & 1);
     const BackwardRowsShortWork at = s.work[slot];
-    typename Mma<T>::A q[DP / 16], grad_out[DP / 16];
-    load_rows<T>(q, s.q[slot], row, lane);
-    load_rows<T>(grad_out, s.grad_out[slot], row, lane);
     float lse[2], delta[2], pooled_delta[2];
     bool live[2];
 #pragma unroll
@@ -124,14 +121,14 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       const bool pooled = tile < at.pooled_tiles;
       float c[8][4] = {}, ds[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
-      multiply_nt<T>(c, q, ring.k[stage], lane);
+      multiply_nt<T>(c, s.q[slot], row, ring.k[stage], lane);
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + row + g);
         scale = 1.f;
       }
       barrier_wait(&ring.v_full[stage], phase);
-      multiply_nt<T>(ds, grad_out, ring.v[stage], lane);
+      multiply_nt<T>(ds, s.grad_out[slot], row, ring.v[stage], lane);
       __syncwarp();
       if (first_lane) barrier_arrive(&ring.v_empty[stage]);
       const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
@@ -149,7 +146,8 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
 
     const float scale[2] = {p.scale, p.scale};
     finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : s.q_block[slot], 0, p.D);
-    // Out through the place of the queries, which are in registers.
+    // Out through the place of the queries, of which each warp has read its own.
+    __syncwarp();
     place_rows<T>(s.q[slot], row, acc);
     fence_for_copies();
     __syncwarp();
