@@ -2,7 +2,8 @@
 
 The operators run whole stages in a row, so a stage is a difference of two runs with the plan given:
 
-    pool     the operator pool on query, key and value
+    pool     the operator pool on query, key and value, one after the other (inside a call they
+             share a launch, so that plan and coarse, which subtract it, read a little low)
     plan     the operator plan, less pooling of query and key
     fine     forward with the plan, coarse="none", order 0
     coarse   forward with the plan and the form's coarse part at order 0, less ``fine`` and the

@@ -1,5 +1,6 @@
 // Partial gradients of pooled keys and values -> what each row of their blocks gets.
 #include "coarse_bwd.h"
+#include "grid.cuh"
 
 namespace mra::cuda {
 namespace {
@@ -8,6 +9,7 @@ constexpr int kThreads = 256;
 
 // One thread for four columns of one block; parts are added in order.
 __global__ void __launch_bounds__(kThreads) share_sums_kernel(const ShareSumsParams p) {
+  begin_grid();
   const int64_t quads = int64_t{2} * p.B * p.Hk * p.nk * (p.D / 4);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= quads) return;
@@ -28,9 +30,7 @@ __global__ void __launch_bounds__(kThreads) share_sums_kernel(const ShareSumsPar
 
 cudaError_t share_sums(const ShareSumsParams& p, cudaStream_t stream) {
   const int64_t quads = int64_t{2} * p.B * p.Hk * p.nk * (p.D / 4);
-  share_sums_kernel<<<static_cast<unsigned>((quads + kThreads - 1) / kThreads), kThreads, 0,
-                      stream>>>(p);
-  return cudaGetLastError();
+  return launch_grid(share_sums_kernel, (quads + kThreads - 1) / kThreads, kThreads, 0, stream, p);
 }
 
 }  // namespace mra::cuda

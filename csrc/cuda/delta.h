@@ -32,9 +32,9 @@ struct BlockRowsParams {
   Dtype dtype;
 };
 
-// What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a row
-// without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and the
-// same with delta as BackwardParams::sums.
+// What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
+// row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
+// the same with delta as BackwardParams::sums.
 struct RowSumsParams {
   const float *lse, *delta, *pooled_delta;  // [heads, rows]
   float* lse2;                              // [heads, rows]

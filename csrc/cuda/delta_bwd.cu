@@ -77,6 +77,7 @@ __device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, i
 // side in memory when the tensors come from a (B, N, H, D) layout.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams p) {
+  begin_grid();
   const int tiles = static_cast<int>((p.N + 31) / 32);
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
@@ -143,6 +144,7 @@ __device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit
 // One warp per query block.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
+  begin_grid();
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
   const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockR
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4)
     delta_and_block_rows_kernel(const DeltaParams d, const BlockRowsParams p) {
+  begin_grid();
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
   const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
@@ -167,6 +170,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
 }
 
 __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
+  begin_grid();
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x, padded = 32 * p.chunks;
   if (i >= p.heads * padded) return;
   const int64_t head = i / padded, row = i - head * padded, at = head * p.rows + row;
@@ -193,8 +197,7 @@ struct LaunchDelta {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of((p.N + 31) / 32 * p.B * p.H);
-    delta_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_grid(delta_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, p);
   }
 };
 
@@ -205,8 +208,7 @@ struct LaunchBlockRows {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
-    block_rows_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_grid(block_rows_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, p);
   }
 };
 
@@ -218,8 +220,7 @@ struct LaunchDeltaAndBlockRows {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
-    delta_and_block_rows_kernel<T, kLanes><<<grid, kWarps * 32, 0, stream>>>(d, p);
-    return cudaGetLastError();
+    return launch_grid(delta_and_block_rows_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, d, p);
   }
 };
 
@@ -227,8 +228,7 @@ struct LaunchDeltaAndBlockRows {
 
 cudaError_t row_sums(const RowSumsParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.heads * p.chunks * 32 + 255) / 256;
-  row_sums_kernel<<<static_cast<unsigned>(blocks), 256, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch_grid(row_sums_kernel, blocks, 256, 0, stream, p);
 }
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {

@@ -53,6 +53,7 @@ __device__ __forceinline__ typename Mma<S>::A load_a_trans(const S* s, int ld, i
 template <typename T, int kCols, bool kWeighted>
 __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin)
     gram_kernel(const Order1Gram p) {
+  begin_grid();
   using G = Tile<T, kCols>;
   using S = typename G::S;
   constexpr int kPer = G::kPer, kLead = G::kLead, kPart = G::kRows * kLead;
@@ -217,13 +218,11 @@ int order1_gram_slots(Dtype dtype, int dim, const Device& device) {
 
 cudaError_t order1_gram(const Order1Gram& p, cudaStream_t stream) {
   const int64_t blocks = int64_t{p.B} * p.heads * p.units * p.chunks * tiles_of(p.dim);
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   return dispatch_order1(p.dtype, p.dim, [&](auto t, auto dim) {
     using T = typename decltype(t)::type;
     constexpr int kCols = tile_cols(dim());
     const auto kernel = p.weighted ? gram_kernel<T, kCols, true> : gram_kernel<T, kCols, false>;
-    kernel<<<static_cast<unsigned>(blocks), Tile<T, kCols>::kThreads, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_grid(kernel, blocks, Tile<T, kCols>::kThreads, 0, stream, p);
   });
 }
 

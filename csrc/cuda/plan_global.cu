@@ -15,6 +15,7 @@ namespace {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     global_scores_kernel(const PlanParams p, uint32_t* map) {
+  begin_grid();
   constexpr int kRows = Tile::kRows;
   extern __shared__ __align__(16) float ring[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -40,6 +41,7 @@ constexpr int kCandidates = 8192;  // keys that fit in shared memory once the se
 
 __global__ void __launch_bounds__(1024, 1)
     global_select_kernel(const PlanParams p, int64_t budget, uint32_t* maps) {
+  begin_grid();
   extern __shared__ __align__(16) uint32_t candidates[];  // [kCandidates]
   __shared__ uint32_t reduce_buffer[BlockReduce::kWords];
   __shared__ int cursor;
@@ -127,13 +129,9 @@ __global__ void __launch_bounds__(1024, 1)
 template <class Tile>
 cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t stream) {
   const auto kernel = global_scores_kernel<Tile>;
-  const int smem = Tile::kRingWords * static_cast<int>(sizeof(float));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error != cudaSuccess) return error;
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
-  kernel<<<tiles, Tile::kThreads, smem, stream>>>(p, map);
-  return cudaGetLastError();
+  return launch_grid(kernel, tiles, Tile::kThreads, Tile::kRingWords * sizeof(float), stream, p,
+                     map);
 }
 
 }  // namespace
@@ -143,8 +141,7 @@ cudaError_t plan_global(const PlanParams& p, int64_t budget, uint32_t* map, cuda
                                         : launch_scores<ScoreTile<8, 4, 4, 2>>(p, map, stream);
   if (error != cudaSuccess) return error;
   constexpr int kSmem = kCandidates * sizeof(uint32_t);
-  global_select_kernel<<<p.B * p.H, 1024, kSmem, stream>>>(p, budget, map);
-  return cudaGetLastError();
+  return launch_grid(global_select_kernel, p.B * p.H, 1024, kSmem, stream, p, budget, map);
 }
 
 }  // namespace mra::cuda

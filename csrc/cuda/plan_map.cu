@@ -27,6 +27,7 @@ struct MapShape {
 template <class Tile, int kTiles, int kBlocks>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
     plan_map_kernel(const PlanParams p, int64_t budget) {
+  begin_grid();
   constexpr int kWarps = Tile::kWarps;
   extern __shared__ __align__(16) float ring[];
   __shared__ __align__(16) uint32_t candidates[kRanked];
@@ -179,12 +180,8 @@ cudaError_t plan_map(const PlanParams& p, int64_t budget, cudaStream_t stream) {
   return with_tile(p, [&](auto tile, auto tiles, auto blocks) {
     using Tile = decltype(tile);
     const auto kernel = plan_map_kernel<Tile, tiles, blocks>;
-    const auto smem = static_cast<int>(MapShape<Tile, tiles>(p).bytes());
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-    if (error != cudaSuccess) return error;
-    kernel<<<p.B * p.H, Tile::kThreads, smem, stream>>>(p, budget);
-    return cudaGetLastError();
+    return launch_grid(kernel, p.B * p.H, Tile::kThreads, MapShape<Tile, tiles>(p).bytes(), stream,
+                       p, budget);
   });
 }
 

@@ -159,6 +159,7 @@ inline constexpr int kRowBlocks = Tile::kThreads == 128                         
 template <class Tile, int kSteps, bool kWorkspace>
 __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
+  begin_grid();
   constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
   extern __shared__ __align__(16) float ring[];
   __shared__ __align__(16) uint32_t candidates[kWarps][kRanked];
@@ -209,13 +210,9 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
   static_assert(Tile::kRingWords >= 256 * Tile::kWarps * Tile::kRows / 16, "parts of means");
   const auto kernel = plan_row_kernel<Tile, kSteps, kWorkspace>;
   const int words = Tile::kRingWords + (kWorkspace ? 0 : Tile::kRows * config.pitch);
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, words * static_cast<int>(sizeof(float)));
-  if (error != cudaSuccess) return error;
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
-  kernel<<<config.ctas, Tile::kThreads, words * sizeof(float), stream>>>(
-      p, config.pitch, tiles, static_cast<uint32_t*>(workspace));
-  return cudaGetLastError();
+  return launch_grid(kernel, config.ctas, Tile::kThreads, words * sizeof(float), stream, p,
+                     config.pitch, tiles, static_cast<uint32_t*>(workspace));
 }
 
 using Wide16 = ScoreTile<4, 4, 4, 2>;  // 256 columns

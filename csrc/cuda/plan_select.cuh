@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <climits>
 
+#include "grid.cuh"
 #include "plan.h"
 
 namespace mra::cuda {

@@ -6,6 +6,7 @@
 // order the threads ran in, and no block waits for another.
 #include <algorithm>
 
+#include "grid.cuh"
 #include "plan.h"
 
 namespace mra::cuda {
@@ -31,6 +32,7 @@ __device__ int lower_bound(const int32_t* row, int count, int y) {
 }
 
 __global__ void plan_transpose_kernel(const TransposeParams p, int columns, int tiles, int words) {
+  begin_grid();
   extern __shared__ uint32_t smem[];
   uint32_t* bits = smem;                                       // [columns][words]: bit x of column
   int* size = reinterpret_cast<int*>(bits + columns * words);  // [columns]
@@ -128,13 +130,8 @@ cudaError_t plan_transpose(const TransposeParams& p, const Device& device, cudaS
   const int tiles = static_cast<int>((p.nk + columns - 1) / columns);
   const int64_t work = std::max<int64_t>(int64_t{p.nq} * kGroup, columns * 32);
   const int threads = static_cast<int>(std::min<int64_t>(512, (work + 127) / 128 * 128));
-  const int smem = static_cast<int>(bytes(columns));
-  const cudaError_t error = cudaFuncSetAttribute(plan_transpose_kernel,
-                                                 cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
-  if (error != cudaSuccess) return error;
-  plan_transpose_kernel<<<static_cast<unsigned>(p.heads) * tiles, threads, smem, stream>>>(
-      p, static_cast<int>(columns), tiles, words);
-  return cudaGetLastError();
+  return launch_grid(plan_transpose_kernel, int64_t{p.heads} * tiles, threads, bytes(columns),
+                     stream, p, static_cast<int>(columns), tiles, words);
 }
 
 }  // namespace mra::cuda

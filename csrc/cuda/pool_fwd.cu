@@ -18,6 +18,7 @@ struct PoolGrid : PoolParams {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, kCtas)
     pool_kernel(const __grid_constant__ PoolGrid p) {
+  begin_grid();
   constexpr int kRows = 32 / kLanes;  // read at once
   int cta = blockIdx.x, which = 0;
   while (cta >= p.ctas[which]) cta -= p.ctas[which++];
@@ -111,15 +112,14 @@ struct LaunchPool {
       p.ctas[i] = static_cast<int>((int64_t{p.B} * t.H * p.windows[i] + kWarps - 1) / kWarps);
       ctas += p.ctas[i];
     }
-    if (ctas == 0) return cudaSuccess;
-    pool_kernel<T, kLanes><<<static_cast<unsigned>(ctas), kWarps * 32, 0, stream>>>(p);
-    return cudaGetLastError();
+    return launch_grid(pool_kernel<T, kLanes>, ctas, kWarps * 32, 0, stream, p);
   }
 };
 
 template <typename T>
 __global__ void __launch_bounds__(256)
     round_pooled_kernel(const float* key, const float* value, T* out, int64_t n) {
+  begin_grid();
   const int64_t i = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 8;
   if (i >= 2 * n) return;
   const float* const from = i < n ? key + i : value + i - n;
@@ -140,13 +140,13 @@ cudaError_t pool_forward(const PoolParams& params, cudaStream_t stream) {
 
 cudaError_t round_pooled(const float* key, const float* value, void* out, int64_t n, Dtype dtype,
                          cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((2 * n + 2047) / 2048);
-  if (dtype == Dtype::f16) {
-    round_pooled_kernel<<<grid, 256, 0, stream>>>(key, value, static_cast<__half*>(out), n);
-  } else {
-    round_pooled_kernel<<<grid, 256, 0, stream>>>(key, value, static_cast<__nv_bfloat16*>(out), n);
-  }
-  return cudaGetLastError();
+  const int64_t blocks = (2 * n + 2047) / 2048;
+  const auto launch = [&](auto* to) {
+    return launch_grid(round_pooled_kernel<std::remove_pointer_t<decltype(to)>>, blocks, 256, 0,
+                       stream, key, value, to, n);
+  };
+  return dtype == Dtype::f16 ? launch(static_cast<__half*>(out))
+                             : launch(static_cast<__nv_bfloat16*>(out));
 }
 
 }  // namespace mra::cuda

@@ -4,6 +4,7 @@
 #include <climits>
 
 #include "../dtype.cuh"
+#include "../grid.cuh"
 #include "mma.cuh"
 #include "params.h"
 
@@ -190,13 +191,7 @@ auto with_warps(int warps, F f) {
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& p, int64_t blocks, int warps, size_t bytes,
                    cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), 32 * warps, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return launch_grid(kernel, blocks, 32 * warps, bytes, stream, p);
 }
 
 }  // namespace mra::cuda

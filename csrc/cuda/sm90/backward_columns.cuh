@@ -90,7 +90,8 @@ __device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<D
       const int stage = fetched % kStages;
       if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
       if (p.causal) {
-        const int at = 16 * lane & 63, sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
+        const int at = 16 * lane & 63,
+                  sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
         if (lane < 4) s.first[stage][lane] = sixteen;
         __syncwarp();
       }
@@ -121,6 +122,7 @@ __global__ void __launch_bounds__(256, 2)
     barrier_init_done();
   }
   __syncthreads();
+  begin_grid();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 56 : 32>();
     if (warp_index() > 4) return;
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(256, 2)
     const int tiles = uniform(s.tile(place).tiles);
     const float none[2] = {};
     attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal,
-                                      s.tile(place).first_key, none);
+                              s.tile(place).first_key, none);
     before += tiles;
 
     const KeyTile& at = s.tile(place);
@@ -156,8 +158,8 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = at.first_key + key + g + 8 * half;
-      live[half] = j < p.M && (p.key_mask == nullptr ||
-                               p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
+      live[half] = j < p.M &&
+                   (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
     }
     const bool shares = p.k_block != nullptr;
     const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};

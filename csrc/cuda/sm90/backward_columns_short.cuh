@@ -1,5 +1,6 @@
 // Gradients of the keys and values on Hopper for key blocks of 32: as backward_columns.cuh, but two
-// warps multiply by mma.sync, scores transposed, what a third one fetches for them: tiles of 32 rows.
+// warps multiply by mma.sync, scores transposed, what a third one fetches for them: tiles of 32
+// rows.
 #pragma once
 
 #include <algorithm>
@@ -86,8 +87,7 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
     for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
       const List list = list_of_head(h);
       const int tiles = list.count << log2_tiles;
-      const float* sums =
-          p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
+      const float* sums = p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
       int window = 0;  // block of tile 32 n + lane
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     barrier_init_done();
   }
   __syncthreads();
+  begin_grid();
   if (warp_index() == 2) {
     fetch_ahead<DP>(p, s);
     return;
@@ -190,8 +191,8 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int j = at.block * 32 + key + g + 8 * half;
-      live[half] = j < p.M && (p.key_mask == nullptr ||
-                               p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
+      live[half] = j < p.M &&
+                   (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(at.b) * p.M + j] != 0);
     }
     const bool shares = p.k_block != nullptr;
     const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};

@@ -1,8 +1,8 @@
 // Gradient of the rows (dQ) on Hopper: what sm80/backward_rows.cuh computes, for half types and
-// head dims up to 128. Persistent blocks of threads take tiles of 64 rows in turns: one warp fetches
-// ahead, a warpgroup multiplies. The scores of a tile of keys are queued behind the gradient of the
-// tile before, so that the tensor cores have work while blocks of threads take turns in the
-// exponentials.
+// head dims up to 128. Persistent blocks of threads take tiles of 64 rows in turns: one warp
+// fetches ahead, a warpgroup multiplies. The scores of a tile of keys are queued behind the
+// gradient of the tile before, so that the tensor cores have work while blocks of threads take
+// turns in the exponentials.
 #pragma once
 
 #include <algorithm>
@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     barrier_init_done();
   }
   __syncthreads();
+  begin_grid();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
     if (warp_index() == 4) fetch_ahead<DP>(p, s);

@@ -63,9 +63,9 @@ __device__ __forceinline__ void fetch_run(ColumnsShared<DP, kPlaces>& s, const C
   copy_bytes(s.sums[stage][at / 32], sums + row / 32 * 64, run * 8, &s.full[stage]);
 }
 
-// Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the factor `scale`. kPooled: keys
-// stand for 2^bias keys each, and `unseen` takes away some tile by tile; else `first_key` matters
-// under causal.
+// Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the
+// factor `scale`. kPooled: keys stand for 2^bias keys each, and `unseen` takes away some tile by
+// tile; else `first_key` matters under causal.
 template <typename T, int DP, bool kPooled, int kPlaces>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP, kPlaces>& s, int place, int before,
@@ -98,7 +98,8 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(c);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 l = *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][0][n % 4 * 8 + 2 * t]);
+      const float2 l =
+          *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][0][n % 4 * 8 + 2 * t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float shift = i % 2 ? l.y : l.x;
@@ -125,7 +126,8 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(ds);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 d = *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][1][n % 4 * 8 + 2 * t]);
+      const float2 d =
+          *reinterpret_cast<const float2*>(&s.sums[stage][n / 4][1][n % 4 * 8 + 2 * t]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Rounded weights: keeping the others would take registers that dim 128 does not have.

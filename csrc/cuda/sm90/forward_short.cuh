@@ -1,6 +1,6 @@
-// The fine forward on Hopper for query blocks of 32: as forward.cuh, but two warps attend by mma.sync
-// what a third one fetches for them, since a warpgroup's product would span two blocks with different
-// keys.
+// The fine forward on Hopper for query blocks of 32: as forward.cuh, but two warps attend by
+// mma.sync what a third one fetches for them, since a warpgroup's product would span two blocks
+// with different keys.
 #pragma once
 
 #include <algorithm>
@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     barrier_init_done();
   }
   __syncthreads();
+  begin_grid();
   if (warp_index() == 2) {
     fetch_ahead<DP>(p, s);
     return;

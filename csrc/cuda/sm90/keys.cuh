@@ -58,8 +58,8 @@ struct RowTile {
       pooled_blocks = p.causal && past < p.nk ? static_cast<int>(past) : p.nk;
     }
     pooled_tiles = (pooled_blocks + 63) / 64;
-    tiles = pooled_tiles +
-            static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
+    tiles =
+        pooled_tiles + static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
   }
 };
 
@@ -257,8 +257,8 @@ struct KeyProducer {
       look_up_counts(0, counts);
       const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
       const Rows next_rows(p, next_item);
-      // The next tile of rows is fetched while this one's keys arrive: once the ring has gone round,
-      // as then the consumers have left the tile before.
+      // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
+      // round, as then the consumers have left the tile before.
       const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
 #pragma unroll 1
       for (int tile = 0;; ++tile) {

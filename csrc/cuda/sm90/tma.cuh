@@ -11,8 +11,8 @@ namespace mra::cuda::sm90 {
 template <typename T>
 inline constexpr Dtype kDtype = std::is_same_v<T, __half> ? Dtype::f16 : Dtype::bf16;
 
-// What starts at the next multiple of 1024 bytes, as panels must, of dynamic shared memory. Rounded by
-// an offset: behind a pointer made from an integer the compiler would not know shared memory.
+// What starts at the next multiple of 1024 bytes, as panels must, of dynamic shared memory. Rounded
+// by an offset: behind a pointer made from an integer the compiler would not know shared memory.
 template <class Shared>
 __device__ __forceinline__ Shared& aligned(char* raw) {
   return *reinterpret_cast<Shared*>(raw + (-smem_address(raw) & 1023));

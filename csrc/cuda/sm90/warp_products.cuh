@@ -1,5 +1,5 @@
-// Products of one warp's 16 rows by mma.sync, for blocks too short for a warpgroup: its operands come
-// from panels as the bulk tensor copies leave them (wgmma.cuh), each warp at its own pace.
+// Products of one warp's 16 rows by mma.sync, for blocks too short for a warpgroup: its operands
+// come from panels as the bulk tensor copies leave them (wgmma.cuh), each warp at its own pace.
 #pragma once
 
 #include "../sm80/mma.cuh"
