@@ -9,7 +9,6 @@ constexpr int kThreads = 256;
 
 // One thread for four columns of one block; parts are added in order.
 __global__ void __launch_bounds__(kThreads) share_sums_kernel(const ShareSumsParams p) {
-  begin_grid();
   const int64_t quads = int64_t{2} * p.B * p.Hk * p.nk * (p.D / 4);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= quads) return;

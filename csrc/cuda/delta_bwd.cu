@@ -77,7 +77,6 @@ __device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, i
 // side in memory when the tensors come from a (B, N, H, D) layout.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams p) {
-  begin_grid();
   const int tiles = static_cast<int>((p.N + 31) / 32);
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
@@ -144,7 +143,6 @@ __device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit
 // One warp per query block.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
-  begin_grid();
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
   const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
@@ -156,7 +154,6 @@ __global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockR
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, 4)
     delta_and_block_rows_kernel(const DeltaParams d, const BlockRowsParams p) {
-  begin_grid();
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
   const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
@@ -170,7 +167,6 @@ __global__ void __launch_bounds__(kWarps * 32, 4)
 }
 
 __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
-  begin_grid();
   const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x, padded = 32 * p.chunks;
   if (i >= p.heads * padded) return;
   const int64_t head = i / padded, row = i - head * padded, at = head * p.rows + row;

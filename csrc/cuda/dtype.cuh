@@ -32,11 +32,10 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 template <typename T>
 inline constexpr int kVec = 16 / sizeof(T);
 
-// Reads 16 bytes; `p` is 16-byte aligned. Not as read-only data: the kernel before may still write
-// it when this one starts (grid.cuh).
+// Reads 16 bytes that no thread writes during the kernel. `p` is 16-byte aligned.
 template <typename T>
 __device__ __forceinline__ uint4 load16(const T* p) {
-  return *reinterpret_cast<const uint4*>(p);
+  return __ldg(reinterpret_cast<const uint4*>(p));
 }
 
 __device__ __forceinline__ float2 unpack2(uint32_t bits, __half) {

@@ -65,7 +65,7 @@ template <typename T>
 __device__ __forceinline__ void load_floats(float (&x)[kVec<T>], const float* p, bool valid) {
 #pragma unroll
   for (int e = 0; e < kVec<T>; e += 4) {
-    const float4 u = valid ? *reinterpret_cast<const float4*>(p + e) : float4{};
+    const float4 u = valid ? __ldg(reinterpret_cast<const float4*>(p + e)) : float4{};
     x[e] = u.x, x[e + 1] = u.y, x[e + 2] = u.z, x[e + 3] = u.w;
   }
 }

@@ -53,7 +53,6 @@ __device__ __forceinline__ typename Mma<S>::A load_a_trans(const S* s, int ld, i
 template <typename T, int kCols, bool kWeighted>
 __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin)
     gram_kernel(const Order1Gram p) {
-  begin_grid();
   using G = Tile<T, kCols>;
   using S = typename G::S;
   constexpr int kPer = G::kPer, kLead = G::kLead, kPart = G::kRows * kLead;

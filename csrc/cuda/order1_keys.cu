@@ -10,7 +10,6 @@ inline constexpr int kKeysWarps = DP < 128 && sizeof(Operand<T>) == 2 ? 8 : 4;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const Order1Keys p) {
-  begin_grid();
   extern __shared__ __align__(16) unsigned char shared[];
   using S = Operand<T>;
   using P = Product<S, DP>;

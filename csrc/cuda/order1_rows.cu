@@ -55,7 +55,6 @@ struct Start {
 template <typename T, int DP>
 __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, DP, false>::kMin)
     forward_kernel(const Order1Rows p) {
-  begin_grid();
   extern __shared__ __align__(16) unsigned char shared[];
   using S = Operand<T>;
   using P = Product<S, DP>;
@@ -107,7 +106,6 @@ __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, D
 template <typename T, int DP>
 __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP, true>::kMin)
     backward_kernel(const Order1Rows p) {
-  begin_grid();
   extern __shared__ __align__(16) unsigned char shared[];
   using S = Operand<T>;
   using P = Product<S, DP>;

@@ -21,7 +21,6 @@ __device__ __forceinline__ void add(float4& sum, const float4& v, float factor =
 // ...; then the lanes are summed in order.
 template <typename S>
 __global__ void __launch_bounds__(kThreads) total_kernel(const Order1Sum p, int lanes) {
-  begin_grid();
   __shared__ float4 partial[kThreads];
   __shared__ int scratch[32];
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kThreads
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Order1Sum p, int 
   float4 sum{};
 #pragma unroll kBatch
   for (int c = lane; c < p.chunks; c += lanes) {
-    add(sum, *reinterpret_cast<const float4*>(from + c * pair));
+    add(sum, __ldg(reinterpret_cast<const float4*>(from + c * pair)));
   }
   const int n = sum_counts(p.key_count + int64_t{head / p.heads} * p.nk, p.nk, scratch);
   if (lanes > 1) {
@@ -49,7 +48,6 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const Order1Sum p, int 
 // Causal: a thread walks the units of its float4, forwards or backwards.
 template <typename S>
 __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
-  begin_grid();
   __shared__ int scratch[32];
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 blockDim
   const int columns = static_cast<int>(pair / (4 * blockDim.x));
@@ -74,7 +72,7 @@ __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int unit = p.backward ? p.units - 1 - first - i : first + i;
-      if (first + i < p.units) v[i] = *reinterpret_cast<const float4*>(from + unit * pair);
+      if (first + i < p.units) v[i] = __ldg(reinterpret_cast<const float4*>(from + unit * pair));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {

@@ -36,7 +36,7 @@ struct PlanParams {
 // How plan_row runs: rows of scores of `rows` query blocks in shared memory, or, where one does not
 // fit, in a slot of `workspace` for each of the `ctas` blocks of threads.
 struct PlanRowConfig {
-  int rows;   // 16 or 32
+  int rows;   // 8, 16 or 32
   int pitch;  // words in a row of scores
   bool in_workspace;
   bool coarse;  // the block-coarse state can be made along with the plan

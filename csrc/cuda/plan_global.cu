@@ -15,7 +15,6 @@ namespace {
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     global_scores_kernel(const PlanParams p, uint32_t* map) {
-  begin_grid();
   constexpr int kRows = Tile::kRows;
   extern __shared__ __align__(16) float ring[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -41,7 +40,6 @@ constexpr int kCandidates = 8192;  // keys that fit in shared memory once the se
 
 __global__ void __launch_bounds__(1024, 1)
     global_select_kernel(const PlanParams p, int64_t budget, uint32_t* maps) {
-  begin_grid();
   extern __shared__ __align__(16) uint32_t candidates[];  // [kCandidates]
   __shared__ uint32_t reduce_buffer[BlockReduce::kWords];
   __shared__ int cursor;

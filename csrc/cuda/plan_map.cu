@@ -27,7 +27,6 @@ struct MapShape {
 template <class Tile, int kTiles, int kBlocks>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
     plan_map_kernel(const PlanParams p, int64_t budget) {
-  begin_grid();
   constexpr int kWarps = Tile::kWarps;
   extern __shared__ __align__(16) float ring[];
   __shared__ __align__(16) uint32_t candidates[kRanked];

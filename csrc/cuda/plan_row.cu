@@ -159,7 +159,6 @@ inline constexpr int kRowBlocks = Tile::kThreads == 128                         
 template <class Tile, int kSteps, bool kWorkspace>
 __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
-  begin_grid();
   constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
   extern __shared__ __align__(16) float ring[];
   __shared__ __align__(16) uint32_t candidates[kWarps][kRanked];
@@ -193,11 +192,13 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
         if (lane == 0) inverse[r] = sum;
       }
     }
-    if (kSteps > 0 && p.v_mean != nullptr) {
-      __syncthreads();
-      mean_of_values<kRows / 16, (kSteps > 1 ? 8 : 4)>(
-          p, b, h, x0, reinterpret_cast<const float*>(keys), pitch, inverse, rows,
-          past_blocks(p, x0 + rows - 1), ring);
+    if constexpr (kSteps > 0) {
+      if (p.v_mean != nullptr) {
+        __syncthreads();
+        mean_of_values<kRows / 16, (kSteps > 1 ? 8 : 4)>(
+            p, b, h, x0, reinterpret_cast<const float*>(keys), pitch, inverse, rows,
+            past_blocks(p, x0 + rows - 1), ring);
+      }
     }
     // No barrier: a next tile is there with a workspace only, and its keys are written after the
     // barrier of its first stage. Its copies go to the ring, which the selection does not read.
@@ -215,15 +216,16 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
                      config.pitch, tiles, static_cast<uint32_t*>(workspace));
 }
 
-using Wide16 = ScoreTile<4, 4, 4, 2>;  // 256 columns
+using Wide8 = ScoreTile<2, 4, 4, 2>;  // 256 columns
+using Wide16 = ScoreTile<4, 4, 4, 2>;
 using Wide32 = ScoreTile<8, 4, 4, 2>;
 constexpr int kHeldBlocks = 1024;  // longest row that a warp holds in registers
 
 }  // namespace
 
 // 16 rows a block of threads, or 32 where they still give every multiprocessor work: more rows mean
-// fewer reads of the pooled keys. Longer rows than fit go to a workspace, which is bounded by the
-// number of multiprocessors.
+// fewer reads of the pooled keys. Of long rows only 8 fit; longer ones go to a workspace, which is
+// bounded by the number of multiprocessors.
 PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   PlanRowConfig config{};
   config.pitch = score_pitch(p.nk);
@@ -235,8 +237,8 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   const bool many = p.nk > 128 && int64_t{tiles(32)} * 10 >= int64_t{device.sms} * 18;
   config.rows = many && fits(32, Wide32::kRingWords) ? 32 : 16;
   if (!fits(config.rows, Wide16::kRingWords)) {
-    config.rows = 32;
-    config.in_workspace = true;
+    config.in_workspace = !fits(8, Wide8::kRingWords);
+    config.rows = config.in_workspace ? 32 : 8;
     config.coarse = false;
   }
   config.ctas = tiles(config.rows);
@@ -248,6 +250,7 @@ cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* wor
                      cudaStream_t stream) {
   const auto run = [&](auto launch) { return launch(p, config, workspace, stream); };
   if (config.in_workspace) return run(launch_row<Wide32, 0, true>);
+  if (config.rows == 8) return run(launch_row<Wide8, 0>);
   if (config.rows == 32) {
     if (p.nk <= 256) return run(launch_row<Wide32, 8>);
     if (p.nk <= 512) return run(launch_row<Wide32, 16>);

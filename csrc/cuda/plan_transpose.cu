@@ -32,7 +32,6 @@ __device__ int lower_bound(const int32_t* row, int count, int y) {
 }
 
 __global__ void plan_transpose_kernel(const TransposeParams p, int columns, int tiles, int words) {
-  begin_grid();
   extern __shared__ uint32_t smem[];
   uint32_t* bits = smem;                                       // [columns][words]: bit x of column
   int* size = reinterpret_cast<int*>(bits + columns * words);  // [columns]

@@ -18,7 +18,6 @@ struct PoolGrid : PoolParams {
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32, kCtas)
     pool_kernel(const __grid_constant__ PoolGrid p) {
-  begin_grid();
   constexpr int kRows = 32 / kLanes;  // read at once
   int cta = blockIdx.x, which = 0;
   while (cta >= p.ctas[which]) cta -= p.ctas[which++];
@@ -119,7 +118,6 @@ struct LaunchPool {
 template <typename T>
 __global__ void __launch_bounds__(256)
     round_pooled_kernel(const float* key, const float* value, T* out, int64_t n) {
-  begin_grid();
   const int64_t i = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 8;
   if (i >= 2 * n) return;
   const float* const from = i < n ? key + i : value + i - n;

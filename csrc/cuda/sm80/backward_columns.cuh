@@ -24,7 +24,6 @@ inline constexpr int kColumnsRegisters = sizeof(T) == 2 && DP <= 64 ? (kSixteens
 template <typename T, int DP, bool kPooled, int kSixteens>
 __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
     backward_columns_kernel(const BackwardParams p) {
-  begin_grid();
   constexpr int kWarps = kSixteens * kColumnParts<DP>;
   constexpr int kRows = kBackwardRows<T, DP, kWarps>, kLdT = kLd<T, DP>;
   constexpr int kParts = kColumnParts<DP>, kWidth = DP / kParts;

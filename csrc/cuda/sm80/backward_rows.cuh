@@ -20,7 +20,6 @@ inline constexpr int kRowsRegisters = sizeof(T) == 2 && DP <= 64 ? (kWarps <= 2 
 template <typename T, int DP, int kWarps>
 __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     backward_rows_kernel(const BackwardParams p) {
-  begin_grid();
   constexpr int kKeys = kBackwardKeys<T, DP, kWarps>, kLdT = kLd<T, DP>;
   extern __shared__ __align__(16) char smem[];
 

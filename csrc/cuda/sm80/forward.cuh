@@ -23,7 +23,6 @@ inline constexpr int kForwardRegisters = sizeof(T) == 2 && DP <= 64 ? 128 : 255;
 
 template <typename T, int DP, int kWarps>
 __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const ForwardParams p) {
-  begin_grid();
   constexpr int kKeys = kForwardKeys<T, DP, kWarps>, kLdT = kLd<T, DP>;
   extern __shared__ __align__(16) char smem[];
 

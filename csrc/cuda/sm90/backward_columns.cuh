@@ -122,7 +122,6 @@ __global__ void __launch_bounds__(256, 2)
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 56 : 32>();
     if (warp_index() > 4) return;

@@ -139,7 +139,6 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() == 2) {
     fetch_ahead<DP>(p, s);
     return;

@@ -126,7 +126,6 @@ __global__ void __launch_bounds__(256, 2)
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   const PooledTile at(p);
   if (warp_index() >= 4) {
     give_registers<32>();

@@ -91,7 +91,6 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
     if (warp_index() == 4) fetch_ahead<DP>(p, s);

@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() == 2) {
     fetch_ahead<DP>(p, s);
     return;

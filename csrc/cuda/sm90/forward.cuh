@@ -140,7 +140,6 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() == 4) {
     fetch_ahead<DP>(p, s);
     return;

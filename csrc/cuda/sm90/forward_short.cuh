@@ -84,7 +84,6 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   if (warp_index() == 2) {
     fetch_ahead<DP>(p, s);
     return;

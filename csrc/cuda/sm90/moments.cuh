@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
   const int b = head / p.Hk, h = head - b * p.Hk, first = chunk * p.tiles;
   const int tiles = uniform(min(p.tiles, (p.M + 63) / 64 - first));

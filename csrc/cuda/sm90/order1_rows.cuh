@@ -76,7 +76,6 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     barrier_init_done();
   }
   __syncthreads();
-  begin_grid();
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
   const int b = head / p.H, h = head - b * p.H, first = chunk * p.tiles * 64;
   const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
