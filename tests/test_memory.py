@@ -1,5 +1,7 @@
 """Memory of one call beyond its inputs and outputs: O(N) at a fixed number of blocks a row."""
 
+import gc
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ def peak(N, coarse, order, backward):
         return (out, *torch.autograd.grad(out, inputs, grad)) if backward else (out,)
 
     run()  # what is made once and kept is not this call's
+    gc.collect()  # nor is what other tests left behind, which might be given back during the run
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
