@@ -7,16 +7,10 @@
 
 #include <algorithm>
 
-#include "backward.h"
-#include "keys.cuh"
+#include "backward_tiles.cuh"
 #include "wgmma.cuh"
 
 namespace mra::cuda::sm90 {
-
-struct BackwardRowsMaps : BackwardParams, KeyMaps {
-  int items;  // tiles of rows in all
-  CUtensorMap q_map, grad_out_map, grad_q_map;
-};
 
 // Measured choices (docs/kernels.md): places for rows and for keys, blocks of threads a
 // multiprocessor.
@@ -26,74 +20,26 @@ struct BackwardRowsTraits {
   static constexpr int kBlocks = 2, kThreads = 256;
 };
 
-// What the consumers are told of a tile of rows.
-struct BackwardRowsWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
-};
-
 template <int DP>
-struct BackwardRowsShared {
-  static constexpr int kPlaces = BackwardRowsTraits<DP>::kPlaces;
-  uint16_t q[kPlaces][DP / 64][64][64];  // also the gradient on its way to memory
-  uint16_t grad_out[kPlaces][DP / 64][64][64];
-  KeyRing<DP, BackwardRowsTraits<DP>::kStages, 4> ring;
-  // Of each 32 rows lse (log2 units) and delta; for pooled keys.
-  alignas(16) float sums[kPlaces][2][2][32], pooled_sums[kPlaces][2][2][32];
-  alignas(16) float q_block[kPlaces][DP];
-  BackwardRowsWork work[kPlaces];
-  uint64_t rows_full[kPlaces], rows_empty[kPlaces];
-  uint32_t bitmap[1];
-};
-
-template <int DP>
-__device__ void fetch_ahead(const BackwardRowsMaps& p, BackwardRowsShared<DP>& s) {
-  constexpr int kPlaces = BackwardRowsTraits<DP>::kPlaces;
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
-  const auto fetch_rows = [&](const RowTile<64>& at, int turn) {
-    const int place = turn % kPlaces;
-    uint64_t* full = &s.rows_full[place];
-    if (turn >= kPlaces) barrier_wait(&s.rows_empty[place], turn / kPlaces - 1 & 1);
-    if (producer.lane == 0) {
-      s.work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
-      const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
-      constexpr int kSums = sizeof(s.sums[0]);
-      barrier_expect(full, 2 * 64 * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
-      for (int i = 0; i < DP / 64; ++i) {
-        copy_panel(s.q[place][i], p.q_map, full, 64 * i, at.first_row, at.h, at.b);
-        copy_panel(s.grad_out[place][i], p.grad_out_map, full, 64 * i, at.first_row, at.h, at.b);
-      }
-      const int64_t sums = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
-      copy_bytes(s.sums[place], p.sums + sums, kSums, full);
-      if (pooled) copy_bytes(s.pooled_sums[place], p.pooled_sums + sums, kSums, full);
-      if (block) copy_bytes(s.q_block[place], p.q_block + at.list_at * p.D, p.D * 4, full);
-    }
-    __syncwarp();
-  };
-  producer.template run_all<kPlaces>(p.items, fetch_rows, [] {});
-}
+using BackwardRowsShared =
+    BackwardRowsTiles<DP, 4, BackwardRowsTraits<DP>::kStages, BackwardRowsTraits<DP>::kPlaces>;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRowsTraits<DP>::kBlocks)
     backward_rows_kernel(const __grid_constant__ BackwardRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardRowsShared<DP>;
-  constexpr int kKeys = 64, kStages = BackwardRowsTraits<DP>::kStages, kPlaces = Shared::kPlaces;
+  constexpr int kKeys = 64, kStages = BackwardRowsTraits<DP>::kStages,
+                kPlaces = BackwardRowsTraits<DP>::kPlaces;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   auto& ring = s.ring;
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kPlaces; ++i) {
-      barrier_init(&s.rows_full[i], 1);
-      barrier_init(&s.rows_empty[i], 1);
-    }
-    ring.init();
-    barrier_init_done();
-  }
+  if (threadIdx.x == 0) s.init(1);
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
-    if (warp_index() == 4) fetch_ahead<DP>(p, s);
+    if (warp_index() == 4) s.fetch_ahead(p);
     return;
   }
 
@@ -229,17 +175,8 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
     return cudaErrorNotSupported;
   }
   BackwardRowsMaps p{params};
-  constexpr Dtype dtype = kDtype<T>;
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
-      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
-                 64) &&
-      tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows, p.D, 64) &&
-      p.set(p, dtype);
-  if (!maps) return cudaErrorNotSupported;
-  const int64_t items = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
-  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  p.items = static_cast<int>(items);
+  const cudaError_t error = p.set_tiles(kDtype<T>, 64, 64);
+  if (error != cudaSuccess) return error;
   const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);

@@ -4,16 +4,10 @@
 
 #include <algorithm>
 
-#include "backward.h"
-#include "keys.cuh"
+#include "backward_tiles.cuh"
 #include "warp_products.cuh"
 
 namespace mra::cuda::sm90 {
-
-struct BackwardRowsShortMaps : BackwardParams, KeyMaps {
-  int items;  // query blocks in all
-  CUtensorMap q_map, grad_out_map, grad_q_map;
-};
 
 // Measured choices (docs/kernels.md).
 template <int DP>
@@ -21,69 +15,22 @@ struct BackwardRowsShortTraits {
   static constexpr int kStages = 2, kBlocks = DP == 64 ? 4 : 2, kThreads = 96;
 };
 
-// What the consumers are told of a query block.
-struct BackwardRowsShortWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
-};
-
 template <int DP>
-struct BackwardRowsShortShared {
-  uint16_t q[2][DP / 64][32][64], grad_out[2][DP / 64][32][64];
-  KeyRing<DP, BackwardRowsShortTraits<DP>::kStages, 2> ring;
-  // Of the rows lse (log2 units) and delta; for pooled keys.
-  alignas(16) float sums[2][2][32], pooled_sums[2][2][32];
-  alignas(16) float q_block[2][DP];
-  BackwardRowsShortWork work[2];
-  uint64_t full[2], empty[2];
-  uint32_t bitmap[1];
-};
-
-template <int DP>
-__device__ void fetch_ahead(const BackwardRowsShortMaps& p, BackwardRowsShortShared<DP>& s) {
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
-  const auto fetch_rows = [&](const RowTile<32>& at, int turn) {
-    const int slot = turn % 2;
-    uint64_t* full = &s.full[slot];
-    if (turn >= 2) barrier_wait(&s.empty[slot], turn / 2 - 1 & 1);
-    if (producer.lane == 0) {
-      s.work[slot] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
-      constexpr int kSums = sizeof(s.sums[0]);
-      const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
-      barrier_expect(full, 2 * 32 * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
-      for (int i = 0; i < DP / 64; ++i) {
-        copy_panel(s.q[slot][i], p.q_map, full, 64 * i, at.first_row, at.h, at.b);
-        copy_panel(s.grad_out[slot][i], p.grad_out_map, full, 64 * i, at.first_row, at.h, at.b);
-      }
-      const int64_t sums = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
-      copy_bytes(s.sums[slot], p.sums + sums, kSums, full);
-      if (pooled) copy_bytes(s.pooled_sums[slot], p.pooled_sums + sums, kSums, full);
-      if (block) copy_bytes(s.q_block[slot], p.q_block + at.list_at * p.D, p.D * 4, full);
-    }
-    __syncwarp();
-  };
-  producer.template run_all<2>(p.items, fetch_rows, [] {});
-}
+using BackwardRowsShortShared = BackwardRowsTiles<DP, 2, BackwardRowsShortTraits<DP>::kStages, 2>;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
                                   BackwardRowsShortTraits<DP>::kBlocks)
-    backward_rows_short_kernel(const __grid_constant__ BackwardRowsShortMaps p) {
+    backward_rows_short_kernel(const __grid_constant__ BackwardRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kStages = BackwardRowsShortTraits<DP>::kStages;
   extern __shared__ char raw[];
   auto& s = aligned<BackwardRowsShortShared<DP>>(raw);
   auto& ring = s.ring;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], 2);
-    }
-    ring.init();
-    barrier_init_done();
-  }
+  if (threadIdx.x == 0) s.init(2);
   __syncthreads();
   if (warp_index() == 2) {
-    fetch_ahead<DP>(p, s);
+    s.fetch_ahead(p);
     return;
   }
 
@@ -94,16 +41,16 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
 #pragma unroll 1
   for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
     const int slot = turn % 2;
-    barrier_wait(&s.full[slot], turn / 2 & 1);
-    const BackwardRowsShortWork at = s.work[slot];
+    barrier_wait(&s.rows_full[slot], turn / 2 & 1);
+    const BackwardRowsWork at = s.work[slot];
     float lse[2], delta[2], pooled_delta[2];
     bool live[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + g + 8 * half;
-      lse[half] = s.sums[slot][0][r];
-      delta[half] = s.sums[slot][1][r];
-      pooled_delta[half] = at.pooled_tiles > 0 ? s.pooled_sums[slot][1][r] : 0.f;
+      lse[half] = s.sums[slot][0][0][r];
+      delta[half] = s.sums[slot][0][1][r];
+      pooled_delta[half] = at.pooled_tiles > 0 ? s.pooled_sums[slot][0][1][r] : 0.f;
       live[half] = r < at.rows;
       if (live[half] && p.row_mask != nullptr) {
         live[half] = p.row_mask[static_cast<int64_t>(at.b) * p.rows + at.first_row + r];
@@ -112,7 +59,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
     // The place of the block before is given back once its gradient has left.
     if (turn > 0 && first_lane) {
       store_wait();
-      barrier_arrive(&s.empty[slot ^ 1]);
+      barrier_arrive(&s.rows_empty[slot ^ 1]);
     }
     float acc[DP / 8][4] = {};
 #pragma unroll 1
@@ -169,19 +116,11 @@ cudaError_t launch_backward_rows_short(const BackwardParams& params, const Devic
   if (params.list_rows != 32 || params.row_count != nullptr || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
-  BackwardRowsShortMaps p{params};
-  constexpr Dtype dtype = kDtype<T>;
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 32) &&
-      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
-                 32) &&
-      tensor_map(&p.grad_q_map, dtype, p.grad_q, p.grad_q_strides, p.B, p.H, p.rows, p.D, 16) &&
-      p.set(p, dtype);
+  BackwardRowsMaps p{params};
+  const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
+  if (error != cudaSuccess) return error;
   const size_t bytes = sizeof(BackwardRowsShortShared<DP>) + 1024 + bitmap_bytes(p);
-  if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int64_t items = (p.rows + 31) / 32 * static_cast<int64_t>(p.B) * p.H;
-  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  p.items = static_cast<int>(items);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   return launch(backward_rows_short_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
 }

@@ -6,16 +6,10 @@
 #include <algorithm>
 
 #include "../sm80/softmax.cuh"
-#include "forward.h"
-#include "keys.cuh"
+#include "forward_tiles.cuh"
 #include "wgmma.cuh"
 
 namespace mra::cuda::sm90 {
-
-struct ForwardMaps : ForwardParams, KeyMaps {
-  int items;  // tiles of rows in all
-  CUtensorMap q_map, out_map, moments_map;
-};
 
 // Measured choices (docs/kernels.md): stages of the ring, blocks of threads a multiprocessor.
 template <int DP>
@@ -23,53 +17,8 @@ struct ForwardTraits {
   static constexpr int kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2, kThreads = 160;
 };
 
-// What the consumers are told of a tile of rows.
-struct ForwardWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
-  float state_lse;
-};
-
 template <int DP>
-struct ForwardShared {
-  using Traits = ForwardTraits<DP>;
-  uint16_t q[2][DP / 64][64][64];  // also the output on its way to memory
-  KeyRing<DP, Traits::kStages, 4> ring;
-  alignas(16) float state_mean[2][DP];
-  ForwardWork work[2];
-  uint64_t q_full[2], q_empty[2];
-  uint32_t bitmap[1];
-};
-
-template <int DP>
-__device__ void fetch_ahead(const ForwardMaps& p, ForwardShared<DP>& s) {
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
-  const auto fetch_last = [&] {
-    if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
-  };
-  const auto fetch_rows = [&](const RowTile<64>& at, int turn) {
-    const int slot = turn % 2;
-    if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
-    const bool state = p.state_mean != nullptr;
-    if (producer.lane == 0) {
-      s.work[slot] = {at.b,
-                      at.h,
-                      at.first_row,
-                      at.rows,
-                      at.pooled_tiles,
-                      at.tiles,
-                      state ? p.state_lse[at.list_at] : 0.f};
-      barrier_expect(&s.q_full[slot], 64 * DP * 2 + (state ? p.D * 4 : 0));
-      for (int i = 0; i < DP / 64; ++i) {
-        copy_panel(s.q[slot][i], p.q_map, &s.q_full[slot], 64 * i, at.first_row, at.h, at.b);
-      }
-      if (state) {
-        copy_bytes(s.state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &s.q_full[slot]);
-      }
-    }
-    __syncwarp();
-  };
-  producer.template run_all<2>(p.items, fetch_rows, fetch_last);
-}
+using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages>;
 
 // Adds the order-1 term to the output of the tile whose queries are `q`: Sigma and C lie in the
 // ring's next places. `share`: the pooled part of this thread's rows.
@@ -131,17 +80,10 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&s.q_full[i], 1);
-      barrier_init(&s.q_empty[i], 1);
-    }
-    s.ring.init();
-    barrier_init_done();
-  }
+  if (threadIdx.x == 0) s.init(1);
   __syncthreads();
   if (warp_index() == 4) {
-    fetch_ahead<DP>(p, s);
+    s.fetch_ahead(p);
     return;
   }
   auto& ring = s.ring;
@@ -259,21 +201,14 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
   if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&
-      tensor_map(&p.out_map, dtype, p.out, p.out_strides, p.B, p.H, p.rows, p.D, 64) &&
-      p.set(p, dtype);
-  if (!maps) return cudaErrorNotSupported;
+  const cudaError_t error = p.set_tiles(dtype, 64, 64);
+  if (error != cudaSuccess) return error;
   if (p.moments != nullptr) {
     if (dtype != Dtype::bf16 || p.D <= DP / 2 ||
         !matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP)) {
       return cudaErrorNotSupported;
     }
   }
-  const int64_t items = (p.rows + 63) / 64 * static_cast<int64_t>(p.B) * p.H;
-  if (items == 0) return cudaSuccess;
-  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  p.items = static_cast<int>(items);
   const size_t bytes = sizeof(ForwardShared<DP>) + 1024 + bitmap_bytes(p);
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);

@@ -6,16 +6,10 @@
 #include <algorithm>
 
 #include "../sm80/softmax.cuh"
-#include "forward.h"
-#include "keys.cuh"
+#include "forward_tiles.cuh"
 #include "warp_products.cuh"
 
 namespace mra::cuda::sm90 {
-
-struct ForwardShortMaps : ForwardParams, KeyMaps {
-  int items;  // query blocks in all
-  CUtensorMap q_map, out_map;
-};
 
 // Measured choices (docs/kernels.md).
 template <int DP>
@@ -23,69 +17,21 @@ struct ForwardShortTraits {
   static constexpr int kStages = 2, kBlocks = DP == 64 ? 5 : 2, kThreads = 96;
 };
 
-// What the consumers are told of a query block.
-struct ForwardShortWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
-  float state_lse;
-};
-
 template <int DP>
-struct ForwardShortShared {
-  uint16_t q[2][DP / 64][32][64];  // also the output on its way to memory
-  KeyRing<DP, ForwardShortTraits<DP>::kStages, 2> ring;
-  alignas(16) float state_mean[2][DP];
-  ForwardShortWork work[2];
-  uint64_t q_full[2], q_empty[2];
-  uint32_t bitmap[1];
-};
-
-template <int DP>
-__device__ void fetch_ahead(const ForwardShortMaps& p, ForwardShortShared<DP>& s) {
-  KeyProducer<DP, decltype(s.ring)> producer(p, p, s.ring, s.bitmap);
-  const auto fetch_rows = [&](const RowTile<32>& at, int turn) {
-    const int slot = turn % 2;
-    if (turn >= 2) barrier_wait(&s.q_empty[slot], turn / 2 - 1 & 1);
-    const bool state = p.state_mean != nullptr;
-    if (producer.lane == 0) {
-      s.work[slot] = {at.b,
-                      at.h,
-                      at.first_row,
-                      at.rows,
-                      at.pooled_tiles,
-                      at.tiles,
-                      state ? p.state_lse[at.list_at] : 0.f};
-      barrier_expect(&s.q_full[slot], 32 * DP * 2 + (state ? p.D * 4 : 0));
-      for (int i = 0; i < DP / 64; ++i) {
-        copy_panel(s.q[slot][i], p.q_map, &s.q_full[slot], 64 * i, at.first_row, at.h, at.b);
-      }
-      if (state) {
-        copy_bytes(s.state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &s.q_full[slot]);
-      }
-    }
-    __syncwarp();
-  };
-  producer.template run_all<2>(p.items, fetch_rows, [] {});
-}
+using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages>;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShortTraits<DP>::kBlocks)
-    forward_short_kernel(const __grid_constant__ ForwardShortMaps p) {
+    forward_short_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kStages = ForwardShortTraits<DP>::kStages;
   extern __shared__ char raw[];
   auto& s = aligned<ForwardShortShared<DP>>(raw);
   auto& ring = s.ring;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&s.q_full[i], 1);
-      barrier_init(&s.q_empty[i], 2);
-    }
-    ring.init();
-    barrier_init_done();
-  }
+  if (threadIdx.x == 0) s.init(2);
   __syncthreads();
   if (warp_index() == 2) {
-    fetch_ahead<DP>(p, s);
+    s.fetch_ahead(p);
     return;
   }
 
@@ -97,7 +43,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.q_full[slot], turn / 2 & 1);
-    const ForwardShortWork at = s.work[slot];
+    const ForwardWork at = s.work[slot];
     typename Mma<T>::A q[DP / 16];
     load_rows<T>(q, s.q[slot], row, lane);
     OnlineSoftmax<T, DP> softmax;
@@ -150,17 +96,11 @@ cudaError_t launch_forward_short(const ForwardParams& params, const Device& devi
                                  cudaStream_t stream) {
   using Traits = ForwardShortTraits<DP>;
   if (params.list_rows != 32) return cudaErrorNotSupported;
-  ForwardShortMaps p{params};
-  constexpr Dtype dtype = kDtype<T>;
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 32) &&
-      tensor_map(&p.out_map, dtype, p.out, p.out_strides, p.B, p.H, p.rows, p.D, 16) &&
-      p.set(p, dtype);
+  ForwardMaps p{params};
+  const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
+  if (error != cudaSuccess) return error;
   const size_t bytes = sizeof(ForwardShortShared<DP>) + 1024 + bitmap_bytes(p);
-  if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int64_t items = (p.rows + 31) / 32 * static_cast<int64_t>(p.B) * p.H;
-  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  p.items = static_cast<int>(items);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   return launch(forward_short_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
 }

@@ -1,0 +1,86 @@
+// What the kernels of dQ share: tiles of queries and output gradients, and all that their consumers
+// are told of them, on their way into places, and the warp that fetches them together with their
+// keys.
+#pragma once
+
+#include "backward.h"
+#include "keys.cuh"
+
+namespace mra::cuda::sm90 {
+
+struct BackwardRowsMaps : BackwardParams, KeyMaps {
+  int items;  // tiles of rows in all
+  CUtensorMap q_map, grad_out_map, grad_q_map;
+
+  // For tiles of `rows` rows whose gradient leaves by `grad_rows`.
+  cudaError_t set_tiles(Dtype dtype, int rows, int grad_rows) {
+    const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
+    if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
+    items = static_cast<int>(tiles);
+    const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int box) {
+      return tensor_map(to, dtype, data, strides, B, H, this->rows, D, box);
+    };
+    const bool maps = map(&q_map, q, q_strides, rows) &&
+                      map(&grad_out_map, grad_out, grad_out_strides, rows) &&
+                      map(&grad_q_map, grad_q, grad_q_strides, grad_rows) && set(*this, dtype);
+    return maps ? cudaSuccess : cudaErrorNotSupported;
+  }
+};
+
+// What the consumers are told of a tile of rows.
+struct BackwardRowsWork {
+  int b, h, first_row, rows, pooled_tiles, tiles;
+};
+
+// kWarps attend 16 rows each; kStages tiles of keys.
+template <int DP, int kWarps, int kStages, int kPlaces>
+struct BackwardRowsTiles {
+  static constexpr int kRows = 16 * kWarps;
+  uint16_t q[kPlaces][DP / 64][kRows][64];  // also the gradient on its way to memory
+  uint16_t grad_out[kPlaces][DP / 64][kRows][64];
+  KeyRing<DP, kStages, kWarps> ring;
+  // Of each 32 rows lse (log2 units) and delta; for pooled keys.
+  alignas(16) float sums[kPlaces][kRows / 32][2][32], pooled_sums[kPlaces][kRows / 32][2][32];
+  alignas(16) float q_block[kPlaces][DP];
+  BackwardRowsWork work[kPlaces];
+  uint64_t rows_full[kPlaces], rows_empty[kPlaces];
+  uint32_t bitmap[1];
+
+  // By one thread. `givers` give a place back.
+  __device__ void init(int givers) {
+    for (int i = 0; i < kPlaces; ++i) {
+      barrier_init(&rows_full[i], 1);
+      barrier_init(&rows_empty[i], givers);
+    }
+    ring.init();
+    barrier_init_done();
+  }
+
+  // By one warp.
+  __device__ void fetch_ahead(const BackwardRowsMaps& p) {
+    KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
+    const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
+      const int place = turn % kPlaces;
+      uint64_t* full = &rows_full[place];
+      if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
+      if (producer.lane == 0) {
+        work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
+        constexpr int kSums = sizeof(sums[0]);
+        const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
+        barrier_expect(full, 2 * kRows * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
+        for (int i = 0; i < DP / 64; ++i) {
+          copy_panel(q[place][i], p.q_map, full, 64 * i, at.first_row, at.h, at.b);
+          copy_panel(grad_out[place][i], p.grad_out_map, full, 64 * i, at.first_row, at.h, at.b);
+        }
+        const int64_t from = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
+        copy_bytes(sums[place], p.sums + from, kSums, full);
+        if (pooled) copy_bytes(pooled_sums[place], p.pooled_sums + from, kSums, full);
+        if (block) copy_bytes(q_block[place], p.q_block + at.list_at * p.D, p.D * 4, full);
+      }
+      __syncwarp();
+    };
+    producer.template run_all<kPlaces>(p.items, fetch_rows, [] {});
+  }
+};
+
+}  // namespace mra::cuda::sm90
