@@ -15,19 +15,21 @@ and the same of the operator backward, where pool is that of its recomputation a
 the column lists. Differences carry the noise of both their runs.
 """
 
+import re
+
 import torch
 
 STAGES = ("pool", "plan", "coarse", "fine", "order1", "whole")
 
-# Part of a kernel's name -> stage, first match wins; what is not ours is small work between
-# stages, or order 1 where it has no kernels of its own. Coarse form "block" runs the fine kernel
-# on pooled inputs: float32 in its name tells.
-KERNELS = (
-    ("order1", "order1"),
-    ("pool", "pool"), ("plan", "plan"), ("scores", "plan"), ("select", "plan"),
-    ("transpose_kernel", "plan"), ("coarse", "coarse"), ("block_rows", "coarse"),
-    ("delta", "fine"), ("forward_kernel", "fine"), ("backward_", "fine"), ("fine", "fine"),
-)  # fmt: skip
+# Kernels of each stage. Coarse form "block" runs those of fine on pooled inputs: float32 in their
+# names tells. Those of order 1 are known by what they take.
+KERNELS = {
+    "pool": "pool moments round_pooled",
+    "plan": "plan_row plan_map global_scores global_select plan_transpose",
+    "coarse": "delta_and_block_rows block_rows share_sums backward_pooled",
+    "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
+    "backward_columns backward_columns_short",
+}
 
 
 def stage_runs(context, form, which):
@@ -115,8 +117,12 @@ def kernels(run):
 
 
 def stage_of_kernel(name):
-    if "mra" in name:
-        for part, stage in KERNELS:
-            if part in name:
-                return stage
-    return "other (ATen)"
+    """The stage of a kernel of ours, by its name with types; other work is small and between them,
+    or order 1 where it has no kernels of its own."""
+    if "mra" not in name:
+        return "other (ATen)"
+    if "Order1" in name:
+        return "order1"
+    function = re.search(r"(\w+)_kernel\b", name)
+    found = [s for s, names in KERNELS.items() if function and function[1] in names.split()]
+    return found[0] if found else "other"

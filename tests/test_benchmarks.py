@@ -222,13 +222,27 @@ def test_cpu_peak_counts_what_lives_at_once():
 
 
 def test_stage_of_kernel():
-    name = "void mra::cuda::(anonymous namespace)::{}<64>(P)"
-    expected = {"pool_kernel": "pool", "plan_transpose_kernel": "plan", "forward_kernel": "fine",
-                "block_rows_kernel": "coarse", "backward_rows_kernel": "fine",
-                "order1_rows_kernel": "order1"}  # fmt: skip
+    name = "void mra::cuda::(anonymous namespace)::{}<64>(mra::cuda::{})"
+    expected = {
+        ("pool_kernel", "PoolGrid"): "pool", ("plan_transpose_kernel", "TransposeParams"): "plan",
+        ("forward_kernel", "ForwardParams"): "fine", ("forward_kernel", "Order1Rows"): "order1",
+        ("block_rows_kernel", "BlockRowsParams"): "coarse",
+        ("backward_pooled_kernel", "BackwardPooledMaps"): "coarse",
+        ("backward_rows_short_kernel", "BackwardRowsMaps"): "fine",
+    }  # fmt: skip
     for kernel, stage in expected.items():
-        assert stages.stage_of_kernel(name.format(kernel)) == stage
+        assert stages.stage_of_kernel(name.format(*kernel)) == stage
     assert stages.stage_of_kernel("cutlass_gemm") == "other (ATen)"
+
+
+def test_every_kernel_has_a_stage():
+    found = 0
+    for file in (ROOT / "csrc/cuda").rglob("*.cu*"):
+        for match in re.finditer(r"__global__[^{;]*?(\w+_kernel)\(([^{]*?)\) *{", file.read_text()):
+            name = f"void mra::cuda::{match[1]}<64>({match[2]})"
+            assert stages.stage_of_kernel(name) in stages.STAGES, name
+            found += 1
+    assert found > 20
 
 
 def test_memory_is_linear(tmp_path):
