@@ -239,7 +239,8 @@ struct RowRange {
 template <class Params>
 cudaError_t launch_products(void (*kernel)(Params), const Params& p, int heads, size_t bytes,
                             cudaStream_t stream) {
-  return launch(kernel, p, int64_t{p.B} * heads * p.units * p.parts, p.warps, bytes, stream);
+  return launch_grid(kernel, int64_t{p.B} * heads * p.units * p.parts, 32 * p.warps, bytes, stream,
+                     p);
 }
 
 }  // namespace mra::cuda

@@ -196,8 +196,8 @@ cudaError_t launch_columns(const BackwardParams& p, const Device& device, cudaSt
   const int64_t tiles = ((kPooled ? p.nk : p.M) + 16 * sixteens - 1) / (16 * sixteens);
   const int64_t blocks = tiles * p.B * p.Hk * (kPooled ? p.splits : 1);
   return with_sixteens(sixteens, [&](auto n) {
-    return launch(backward_columns_kernel<T, DP, kPooled, n>, p, blocks, n * kColumnParts<DP>,
-                  needed(n), stream);
+    return launch_grid(backward_columns_kernel<T, DP, kPooled, n>, blocks,
+                       32 * n * kColumnParts<DP>, needed(n), stream, p);
   });
 }
 

@@ -136,7 +136,8 @@ cudaError_t launch_backward_rows(const BackwardParams& p, const Device& device,
   };
   const int warps = row_warps(p, device, needed);
   return with_warps(warps, [&](auto w) {
-    return launch(backward_rows_kernel<T, DP, w>, p, row_blocks(p, w), w, needed(w), stream);
+    return launch_grid(backward_rows_kernel<T, DP, w>, row_blocks(p, w), 32 * w, needed(w), stream,
+                       p);
   });
 }
 

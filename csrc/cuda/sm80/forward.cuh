@@ -95,7 +95,7 @@ cudaError_t launch_forward(const ForwardParams& p, const Device& device, cudaStr
   };
   const int warps = row_warps(p, device, needed);
   return with_warps(warps, [&](auto w) {
-    return launch(forward_kernel<T, DP, w>, p, row_blocks(p, w), w, needed(w), stream);
+    return launch_grid(forward_kernel<T, DP, w>, row_blocks(p, w), 32 * w, needed(w), stream, p);
   });
 }
 

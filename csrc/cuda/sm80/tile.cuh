@@ -187,11 +187,4 @@ auto with_warps(int warps, F f) {
   }
 }
 
-// Launches `blocks` of `warps` warps with `bytes` of shared memory; no blocks is no launch.
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), const Params& p, int64_t blocks, int warps, size_t bytes,
-                   cudaStream_t stream) {
-  return launch_grid(kernel, blocks, 32 * warps, bytes, stream, p);
-}
-
 }  // namespace mra::cuda

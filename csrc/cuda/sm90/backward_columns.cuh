@@ -34,9 +34,7 @@ template <int DP>
 struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
   using Base = ColumnsShared<DP, DP == 64 ? 2 : 1>;
   alignas(16) float blocks[Base::kPlaces][2][DP];  // what the block's keys share of dk and dv
-  alignas(16) char work[Base::kPlaces][sizeof(KeyTile)];
-
-  __device__ KeyTile& tile(int place) { return *reinterpret_cast<KeyTile*>(work[place]); }
+  alignas(16) KeyTile tile[Base::kPlaces];
 };
 
 // The keys of a tile and what else its end needs, by one thread.
@@ -44,7 +42,7 @@ template <int DP>
 __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
                            const KeyTile& at, int place) {
   const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
-  s.tile(place) = at;
+  s.tile[place] = at;
   s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * bytes);
   if (bytes == 0) return;
   const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * p.D;
@@ -146,13 +144,13 @@ __global__ void __launch_bounds__(256, 2)
       store_wait();
       barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
     }
-    const int tiles = uniform(s.tile(place).tiles);
+    const int tiles = uniform(s.tile[place].tiles);
     const float none[2] = {};
     attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal,
-                              s.tile(place).first_key, none);
+                              s.tile[place].first_key, none);
     before += tiles;
 
-    const KeyTile& at = s.tile(place);
+    const KeyTile& at = s.tile[place];
     bool live[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -212,7 +210,7 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   // With one place for keys a new block of threads starts sooner than the next tile would.
   const bool persistent = BackwardColumnsShared<DP>::kPlaces > 1;
   const int blocks = persistent ? std::min(p.items, 2 * device.sms) : p.items;
-  return launch(backward_columns_kernel<T, DP>, p, blocks, 256 / 32, bytes, stream);
+  return launch_grid(backward_columns_kernel<T, DP>, blocks, 256, bytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

@@ -243,8 +243,8 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(backward_columns_short_kernel<T, DP>, p, blocks, Traits::kThreads / 32, kBytes,
-                stream);
+  return launch_grid(backward_columns_short_kernel<T, DP>, blocks, Traits::kThreads, kBytes, stream,
+                     p);
 }
 
 }  // namespace mra::cuda::sm90

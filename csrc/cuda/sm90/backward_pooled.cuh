@@ -177,7 +177,7 @@ cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& d
   if (!maps || kBytes > device.max_smem) return cudaErrorNotSupported;
   const int64_t blocks = (p.nk + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk * p.splits;
   const auto kernel = backward_pooled_kernel<T, DP>;
-  return launch(kernel, p, blocks, 256 / 32, kBytes, stream);
+  return launch_grid(kernel, blocks, 256, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

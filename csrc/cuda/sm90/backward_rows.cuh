@@ -5,8 +5,6 @@
 // turns in the exponentials.
 #pragma once
 
-#include <algorithm>
-
 #include "backward_tiles.cuh"
 #include "wgmma.cuh"
 
@@ -170,17 +168,14 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams& params, const Device& device,
                                  cudaStream_t stream) {
-  using Traits = BackwardRowsTraits<DP>;
   if (params.list_rows % 64 != 0 || params.row_count != nullptr || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardRowsMaps p{params};
   const cudaError_t error = p.set_tiles(kDtype<T>, 64, 64);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(BackwardRowsShared<DP>) + 1024 + bitmap_bytes(p);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(backward_rows_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
+  return launch_tiles<BackwardRowsShared<DP>, BackwardRowsTraits<DP>>(backward_rows_kernel<T, DP>,
+                                                                      p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -2,8 +2,6 @@
 // multiply by mma.sync what a third one fetches for them.
 #pragma once
 
-#include <algorithm>
-
 #include "backward_tiles.cuh"
 #include "warp_products.cuh"
 
@@ -112,17 +110,14 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
 template <typename T, int DP>
 cudaError_t launch_backward_rows_short(const BackwardParams& params, const Device& device,
                                        cudaStream_t stream) {
-  using Traits = BackwardRowsShortTraits<DP>;
   if (params.list_rows != 32 || params.row_count != nullptr || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardRowsMaps p{params};
   const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(BackwardRowsShortShared<DP>) + 1024 + bitmap_bytes(p);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(backward_rows_short_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
+  return launch_tiles<BackwardRowsShortShared<DP>, BackwardRowsShortTraits<DP>>(
+      backward_rows_short_kernel<T, DP>, p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -3,8 +3,6 @@
 // keys ahead by bulk tensor copies, a warpgroup attends by wgmma with the softmax in registers.
 #pragma once
 
-#include <algorithm>
-
 #include "../sm80/softmax.cuh"
 #include "forward_tiles.cuh"
 #include "wgmma.cuh"
@@ -197,7 +195,6 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 // cudaErrorNotSupported: not a case for this kernel.
 template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
-  using Traits = ForwardTraits<DP>;
   if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
@@ -209,10 +206,8 @@ cudaError_t launch_forward(const ForwardParams& params, const Device& device, cu
       return cudaErrorNotSupported;
     }
   }
-  const size_t bytes = sizeof(ForwardShared<DP>) + 1024 + bitmap_bytes(p);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(forward_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
+  return launch_tiles<ForwardShared<DP>, ForwardTraits<DP>>(forward_kernel<T, DP>, p, device,
+                                                            stream);
 }
 
 }  // namespace mra::cuda::sm90

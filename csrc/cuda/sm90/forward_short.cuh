@@ -3,8 +3,6 @@
 // with different keys.
 #pragma once
 
-#include <algorithm>
-
 #include "../sm80/softmax.cuh"
 #include "forward_tiles.cuh"
 #include "warp_products.cuh"
@@ -94,15 +92,12 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
 template <typename T, int DP>
 cudaError_t launch_forward_short(const ForwardParams& params, const Device& device,
                                  cudaStream_t stream) {
-  using Traits = ForwardShortTraits<DP>;
   if (params.list_rows != 32) return cudaErrorNotSupported;
   ForwardMaps p{params};
   const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(ForwardShortShared<DP>) + 1024 + bitmap_bytes(p);
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch(forward_short_kernel<T, DP>, p, blocks, Traits::kThreads / 32, bytes, stream);
+  return launch_tiles<ForwardShortShared<DP>, ForwardShortTraits<DP>>(forward_short_kernel<T, DP>,
+                                                                      p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -6,6 +6,8 @@
 // has no weight. A `plain` tile needs none: every key is there and counts once, for every row.
 #pragma once
 
+#include <algorithm>
+
 #include "../sm80/tile.cuh"
 #include "tma.cuh"
 
@@ -30,6 +32,16 @@ struct KeyMaps {
 // Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
 inline size_t bitmap_bytes(const Problem& p) {
   return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * sizeof(uint32_t) : 0;
+}
+
+// Launches persistent blocks of threads over the items of `p`, each with a Shared.
+template <class Shared, class Traits, class Maps>
+cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& device,
+                         cudaStream_t stream) {
+  const size_t bytes = sizeof(Shared) + 1024 + bitmap_bytes(p);
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
+  return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, p);
 }
 
 // A tile of kRows rows, which share a list, and the keys that it attends, 64 a tile.

@@ -121,7 +121,7 @@ cudaError_t launch_moments(const Moments& params, const Device& device, cudaStre
   const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1>
                       : p.log2_block_k == 5 ? moments_kernel<DP, 2>
                                             : moments_kernel<DP, 4>;
-  return launch(kernel, p, blocks, MomentsTraits<DP>::kThreads / 32, kBytes, stream);
+  return launch_grid(kernel, blocks, MomentsTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

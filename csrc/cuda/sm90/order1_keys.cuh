@@ -142,7 +142,7 @@ cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
   const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1>
                       : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2>
                                             : order1_keys_kernel<DP, 4>;
-  return launch(kernel, p, blocks, Order1KeysTraits<DP>::kThreads / 32, kBytes, stream);
+  return launch_grid(kernel, blocks, Order1KeysTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

@@ -238,7 +238,7 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
   const auto kernel = order1_rows_kernel<DP>;
-  return launch(kernel, p, blocks, Order1RowsTraits<DP>::kThreads / 32, kBytes, stream);
+  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90
