@@ -145,6 +145,18 @@ def test_huge_logits(device, dtype, coarse, order, selection, is_causal, signs):
         assert result["out"].abs().max() <= most, case.seed
 
 
+@pytest.mark.parametrize("block_size", [32, 64, (64, 16)])
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
+def test_negative_scale_of_huge_spread(device, dtype, coarse, order, block_size):
+    """The largest score is the smallest logit: exp of what lies above that overflows."""
+    case = Case(
+        device, dtype, coarse=coarse, order=order, block_size=block_size, scale=-0.5, spread=32.0,
+        D=64, N=192, M=256,
+    )  # fmt: skip
+    case.check(backward=False)
+
+
 # Blocks without a key or a query
 
 

@@ -3,7 +3,8 @@
 // that are not selected, then the keys of the selected blocks, gathered by the row list.
 //
 // A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
-// has no weight. A `plain` tile needs none: every key is there and counts once, for every row.
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row, and the
+// largest score is the largest logit.
 #pragma once
 
 #include <algorithm>
@@ -190,7 +191,7 @@ struct KeyProducer {
     const int first = valid ? block * p.block_k + within : p.M;  // beyond the end: zeros
     const bool whole = lane >= runs || (first + run <= p.M && p.key_mask == nullptr &&
                                         (!p.causal || first + run - 1 <= at.first_row));
-    const bool plain = __all_sync(0xffffffffu, whole);
+    const bool plain = __all_sync(0xffffffffu, whole) && p.scale > 0.f;
     if (!plain) {
       for (int i = lane; i < kKeys; i += 32) {
         const int j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
