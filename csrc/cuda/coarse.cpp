@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "../common/budget.h"
+#include "coarse_bwd.h"
 #include "delta.h"
 #include "problem.h"
 
@@ -21,9 +22,11 @@ CoarseState coarse(const PooledInputs& in, const BlockList& rows, const Options&
   return state;
 }
 
-Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const BlockList& columns,
-                      const BlockRows& back, const Options& o) {
-  const Launch launch(in.query);
+namespace {
+
+// By the attention kernels, in float32.
+Grads attention_backward(const PooledInputs& in, const BlockList& rows, const BlockList& columns,
+                         const BlockRows& back, const Options& o, const Launch& launch) {
   BackwardParams p{};
   fill(p, in, rows, o);
   p.column_lists = lists_of(columns);
@@ -47,6 +50,47 @@ Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const Block
   launch.check(backward_rows(p, Dtype::f32, launch.device, launch.stream));
   const Tensor shares = pooled_shares(p, Dtype::f32, launch, in.query);
   return {grad_query, shares[0], shares[1]};
+}
+
+}  // namespace
+
+Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const BlockList& columns,
+                      const BlockRows& back, const Options& o) {
+  const Launch launch(in.query);
+  if (!at::isReducedFloatingType(in.type)) {
+    return attention_backward(in, rows, columns, back, o, launch);
+  }
+  const Grads grads{at::empty_like(in.query), at::empty_like(in.key), at::empty_like(in.value)};
+  CoarseBackwardParams p{};
+  p.B = in.query.size(0);
+  p.H = in.query.size(1);
+  p.Hk = in.key.size(1);
+  p.nq = in.query.size(2);
+  p.nk = in.key.size(2);
+  p.D = in.query.size(3);
+  p.block_q = o.block_q;
+  p.block_k = o.block_k;
+  p.scale = o.scale;
+  p.causal = o.causal;
+  p.q_mean = in.query.const_data_ptr<float>();
+  p.k_mean = in.key.const_data_ptr<float>();
+  p.v_mean = in.value.const_data_ptr<float>();
+  p.q_count = in.query_count.const_data_ptr<int>();
+  p.k_count = in.key_count.const_data_ptr<int>();
+  p.lse = back.lse.const_data_ptr<float>();
+  p.grad_out = back.grad.const_data_ptr<float>();
+  p.delta = back.delta.const_data_ptr<float>();
+  p.row_lists = lists_of(rows);
+  p.column_lists = lists_of(columns);
+  p.grad_q = grads.query.mutable_data_ptr<float>();
+  p.grad_k = grads.key.mutable_data_ptr<float>();
+  p.grad_v = grads.value.mutable_data_ptr<float>();
+  const cudaError_t error = coarse_backward(p, launch.device, launch.stream);
+  if (error == cudaErrorNotSupported) {
+    return attention_backward(in, rows, columns, back, o, launch);
+  }
+  launch.check(error);
+  return grads;
 }
 
 }  // namespace mra::cuda

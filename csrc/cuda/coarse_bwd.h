@@ -1,17 +1,31 @@
-// What coarse.cpp and fine.cpp hand to coarse_bwd.cu.
+// What coarse.cpp hands to coarse_bwd.cu.
 #pragma once
 
-#include "types.h"
+#include "sm80/params.h"
 
 namespace mra::cuda {
 
-struct ShareSumsParams {
-  const float* sums;  // [2, splits, B, Hk, nk, D]: keys, values
-  const int* count;   // [B, nk]
-  float* shares;      // [2, B, Hk, nk, D]: summed over splits, divided by max(1, count)
-  int splits, B, Hk, nk, D;
+// Everything contiguous; sums of query blocks as BlockRows of common/stages.h.
+struct CoarseBackwardParams {
+  int B, H, Hk, nq, nk, D;
+  int block_q, block_k;
+  float scale;
+  bool causal;
+
+  const float* q_mean;                  // [B, H, nq, D]
+  const float *k_mean, *v_mean;         // [B, Hk, nk, D]
+  const int *q_count, *k_count;         // [B, nq], [B, nk]
+  const float *lse, *grad_out, *delta;  // [B, H, nq], [B, H, nq, D], [B, H, nq]
+  Lists row_lists, column_lists;
+
+  // Gradients divided by the counts: what each row of a block gets.
+  float* grad_q;           // [B, H, nq, D]
+  float *grad_k, *grad_v;  // [B, Hk, nk, D]
 };
 
-cudaError_t share_sums(const ShareSumsParams& params, cudaStream_t stream);
+// For head dims up to 128, with products of operands of 16 bits: good for half inputs.
+// cudaErrorNotSupported: not a case for this kernel.
+cudaError_t coarse_backward(const CoarseBackwardParams& params, const Device& device,
+                            cudaStream_t stream);
 
 }  // namespace mra::cuda

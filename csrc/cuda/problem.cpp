@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../common/budget.h"
-#include "coarse_bwd.h"
+#include "coarse_shares.h"
 
 namespace mra::cuda {
 namespace {
