@@ -69,28 +69,35 @@ __device__ __forceinline__ void mean_of_values(const PlanParams& p, int b, int h
     const float* values = v_mean + (inside ? column + 2 * g : 0);
 
     float c[kTiles][2][4] = {};
+    const auto add_up = [&](auto tf32) {  // a constant: one product does not split its operands
 #pragma unroll 1
-    for (int first = split * share; first < last; first += kBatch) {
-      float2 v[kBatch][2];
+      for (int first = split * share; first < last; first += kBatch) {
+        float2 v[kBatch][2];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < kBatch; ++i) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          // Behind the last key its own values again, with weight zero.
-          const int y = min((first + i) * 8 + 2 * t + k, keys - 1);
-          v[i][k] = *reinterpret_cast<const float2*>(values + int64_t{y} * p.D);
+          for (int k = 0; k < 2; ++k) {
+            // Behind the last key its own values again, with weight zero.
+            const int y = min((first + i) * 8 + 2 * t + k, keys - 1);
+            v[i][k] = *reinterpret_cast<const float2*>(values + y * p.D);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i >= last) break;
+          const M::B fb[1] = {{{v[i][0].x, v[i][1].x, v[i][0].y, v[i][1].y}}};
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const M::A fa = M::load_a(weights, pitch, row + 16 * n, (first + i) * 8);
+            M::mma(c[n], 0, fa, fb, tf32);
+          }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= last) break;
-        const M::B fb[1] = {{{v[i][0].x, v[i][1].x, v[i][0].y, v[i][1].y}}};
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const M::A fa = M::load_a(weights, pitch, row + 16 * n, (first + i) * 8);
-          M::mma(c[n], 0, fa, fb, p.tf32);
-        }
-      }
+    };
+    if (p.tf32) {
+      add_up(std::true_type{});
+    } else {
+      add_up(std::false_type{});
     }
     if (splits > 1) {  // then this is the only turn
       float* part = parts + warp * (256 * kTiles) + lane;
