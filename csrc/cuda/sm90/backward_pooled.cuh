@@ -1,7 +1,7 @@
 // Gradients of the pooled keys and values on Hopper: what sm80/backward_columns.cuh computes for
-// them, for half types and head dims up to 128, with row lists of a multiple of 64 rows. A block of
-// threads takes 64 pooled keys and a part of the rows: one warp fetches tiles of rows, one looks up
-// which of the keys they don't see, a warpgroup multiplies.
+// them, for half types and head dims up to 128. A block of threads takes 64 pooled keys and a part
+// of the rows: one warp fetches tiles of rows, one looks up which of the keys they don't see, a
+// warpgroup multiplies.
 #pragma once
 
 #include "columns.cuh"
@@ -14,7 +14,7 @@ struct BackwardPooledMaps : BackwardParams {
 
 template <int DP>
 struct BackwardPooledShared : ColumnsShared<DP> {
-  uint2 windows[2][32];  // unseen keys of 32 tiles of rows
+  uint4 windows[2][32];  // of 32 tiles of rows: keys that the first and the last 32 rows don't see
   uint64_t window_full[2], window_empty[2];
 };
 
@@ -53,13 +53,12 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
     const int64_t head = static_cast<int64_t>(at.b) * p.H + h;
     const int window = i / 32 % 2;
     if (i % 32 == 0) barrier_wait(&s.window_full[window], i / 64 & 1);
-    const uint2 unseen = s.windows[window][i % 32];
+    const uint4 unseen = s.windows[window][i % 32];
     __syncwarp();
     if (i % 32 == 31 && lane == 0) barrier_arrive(&s.window_empty[window]);
     if (i >= kStages) barrier_wait(&s.empty[stage], i / kStages - 1 & 1);
     if (lane == 0) {
-      s.unseen[stage][0] = unseen.x;
-      s.unseen[stage][1] = unseen.y;
+      *reinterpret_cast<uint4*>(s.unseen[stage]) = unseen;
       announce_tile(s, stage);
       fetch_run(s, p.q_map, p.grad_out_map, p.pooled_sums + head * sum_chunks(p.rows) * 64, stage,
                 0, 64, row, h, at.b);
@@ -68,8 +67,35 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
   }
 }
 
-// By one warp, a tile of rows each lane: the keys of this tile in the row's list and, under causal,
-// those that don't lie wholly in its past.
+// The keys of this tile in list x of a head and, under causal, those that don't lie wholly in its
+// past.
+__device__ __forceinline__ uint64_t unseen_by(const BackwardParams& p, const PooledTile& at,
+                                              int head, int x) {
+  uint64_t unseen = 0;
+  const List list = list_of(p.row_lists, static_cast<int64_t>(at.b) * p.H + head, x);
+  int from = 0, count = list.count;  // to the first entry not before this tile's keys
+  while (count > 0) {
+    const int half = count / 2;
+    if (list.entries[from + half] < at.first_key) {
+      from += half + 1;
+      count -= half + 1;
+    } else {
+      count = half;
+    }
+  }
+  for (; from < list.count; ++from) {
+    const unsigned y = list.entries[from] - at.first_key;
+    if (y >= 64) break;
+    unseen |= 1ull << y;
+  }
+  if (p.causal) {  // seen are y with (y + 1) block_k <= x block_q
+    const int64_t seen = (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
+    if (seen < 64) unseen |= seen <= 0 ? ~0ull : ~0ull << seen;
+  }
+  return unseen;
+}
+
+// By one warp, a tile of rows each lane.
 template <int DP>
 __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>& s,
                                const PooledTile& at) {
@@ -77,34 +103,16 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
 #pragma unroll 1
   for (int i0 = 0; i0 < all; i0 += 32) {
     const int window = i0 / 32 % 2, i = i0 + lane;
-    uint64_t unseen = 0;
+    uint64_t unseen[2] = {0, 0};
     if (i < all) {
-      const int x = at.row_tile(i) * 64 / p.list_rows;
-      const List list = list_of(p.row_lists, static_cast<int64_t>(at.b) * p.H + at.head(i), x);
-      int from = 0, count = list.count;  // to the first entry not before this tile's keys
-      while (count > 0) {
-        const int half = count / 2;
-        if (list.entries[from + half] < at.first_key) {
-          from += half + 1;
-          count -= half + 1;
-        } else {
-          count = half;
-        }
-      }
-      for (; from < list.count; ++from) {
-        const unsigned y = list.entries[from] - at.first_key;
-        if (y >= 64) break;
-        unseen |= 1ull << y;
-      }
-      if (p.causal) {  // seen are y with (y + 1) block_k <= x block_q
-        const int64_t seen =
-            (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
-        if (seen < 64) unseen |= seen <= 0 ? ~0ull : ~0ull << seen;
-      }
+      const int head = at.head(i), x = at.row_tile(i) * 64 / p.list_rows;
+      unseen[0] = unseen[1] = unseen_by(p, at, head, x);
+      if (p.list_rows == 32 && x + 1 < p.row_lists.lists) unseen[1] = unseen_by(p, at, head, x + 1);
     }
     if (i0 >= 64) barrier_wait(&s.window_empty[window], i0 / 64 - 1 & 1);
     s.windows[window][lane] =
-        make_uint2(static_cast<uint32_t>(unseen), static_cast<uint32_t>(unseen >> 32));
+        make_uint4(static_cast<uint32_t>(unseen[0]), static_cast<uint32_t>(unseen[0] >> 32),
+                   static_cast<uint32_t>(unseen[1]), static_cast<uint32_t>(unseen[1] >> 32));
     __syncwarp();
     if (lane == 0) barrier_arrive(&s.window_full[window]);
   }
@@ -165,7 +173,7 @@ __global__ void __launch_bounds__(256, 2)
 template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& device,
                                    cudaStream_t stream) {
-  if (params.list_rows % 64 != 0 || params.pooled_sums == nullptr) return cudaErrorNotSupported;
+  if (params.list_rows % 32 != 0 || params.pooled_sums == nullptr) return cudaErrorNotSupported;
   BackwardPooledMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&

@@ -15,9 +15,9 @@ struct ColumnsShared {
   static constexpr int kStages = DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
   uint16_t k[kPlaces][kPanels][64][64], v[kPlaces][kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
-  alignas(16) float sums[kStages][2][2][32];  // of each 32 rows lse (log2 units) and delta
-  int first[kStages][4];                      // first row of each sixteen, under causal
-  uint32_t unseen[kStages][2];                // pooled keys that the rows don't see, one bit each
+  alignas(16) float sums[kStages][2][2][32];   // of each 32 rows lse (log2 units) and delta
+  int first[kStages][4];                       // first row of each sixteen, under causal
+  alignas(16) uint32_t unseen[kStages][2][2];  // pooled keys that 32 rows don't see, one bit each
   uint64_t keys_full[kPlaces], keys_empty[kPlaces], full[kStages], empty[kStages];
 
   // By one thread.
@@ -88,11 +88,12 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     multiply_nt<T, 64>(ds, s.v[place], s.grad_out[stage]);
     wgmma_commit();
 
-    float b[2];
+    float b[2][2];  // towards either 32 rows
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = key + g + 8 * half;
-      b[half] = kPooled && s.unseen[stage][r / 32] >> r % 32 & 1 ? -INFINITY : bias[half];
+    for (int i = 0; i < 4; ++i) {
+      const int r = key + g + 8 * (i % 2);
+      const bool unseen = kPooled && s.unseen[stage][i / 2][r / 32] >> r % 32 & 1;
+      b[i / 2][i % 2] = unseen ? -INFINITY : bias[i % 2];
     }
     wgmma_wait<1>();
     pin(c);
@@ -103,7 +104,8 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float shift = i % 2 ? l.y : l.x;
-        c[n][i] = exp2_approx(fmaf(c[n][i], scale * kLog2e, kPooled ? b[i / 2] - shift : -shift));
+        c[n][i] =
+            exp2_approx(fmaf(c[n][i], scale * kLog2e, kPooled ? b[n / 4][i / 2] - shift : -shift));
       }
     }
     if (!kPooled && causal) {
