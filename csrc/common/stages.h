@@ -51,6 +51,8 @@ struct BlockList {
   Tensor start;  // [B, H, n] int32
   Tensor count;  // [B, H, n] int32
   Tensor index;  // [B, H, capacity] int32
+  // CUDA, where it made the lists: [2] int32, zeros. Kernels count there what they have taken.
+  Tensor queues;
 };
 
 // Softmax state of the block-coarse part of one query block, the same for all of its rows.

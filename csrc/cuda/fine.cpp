@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include "../common/budget.h"
 #include "delta.h"
@@ -87,6 +88,12 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.lse = data_of<float>(r.lse);
   p.share = data_of<float>(r.share);
   p.moments = const_bytes_of(moments);
+  // A plan that was given comes without one.
+  Tensor queue = rows.queues;
+  if (!queue.defined() && launch.device.major == 9 && in.query.scalar_type() != at::kFloat) {
+    queue = at::zeros({1}, rows.index.options());
+  }
+  p.queue = reinterpret_cast<unsigned*>(data_of<int>(queue));
   launch.check(forward(p, dtype_of(in.query), launch.device, launch.stream));
   r.order1 = p.moments != nullptr;
   return r;
@@ -127,7 +134,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.q_block = data_of<float>(back.query_block);
   p.k_block = data_of<float>(key_block);
   p.v_block = data_of<float>(value_block);
+  p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
+  ++p.queue;
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

@@ -49,18 +49,15 @@ cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
 
 cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStream_t stream) {
 #ifdef MRA_SM90A
-  cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    return sm90::launch_forward<decltype(t), d()>(p, device, stream);
+  const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
+    using T = decltype(t);
+    const cudaError_t error = sm90::launch_forward<T, d()>(p, device, stream);
+    if (error != cudaErrorNotSupported) return error;
+    return sm90::launch_forward_short<T, d()>(p, device, stream);
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
   p.moments = nullptr;
-#ifdef MRA_SM90A
-  error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    return sm90::launch_forward_short<decltype(t), d()>(p, device, stream);
-  });
-  if (error != cudaErrorNotSupported) return error;
-#endif
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -126,6 +123,8 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", "float32 means", dims},
       {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means",
        dims},
+      {"coarse", "coarse_backward", "csrc/cuda/coarse_bwd.cu", "sm_80+", "float16, bfloat16",
+       "8..128 (64, 128)"},
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",

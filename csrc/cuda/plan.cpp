@@ -62,13 +62,14 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   const auto ints = query.mean.options().dtype(at::kInt);
   Planned planned;
   BlockList& rows = planned.rows = {at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
-                                    at::empty({B, H, capacity}, ints)};
+                                    at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
   if (rows.start.numel() == 0) return planned;
 
   PlanParams p = plan_params(query, key, N, options);
   p.start = rows.start.mutable_data_ptr<int32_t>();
   p.count = rows.count.mutable_data_ptr<int32_t>();
   p.index = rows.index.mutable_data_ptr<int32_t>();
+  p.queues = rows.queues.mutable_data_ptr<int32_t>();
   const auto with_coarse = [&] {
     if (!pooled) return;
     const CoarseState& state = planned.coarse.emplace(
@@ -116,7 +117,7 @@ BlockList transpose(const BlockList& rows, int64_t nk) {
                row_index = rows.index.contiguous();
   const auto ints = rows.index.options();
   BlockList columns{at::empty({B, H, nk}, ints), at::empty({B, H, nk}, ints),
-                    at::empty({B, H, capacity}, ints)};
+                    at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
   if (columns.start.numel() == 0) return columns;
 
   TransposeParams p{};
@@ -126,6 +127,7 @@ BlockList transpose(const BlockList& rows, int64_t nk) {
   p.start = columns.start.mutable_data_ptr<int32_t>();
   p.count = columns.count.mutable_data_ptr<int32_t>();
   p.index = columns.index.mutable_data_ptr<int32_t>();
+  p.queues = columns.queues.mutable_data_ptr<int32_t>();
   p.heads = static_cast<int>(B * H);
   p.nq = static_cast<int>(nq);
   p.nk = static_cast<int>(nk);

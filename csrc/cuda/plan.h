@@ -14,6 +14,7 @@ struct PlanParams {
   int32_t* start;          // [B, H, nq]
   int32_t* count;          // [B, H, nq]
   int32_t* index;          // [B, H, nq * row_capacity]; zeros behind the lists
+  int32_t* queues;         // [2], set to zero
 
   // The block-coarse state (CoarseState of common/stages.h), made where v_mean isn't null.
   const float* v_mean;  // [B, Hk, nk, D] or null
@@ -63,6 +64,7 @@ struct TransposeParams {
   int32_t* start;            // [B * H, nk]
   int32_t* count;            // [B * H, nk]
   int32_t* index;            // [B * H, capacity]
+  int32_t* queues;           // [2], set to zero
   int heads;                 // B * H
   int nq, nk;
   int64_t capacity;  // < 2^31

@@ -43,6 +43,8 @@ struct Problem {
   const int* key_count;  // [B, nk]
 
   Lists row_lists;  // for each row list its key blocks
+
+  unsigned* queue;  // sm90: a counter at zero, by which work is handed out
 };
 
 struct ForwardParams : Problem {

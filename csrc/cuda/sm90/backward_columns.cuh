@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "columns.cuh"
+#include "queue.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -19,7 +20,7 @@ struct BackwardColumnsMaps : BackwardParams {
 // A tile of 64 keys of one block.
 struct KeyTile {
   int b, hk, first_key, block;
-  int tiles;  // of rows, set by the warp that fetches
+  int tiles;  // of rows, set by the warp that fetches; below zero: the end
 
   __device__ KeyTile(const BackwardParams& p, unsigned item) : tiles(0) {
     const unsigned key_tiles = (p.M + 63) / 64, head = item / key_tiles;
@@ -125,10 +126,15 @@ __global__ void __launch_bounds__(256, 2)
     if (warp_index() > 4) return;
     int fetched = 0, turn = 0;
 #pragma unroll 1
-    for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
-      KeyTile at(p, item);
+    for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
+      KeyTile at(p, queue.item);
       fetch_rows<DP>(p, s, at, turn, fetched);
     }
+    if (kPlaces == 1) return;  // one tile each
+    if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
+    if (threadIdx.x % 32 != 0) return;
+    s.tile[turn % kPlaces].tiles = -1;
+    barrier_arrive(&s.keys_full[turn % kPlaces]);
     return;
   }
   take_registers<DP == 64 ? 200 : 224>();
@@ -136,15 +142,16 @@ __global__ void __launch_bounds__(256, 2)
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of rows before this tile of keys; tiles of keys
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (; kPlaces > 1 || turn == 0; ++turn) {
     const int place = turn % kPlaces;
     float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
     barrier_wait(&s.keys_full[place], turn / kPlaces & 1);
+    const int tiles = uniform(s.tile[place].tiles);
+    if (kPlaces > 1 && tiles < 0) break;
     if (kPlaces > 1 && turn > 0 && threadIdx.x == 0) {
       store_wait();
       barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
     }
-    const int tiles = uniform(s.tile[place].tiles);
     const float none[2] = {};
     attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal,
                               s.tile[place].first_key, none);
@@ -174,10 +181,6 @@ __global__ void __launch_bounds__(256, 2)
         give_panel(p.add, p.grad_v_map, s.v[place][i], 64 * i, at.first_key, at.hk, at.b);
       }
       store_commit();
-      if (kPlaces == 1) {
-        store_wait();
-        barrier_arrive(&s.keys_empty[place]);
-      }
     }
   }
   if (threadIdx.x == 0) store_wait();

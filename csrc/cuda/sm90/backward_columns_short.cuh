@@ -7,6 +7,7 @@
 
 #include "../sm80/tile.cuh"
 #include "backward.h"
+#include "queue.cuh"
 #include "tma.cuh"
 #include "warp_products.cuh"
 
@@ -23,7 +24,7 @@ struct BackwardColumnsShortTraits {
   static constexpr int kStages = 3, kBlocks = DP == 64 ? 4 : 2, kThreads = 96;
 };
 
-// A key block and how many tiles of rows attend it.
+// A key block and how many tiles of rows attend it; below zero: the end.
 struct KeyBlock {
   int b, hk, block, tiles;
 
@@ -57,8 +58,8 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
   const int log2_rows = __ffs(p.list_rows) - 1, log2_tiles = log2_rows - 5;  // tiles of an entry
   int fetched = 0, turn = 0;
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
-    KeyBlock at(p, item);
+  for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
+    KeyBlock at(p, queue.item);
     const int slot = turn % 2;
     const auto list_of_head = [&](int h) {
       return list_of(p.column_lists, static_cast<int64_t>(at.b) * p.H + h, at.block);
@@ -117,6 +118,10 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
       }
     }
   }
+  if (turn >= 2) barrier_wait(&s.keys_empty[turn % 2], turn / 2 - 1 & 1);
+  if (lane != 0) return;
+  s.block(turn % 2).tiles = -1;
+  barrier_arrive(&s.keys_full[turn % 2]);
 }
 
 template <typename T, int DP>
@@ -149,10 +154,11 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
   const bool first_lane = threadIdx.x % 32 == 0;
   int at_tile = 0, turn = 0;  // tiles of rows so far; key blocks
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (;; ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.keys_full[slot], turn / 2 & 1);
     const KeyBlock at = s.block(slot);
+    if (at.tiles < 0) break;
     // The place of the block before is given back once its gradients have left.
     if (turn > 0 && first_lane) {
       store_wait();

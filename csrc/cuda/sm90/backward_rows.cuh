@@ -46,10 +46,11 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   const bool first_lane = threadIdx.x % 32 == 0;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (;; ++turn) {
     const int place = turn % kPlaces;
     barrier_wait(&s.rows_full[place], turn / kPlaces & 1);
     const BackwardRowsWork at = s.work[place];
+    if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
     float lse[2], delta[2], pooled_delta[2];
 #pragma unroll

@@ -37,10 +37,11 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
   const bool first_lane = threadIdx.x % 32 == 0;
   int at_tile = 0, turn = 0;  // tiles of keys so far; query blocks
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (;; ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.rows_full[slot], turn / 2 & 1);
     const BackwardRowsWork at = s.work[slot];
+    if (at.rows == 0) break;
     float lse[2], delta[2], pooled_delta[2];
     bool live[2];
 #pragma unroll

@@ -27,7 +27,7 @@ struct BackwardRowsMaps : BackwardParams, KeyMaps {
   }
 };
 
-// What the consumers are told of a tile of rows.
+// What the consumers are told of a tile of rows; no rows: of the end.
 struct BackwardRowsWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
 };
@@ -79,7 +79,15 @@ struct BackwardRowsTiles {
       }
       __syncwarp();
     };
-    producer.template run_all<kPlaces>(p.items, fetch_rows, [] {});
+    const auto end = [&](int turn) {
+      const int place = turn % kPlaces;
+      if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
+      if (producer.lane != 0) return;
+      work[place].rows = 0;
+      barrier_arrive(&rows_full[place]);
+    };
+    const auto fetch_last = [] {};
+    producer.template run_all<kPlaces>(p, fetch_rows, fetch_last, end);
   }
 };
 

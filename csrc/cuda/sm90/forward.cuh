@@ -18,57 +18,6 @@ struct ForwardTraits {
 template <int DP>
 using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages>;
 
-// Adds the order-1 term to the output of the tile whose queries are `q`: Sigma and C lie in the
-// ring's next places. `share`: the pooled part of this thread's rows.
-template <typename T, int DP, class Ring>
-__device__ __forceinline__ void add_order1(float (&acc)[DP / 8][4], const float (&share)[2],
-                                           const uint16_t (&q)[DP / 64][64][64], Ring& ring,
-                                           int place, float scale) {
-  constexpr int kPanels = DP / 64, kStages = Ring::kStages;
-  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float x[DP / 8][4];
-  // x = q times matrix `which` in the order of the ring.
-  const auto multiply = [&](int which) {
-    const int i = place + (kPanels == 1 ? 0 : which), stage = i % kStages, phase = i / kStages & 1;
-    const bool values = kPanels == 1 && which == 1;
-    if (kPanels > 1 || !values) barrier_wait(&ring.k_full[stage], phase);
-    if (kPanels > 1 || values) barrier_wait(&ring.v_full[stage], phase);
-    pin(x);
-    wgmma_fence();
-    multiply_matrix<T, false>(x, q, values ? ring.v[stage] : ring.k[stage], sizeof(ring.k), false);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(x);
-    __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
-    if (kPanels > 1 || which == 0) barrier_arrive(&ring.k_empty[stage]);
-    if (kPanels > 1 || which == 1) barrier_arrive(&ring.v_empty[stage]);
-  };
-  multiply(0);
-  float factor[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = warp_row + g + 8 * half;
-    float dot = 0.f;
-#pragma unroll
-    for (int n = 0; n < DP / 8; ++n) {
-      const uint16_t* at = &q[n / 8][r][(n % 8 ^ g) * 8 + 2 * t];
-      const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
-      dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
-    }
-    const float gamma = 1.f / (1.f + scale * scale / 4 * quad_sum(dot));
-    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma * scale;
-  }
-  multiply(1);
-#pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (factor[i / 2] != 0.f) acc[n][i] = fmaf(factor[i / 2], x[n][i], acc[n][i]);
-    }
-  }
-}
-
 template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardMaps p) {
@@ -89,10 +38,11 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (;; ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.q_full[slot], turn / 2 & 1);
     const ForwardWork at = s.work[slot];
+    if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
     OnlineSoftmax<T, DP> softmax;
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
@@ -171,7 +121,15 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       if (p.moments != nullptr) {
-        add_order1<T, DP>(softmax.acc, share, s.q[slot], ring, before, p.scale);
+        add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p.scale,
+                      [&](auto& x, const auto& first, const auto&) {
+                        pin(x);
+                        wgmma_fence();
+                        multiply_matrix<T, false>(x, s.q[slot], first, sizeof(ring.k), false);
+                        wgmma_commit();
+                        wgmma_wait<0>();
+                        pin(x);
+                      });
         before += kPanels;
       }
     }
@@ -197,15 +155,8 @@ template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
   ForwardMaps p{params};
-  constexpr Dtype dtype = kDtype<T>;
-  const cudaError_t error = p.set_tiles(dtype, 64, 64);
+  const cudaError_t error = p.set_tiles<DP>(kDtype<T>, 64, 64);
   if (error != cudaSuccess) return error;
-  if (p.moments != nullptr) {
-    if (dtype != Dtype::bf16 || p.D <= DP / 2 ||
-        !matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP)) {
-      return cudaErrorNotSupported;
-    }
-  }
   return launch_tiles<ForwardShared<DP>, ForwardTraits<DP>>(forward_kernel<T, DP>, p, device,
                                                             stream);
 }

@@ -38,10 +38,11 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   const bool first_lane = threadIdx.x % 32 == 0;
   int at_tile = 0, turn = 0;  // tiles of keys so far; query blocks
 #pragma unroll 1
-  for (unsigned item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+  for (;; ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.q_full[slot], turn / 2 & 1);
     const ForwardWork at = s.work[slot];
+    if (at.rows == 0) break;
     typename Mma<T>::A q[DP / 16];
     load_rows<T>(q, s.q[slot], row, lane);
     OnlineSoftmax<T, DP> softmax;
@@ -74,6 +75,15 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     }
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + row, at.rows - row, share);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (p.moments != nullptr) {
+        add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p.scale,
+                      [&](auto& x, const auto& first, const auto& second) {
+                        multiply_matrix<T>(x, q, first, second, lane);
+                      });
+        at_tile += DP / 64;
+      }
+    }
     // Out through the place of the queries, which are in registers.
     place_rows<T>(s.q[slot], row, softmax.acc);
     fence_for_copies();
@@ -94,7 +104,7 @@ cudaError_t launch_forward_short(const ForwardParams& params, const Device& devi
                                  cudaStream_t stream) {
   if (params.list_rows != 32) return cudaErrorNotSupported;
   ForwardMaps p{params};
-  const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
+  const cudaError_t error = p.set_tiles<DP>(kDtype<T>, 32, 16);
   if (error != cudaSuccess) return error;
   return launch_tiles<ForwardShortShared<DP>, ForwardShortTraits<DP>>(forward_short_kernel<T, DP>,
                                                                       p, device, stream);

@@ -12,11 +12,14 @@ struct ForwardMaps : ForwardParams, KeyMaps {
   CUtensorMap q_map, out_map, moments_map;
 
   // For tiles of `rows` queries whose output leaves by `out_rows`.
+  template <int DP>
   cudaError_t set_tiles(Dtype dtype, int rows, int out_rows) {
     const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
+    if (moments != nullptr && (dtype != Dtype::bf16 || D <= DP / 2)) return cudaErrorNotSupported;
     const bool maps =
+        (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, DP)) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
         tensor_map(&out_map, dtype, out, out_strides, B, H, this->rows, D, out_rows) &&
         set(*this, dtype);
@@ -24,7 +27,7 @@ struct ForwardMaps : ForwardParams, KeyMaps {
   }
 };
 
-// What the consumers are told of a tile of rows.
+// What the consumers are told of a tile of rows; no rows: of the end.
 struct ForwardWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
   float state_lse;
@@ -55,9 +58,7 @@ struct ForwardTiles {
   __device__ void fetch_ahead(const ForwardMaps& p) {
     KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
     const auto fetch_last = [&] {
-      if constexpr (kRows == 64) {
-        if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
-      }
+      if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
     };
     const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
       const int slot = turn % 2;
@@ -81,8 +82,63 @@ struct ForwardTiles {
       }
       __syncwarp();
     };
-    producer.template run_all<2>(p.items, fetch_rows, fetch_last);
+    const auto end = [&](int turn) {
+      const int slot = turn % 2;
+      if (turn >= 2) barrier_wait(&q_empty[slot], turn / 2 - 1 & 1);
+      if (producer.lane != 0) return;
+      work[slot].rows = 0;
+      barrier_arrive(&q_full[slot]);
+    };
+    producer.template run_all<2>(p, fetch_rows, fetch_last, end);
   }
 };
+
+// Adds the order-1 term to the output of a warp's 16 rows, from `row` of the queries `q`: Sigma and
+// C lie in the ring's next places, as KeyProducer::fetch_matrices has put them. `share`: the pooled
+// part of this thread's rows. multiply(x, first, second): x = the rows times the matrix whose
+// columns from 0 on start at `first`, those from 64 on at `second`.
+template <typename T, int kPanels, int kRows, class Ring, class Multiply>
+__device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const float (&share)[2],
+                                           const uint16_t (&q)[kPanels][kRows][64], int row,
+                                           Ring& ring, int place, float scale,
+                                           const Multiply& multiply) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float x[8 * kPanels][4];
+  // Matrix `which` in the order of the ring.
+  const auto with_matrix = [&](int which) {
+    const int i = place + (kPanels == 1 ? 0 : which), stage = i % Ring::kStages;
+    const int phase = i / Ring::kStages & 1;
+    const bool values = kPanels == 1 && which == 1;
+    if (kPanels > 1 || !values) barrier_wait(&ring.k_full[stage], phase);
+    if (kPanels > 1 || values) barrier_wait(&ring.v_full[stage], phase);
+    multiply(x, values ? ring.v[stage] : ring.k[stage], ring.v[stage]);
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    if (kPanels > 1 || which == 0) barrier_arrive(&ring.k_empty[stage]);
+    if (kPanels > 1 || which == 1) barrier_arrive(&ring.v_empty[stage]);
+  };
+  with_matrix(0);
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float dot = 0.f;
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+      const uint16_t* at = &q[n / 8][row + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
+      const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
+      dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
+    }
+    const float gamma = 1.f / (1.f + scale * scale / 4 * quad_sum(dot));
+    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma * scale;
+  }
+  with_matrix(1);
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (factor[i / 2] != 0.f) acc[n][i] = fmaf(factor[i / 2], x[n][i], acc[n][i]);
+    }
+  }
+}
 
 }  // namespace mra::cuda::sm90

@@ -3,13 +3,14 @@
 // that are not selected, then the keys of the selected blocks, gathered by the row list.
 //
 // A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
-// has no weight. A `plain` tile needs none: every key is there and counts once, for every row, and the
-// largest score is the largest logit.
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row, and
+// the largest score is the largest logit.
 #pragma once
 
 #include <algorithm>
 
 #include "../sm80/tile.cuh"
+#include "queue.cuh"
 #include "tma.cuh"
 
 namespace mra::cuda::sm90 {
@@ -259,23 +260,24 @@ struct KeyProducer {
   }
 
   // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone into one of kPlaces places,
-  // fetch_last() what comes behind its keys.
-  template <int kPlaces, class FetchRows, class FetchLast>
-  __device__ void run_all(unsigned items, FetchRows fetch_rows, FetchLast fetch_last) {
+  // fetch_last() what comes behind its keys; end(turn) tells the consumers that no tile follows.
+  template <int kPlaces, class Items, class FetchRows, class FetchLast, class End>
+  __device__ void run_all(const Items& items, FetchRows fetch_rows, FetchLast fetch_last, End end) {
+    WorkQueue queue(items);
     mark_selected(at, 0);
     fetch_rows(at, 0);
 #pragma unroll 1
-    for (unsigned item = blockIdx.x; item < items; item += gridDim.x, ++turn) {
+    for (; queue.has_item(); queue.advance(), ++turn) {
       int block = block_of(0), counts[kKeys / 32];
       look_up_counts(0, counts);
-      const unsigned next_item = item + gridDim.x < items ? item + gridDim.x : item;
-      const Rows next_rows(p, next_item);
+      const bool more = queue.has_next();
+      const Rows next_rows(p, more ? queue.next : 0);
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
       // round, as then the consumers have left the tile before.
       const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
 #pragma unroll 1
       for (int tile = 0;; ++tile) {
-        if (tile == early && next_item != item) {
+        if (tile == early && more) {
           mark_selected(next_rows, turn + 1);
           fetch_rows(next_rows, turn + 1);
         }
@@ -294,6 +296,7 @@ struct KeyProducer {
       fetch_last();
       at = next_rows;
     }
+    end(turn);
   }
 };
 

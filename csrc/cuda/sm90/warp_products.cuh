@@ -94,6 +94,32 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
   }
 }
 
+// x = A times a matrix of 64 kPanels rows, whose columns from 0 on are `first`, from 64 on
+// `second`.
+template <typename T, int kPanels>
+__device__ __forceinline__ void multiply_matrix(float (&x)[8 * kPanels][4],
+                                                const typename Mma<T>::A (&a)[4 * kPanels],
+                                                const uint16_t (&first)[kPanels][64][64],
+                                                const uint16_t (&second)[kPanels][64][64],
+                                                const PanelLane& lane) {
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < kPanels; ++i) {
+    const uint32_t base = smem_address(i == 0 ? first : second);
+#pragma unroll
+    for (int k = 0; k < 4 * kPanels; ++k) {
+      typename Mma<T>::B fb[4];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) ldmatrix_x4<true>(fb[n].r, base + k * 2048 + lane.rows(n));
+      Mma<T>::mma(x, 8 * i, a[k], fb, false);
+    }
+  }
+}
+
 // A warp's 16 rows of accumulators as rows `first` on of panels.
 template <typename T, int kPanels, int kRows>
 __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][kRows][64], int first,
