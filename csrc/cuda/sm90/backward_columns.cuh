@@ -17,10 +17,9 @@ struct BackwardColumnsMaps : BackwardParams {
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
-// A tile of 64 keys of one block.
+// A tile of 64 keys of one block, and how many tiles of rows attend it; below zero: the end.
 struct KeyTile {
-  int b, hk, first_key, block;
-  int tiles;  // of rows, set by the warp that fetches; below zero: the end
+  int b, hk, first_key, block, tiles;
 
   __device__ KeyTile(const BackwardParams& p, unsigned item) : tiles(0) {
     const unsigned key_tiles = (p.M + 63) / 64, head = item / key_tiles;
@@ -28,83 +27,92 @@ struct KeyTile {
     b = head / static_cast<unsigned>(p.Hk);
     hk = head - b * p.Hk;
     block = first_key >> p.log2_block_k;
+    const int group = p.H / p.Hk;
+    for (int h = hk * group; h < (hk + 1) * group; ++h) tiles += tiles_of(p, list_of_head(p, h));
+  }
+  __device__ List list_of_head(const BackwardParams& p, int h) const {
+    return list_of(p.column_lists, static_cast<int64_t>(b) * p.H + h, block);
+  }
+  static __device__ int tiles_of(const BackwardParams& p, const List& list) {
+    return static_cast<int>((static_cast<int64_t>(list.count) * p.list_rows + 63) / 64);
   }
 };
 
 template <int DP>
 struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
-  using Base = ColumnsShared<DP, DP == 64 ? 2 : 1>;
-  alignas(16) float blocks[Base::kPlaces][2][DP];  // what the block's keys share of dk and dv
-  alignas(16) KeyTile tile[Base::kPlaces];
+  // Of every other tile; `blocks`: what the block's keys share of dk and dv.
+  alignas(16) float blocks[2][2][DP];
+  alignas(16) KeyTile tile[2];
 };
 
 // The keys of a tile and what else its end needs, by one thread.
 template <int DP>
 __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
-                           const KeyTile& at, int place) {
-  const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
-  s.tile[place] = at;
+                           const KeyTile& at, int turn) {
+  const int bytes = p.k_block == nullptr ? 0 : p.D * 4, place = turn % s.kPlaces;
+  s.tile[turn % 2] = at;
   s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * bytes);
   if (bytes == 0) return;
   const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * p.D;
-  copy_bytes(s.blocks[place][0], p.k_block + from, bytes, &s.keys_full[place]);
-  copy_bytes(s.blocks[place][1], p.v_block + from, bytes, &s.keys_full[place]);
+  copy_bytes(s.blocks[turn % 2][0], p.k_block + from, bytes, &s.keys_full[place]);
+  copy_bytes(s.blocks[turn % 2][1], p.v_block + from, bytes, &s.keys_full[place]);
 }
 
-// Run by one warp: the rows of a tile of keys, head by head. `fetched`: tiles of rows so far.
+// Run by one warp: the rows of tiles of keys, head by head.
 template <int DP>
-__device__ void fetch_rows(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s, KeyTile& at,
-                           int turn, int& fetched) {
+__device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s) {
   using Shared = BackwardColumnsShared<DP>;
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
-  const int group = p.H / p.Hk, first_head = at.hk * group, log2_rows = __ffs(p.list_rows) - 1;
-  const auto list_of_head = [&](int h) {
-    return list_of(p.column_lists, static_cast<int64_t>(at.b) * p.H + h, at.block);
-  };
-  const auto tiles_of = [&](const List& list) {
-    return static_cast<int>(((static_cast<int64_t>(list.count) << log2_rows) + 63) / 64);
-  };
-  for (int h = first_head; h < first_head + group; ++h) at.tiles += tiles_of(list_of_head(h));
-  if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
-  if (lane == 0) fetch_tile(p, s, at, turn % kPlaces);
-  __syncwarp();
+  const int group = p.H / p.Hk, log2_rows = __ffs(p.list_rows) - 1;
+  int fetched = 0, turn = 0;  // tiles of rows, tiles of keys
 #pragma unroll 1
-  for (int h = first_head; h < first_head + group; ++h) {
-    const List list = list_of_head(h);
-    const int tiles = tiles_of(list);
-    // The block of this lane's run of a tile.
-    const auto block_of = [&](int tile) {
-      const int i = 64 * tile + run * lane >> log2_rows;
-      return lane < runs && i < list.count ? list.entries[i] : -1;
-    };
-    int block = block_of(0);
+  for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
+    const KeyTile at(p, queue.item);
+    if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
+    if (lane == 0) fetch_tile(p, s, at, turn);
+    __syncwarp();
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-      int first = (p.rows + 63) / 64 * 64;  // beyond the end: zeros, without weight
-      if (static_cast<unsigned>(block) < static_cast<unsigned>(p.row_lists.lists)) {
-        first = min(first, (block << log2_rows) + (64 * tile + run * lane & p.list_rows - 1));
-      }
-      if (tile + 1 < tiles) block = block_of(tile + 1);
-      const int stage = fetched % kStages;
-      if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
-      if (p.causal) {
-        const int at = 16 * lane & 63,
-                  sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
-        if (lane < 4) s.first[stage][lane] = sixteen;
+    for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
+      const List list = at.list_of_head(p, h);
+      const int tiles = KeyTile::tiles_of(p, list);
+      // The block of this lane's run of a tile.
+      const auto block_of = [&](int tile) {
+        const int i = 64 * tile + run * lane >> log2_rows;
+        return lane < runs && i < list.count ? list.entries[i] : -1;
+      };
+      int block = block_of(0);
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
+        int first = (p.rows + 63) / 64 * 64;  // beyond the end: zeros, without weight
+        if (static_cast<unsigned>(block) < static_cast<unsigned>(p.row_lists.lists)) {
+          first = min(first, (block << log2_rows) + (64 * tile + run * lane & p.list_rows - 1));
+        }
+        if (tile + 1 < tiles) block = block_of(tile + 1);
+        const int stage = fetched % kStages;
+        if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
+        if (p.causal) {
+          const int at = 16 * lane & 63,
+                    sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
+          if (lane < 4) s.first[stage][lane] = sixteen;
+          __syncwarp();
+        }
+        if (lane == 0) announce_tile(s, stage);
         __syncwarp();
+        if (lane < runs) {
+          const float* sums =
+              p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
+          fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
+        }
+        __syncwarp();
+        ++fetched;
       }
-      if (lane == 0) announce_tile(s, stage);
-      __syncwarp();
-      if (lane < runs) {
-        const float* sums =
-            p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
-        fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
-      }
-      __syncwarp();
-      ++fetched;
     }
   }
+  if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
+  if (lane != 0) return;
+  s.tile[turn % 2].tiles = -1;
+  barrier_arrive(&s.keys_full[turn % kPlaces]);
 }
 
 template <typename T, int DP>
@@ -123,41 +131,36 @@ __global__ void __launch_bounds__(256, 2)
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 56 : 32>();
-    if (warp_index() > 4) return;
-    int fetched = 0, turn = 0;
-#pragma unroll 1
-    for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
-      KeyTile at(p, queue.item);
-      fetch_rows<DP>(p, s, at, turn, fetched);
-    }
-    if (kPlaces == 1) return;  // one tile each
-    if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
-    if (threadIdx.x % 32 != 0) return;
-    s.tile[turn % kPlaces].tiles = -1;
-    barrier_arrive(&s.keys_full[turn % kPlaces]);
+    if (warp_index() == 4) fetch_ahead<DP>(p, s);
     return;
   }
   take_registers<DP == 64 ? 200 : 224>();
 
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of rows before this tile of keys; tiles of keys
+  bool owes = false;         // the place of the last rows
 #pragma unroll 1
-  for (; kPlaces > 1 || turn == 0; ++turn) {
+  for (;; ++turn) {
     const int place = turn % kPlaces;
     float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
     barrier_wait(&s.keys_full[place], turn / kPlaces & 1);
-    const int tiles = uniform(s.tile[place].tiles);
-    if (kPlaces > 1 && tiles < 0) break;
-    if (kPlaces > 1 && turn > 0 && threadIdx.x == 0) {
+    const KeyTile& at = s.tile[turn % 2];
+    const int tiles = uniform(at.tiles);
+    if (tiles < 0) break;
+    // Once the gradients of the tile before have left, the place that they took.
+    if (turn > 0 && (!Shared::kEarly || owes) && threadIdx.x == 0) {
       store_wait();
-      barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
+      if (Shared::kEarly) {
+        barrier_arrive(&s.empty[(before - 1) % Shared::kStages], 4);
+      } else {
+        barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
+      }
     }
     const float none[2] = {};
-    attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal,
-                              s.tile[place].first_key, none);
+    attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal, at.first_key,
+                              none);
     before += tiles;
 
-    const KeyTile& at = s.tile[place];
     bool live[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -167,20 +170,29 @@ __global__ void __launch_bounds__(256, 2)
     }
     const bool shares = p.k_block != nullptr;
     const float k_scale[2] = {p.scale, p.scale}, v_scale[2] = {1.f, 1.f};
-    finish_rows(dk, k_scale, live, shares ? s.blocks[place][0] : nullptr, 0, p.D);
-    finish_rows(dv, v_scale, live, shares ? s.blocks[place][1] : nullptr, 0, p.D);
-    // Out through the place of the keys and values, once every warp is done with them.
+    finish_rows(dk, k_scale, live, shares ? s.blocks[turn % 2][0] : nullptr, 0, p.D);
+    finish_rows(dv, v_scale, live, shares ? s.blocks[turn % 2][1] : nullptr, 0, p.D);
+    // Out through the place of the keys and values (of the last rows), once every warp is done with
+    // them.
+    owes = Shared::kEarly && tiles > 0;
+    const int stage = (before - 1) % Shared::kStages;
+    auto& k_out = owes ? s.q[stage] : s.k[place];
+    auto& v_out = owes ? s.grad_out[stage] : s.v[place];
     group_sync();
-    place_rows<T>(s.k[place], dk);
-    place_rows<T>(s.v[place], dv);
+    place_rows<T>(k_out, dk);
+    place_rows<T>(v_out, dv);
     fence_for_copies();
     group_sync();
     if (threadIdx.x == 0) {
       for (int i = 0; i < DP / 64; ++i) {
-        give_panel(p.add, p.grad_k_map, s.k[place][i], 64 * i, at.first_key, at.hk, at.b);
-        give_panel(p.add, p.grad_v_map, s.v[place][i], 64 * i, at.first_key, at.hk, at.b);
+        give_panel(p.add, p.grad_k_map, k_out[i], 64 * i, at.first_key, at.hk, at.b);
+        give_panel(p.add, p.grad_v_map, v_out[i], 64 * i, at.first_key, at.hk, at.b);
       }
       store_commit();
+      if (Shared::kEarly && !owes) {
+        store_wait();
+        barrier_arrive(&s.keys_empty[place], 4);
+      }
     }
   }
   if (threadIdx.x == 0) store_wait();
@@ -210,9 +222,7 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   p.items = static_cast<int>(items);
   const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  // With one place for keys a new block of threads starts sooner than the next tile would.
-  const bool persistent = BackwardColumnsShared<DP>::kPlaces > 1;
-  const int blocks = persistent ? std::min(p.items, 2 * device.sms) : p.items;
+  const int blocks = std::min(p.items, 2 * device.sms);
   return launch_grid(backward_columns_kernel<T, DP>, blocks, 256, bytes, stream, p);
 }
 

@@ -33,7 +33,10 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   Shared& s = aligned<Shared>(raw);
   auto& ring = s.ring;
 
-  if (threadIdx.x == 0) s.init(1);
+  // The only place for rows is given back, by every warp, with the last scores; their gradient then
+  // leaves through the place of the last values.
+  constexpr bool kEarly = kPlaces == 1;
+  if (threadIdx.x == 0) s.init(kEarly ? 4 : 1);
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
@@ -45,6 +48,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
+  bool owes = false;         // the place of the last values
 #pragma unroll 1
   for (;; ++turn) {
     const int place = turn % kPlaces;
@@ -81,7 +85,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
       wgmma_commit();
     };
     // Scores of a tile, complete -> their gradients.
-    auto differentiate = [&](int tile) {
+    auto differentiate = [&](int tile, bool last) {
       const int stage = (before + tile) % kStages;
       const bool pooled = tile < at.pooled_tiles;
       pin(c);
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         scale = 1.f;
       }
       __syncwarp();
-      if (first_lane) barrier_arrive(&ring.v_empty[stage]);
+      if (first_lane) barrier_arrive(kEarly && last ? &s.rows_empty[0] : &ring.v_empty[stage]);
       const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -103,12 +107,15 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
       }
       pack<T>(a, ds);
     };
-    // Where there are several, the place of the tile before is given back once its gradient has
-    // left.
+    // Once the gradient of the tile before has left, the place that it took.
     auto give_back = [&] {
-      if (kPlaces == 1 || turn == 0 || threadIdx.x != 0) return;
+      if (turn == 0 || (kEarly && !owes) || threadIdx.x != 0) return;
       store_wait();
-      barrier_arrive(&s.rows_empty[(turn - 1) % kPlaces]);
+      if (kEarly) {
+        barrier_arrive(&ring.v_empty[(before - 1) % kStages], 4);
+      } else {
+        barrier_arrive(&s.rows_empty[(turn - 1) % kPlaces]);
+      }
     };
 
     if (tiles == 0) give_back();
@@ -118,7 +125,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 #pragma unroll 1
       for (int tile = 0; tile < tiles - 1; ++tile) {
         wgmma_wait<0>();
-        differentiate(tile);
+        differentiate(tile, false);
         start_gradient(tile);
         start_scores(tile + 1);
         wgmma_wait<1>();
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         if (first_lane) barrier_arrive(&ring.k_empty[(before + tile) % kStages]);
       }
       wgmma_wait<0>();
-      differentiate(tiles - 1);
+      differentiate(tiles - 1, true);
       start_gradient(tiles - 1);
       wgmma_wait<0>();
       pin(acc);
@@ -145,20 +152,22 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         live[half] = p.row_mask[static_cast<int64_t>(at.b) * p.rows + at.first_row + r];
       }
     }
-    finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : s.q_block[place], 0, p.D);
-    // Out through the place of the queries, once every warp is done with them.
+    finish_rows(acc, scale, live, p.q_block == nullptr ? nullptr : s.q_block[turn % 2], 0, p.D);
+    // Out through the place of the queries (of the last values), once every warp is done with them.
+    owes = kEarly && tiles > 0;
+    auto& way_out = owes ? ring.v[(before - 1) % kStages] : s.q[place];
     group_sync();
-    place_rows<T>(s.q[place], acc);
+    place_rows<T>(way_out, acc);
     fence_for_copies();
     group_sync();
     if (threadIdx.x == 0) {
       for (int i = 0; i < DP / 64; ++i) {
-        give_panel(p.add, p.grad_q_map, s.q[place][i], 64 * i, at.first_row, at.h, at.b);
+        give_panel(p.add, p.grad_q_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
       store_commit();
-      if (kPlaces == 1) {
+      if (kEarly && !owes) {
         store_wait();
-        barrier_arrive(&s.rows_empty[place]);
+        barrier_arrive(&s.rows_empty[0], 4);
       }
     }
   }

@@ -41,7 +41,7 @@ struct BackwardRowsTiles {
   KeyRing<DP, kStages, kWarps> ring;
   // Of each 32 rows lse (log2 units) and delta; for pooled keys.
   alignas(16) float sums[kPlaces][kRows / 32][2][32], pooled_sums[kPlaces][kRows / 32][2][32];
-  alignas(16) float q_block[kPlaces][DP];
+  alignas(16) float q_block[2][DP];  // of every other tile
   BackwardRowsWork work[kPlaces];
   uint64_t rows_full[kPlaces], rows_empty[kPlaces];
   uint32_t bitmap[1];
@@ -75,7 +75,7 @@ struct BackwardRowsTiles {
         const int64_t from = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
         copy_bytes(sums[place], p.sums + from, kSums, full);
         if (pooled) copy_bytes(pooled_sums[place], p.pooled_sums + from, kSums, full);
-        if (block) copy_bytes(q_block[place], p.q_block + at.list_at * p.D, p.D * 4, full);
+        if (block) copy_bytes(q_block[turn % 2], p.q_block + at.list_at * p.D, p.D * 4, full);
       }
       __syncwarp();
     };

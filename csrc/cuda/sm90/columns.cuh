@@ -13,6 +13,9 @@ template <int DP, int kKeyPlaces = 1>
 struct ColumnsShared {
   static constexpr int kPlaces = kKeyPlaces, kPanels = DP / 64;
   static constexpr int kStages = DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
+  // The only place for keys is given back, by every warp, with the last scores; their gradients
+  // then leave through the place of the last rows.
+  static constexpr bool kEarly = kPlaces == 1;
   uint16_t k[kPlaces][kPanels][64][64], v[kPlaces][kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   alignas(16) float sums[kStages][2][2][32];   // of each 32 rows lse (log2 units) and delta
@@ -24,7 +27,7 @@ struct ColumnsShared {
   __device__ void init() {
     for (int i = 0; i < kPlaces; ++i) {
       barrier_init(&keys_full[i], 1);
-      barrier_init(&keys_empty[i], 1);
+      barrier_init(&keys_empty[i], kEarly ? 4 : 1);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);
@@ -64,17 +67,19 @@ __device__ __forceinline__ void fetch_run(ColumnsShared<DP, kPlaces>& s, const C
 }
 
 // Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the
-// factor `scale`. kPooled: keys stand for 2^bias keys each, and `unseen` takes away some tile by
-// tile; else `first_key` matters under causal.
+// factor `scale`. Where kEarly holds the last place of rows is kept. kPooled: keys stand for 2^bias
+// keys each, and `unseen` takes away some tile by tile; else `first_key` matters under causal.
 template <typename T, int DP, bool kPooled, int kPlaces>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP, kPlaces>& s, int place, int before,
                                             int tiles, float scale, bool causal, int first_key,
                                             const float (&bias)[2]) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
+  constexpr bool kEarly = !kPooled && ColumnsShared<DP, kPlaces>::kEarly;
   const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 1
   for (int tile = before; tile < before + tiles; ++tile) {
+    const bool last = kEarly && tile + 1 == before + tiles;
     const int stage = tile % kStages;
     float c[8][4], ds[8][4];
     uint32_t a[4][4], da[4][4];
@@ -126,6 +131,10 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
 
     wgmma_wait<1>();
     pin(ds);
+    if (last) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(&s.keys_empty[place]);
+    }
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float2 d =
@@ -147,7 +156,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(dv);
     pin(dk);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[stage]);
+    if (threadIdx.x % 32 == 0 && !last) barrier_arrive(&s.empty[stage]);
   }
 }
 
