@@ -31,7 +31,9 @@ demo: build $(VENV)/extras
 # Needs a GPU.
 sanitize: build
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitizer.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(PY) tests/sanitizer.py
+	MRA_RACECHECK=1 $(PY) setup.py build --build-base build/racecheck --build-lib build/racecheck/lib
+	PYTHONPATH=build/racecheck/lib compute-sanitizer --tool racecheck --error-exitcode 1 \
+		$(PY) tests/sanitizer.py
 
 clean:
 	rm -rf build mra_attention/*.so *.egg-info $(VENV)

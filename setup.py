@@ -73,6 +73,8 @@ def extension():
         macros = [("MRA_SM90A", None)]
     else:  # Hopper's own kernels are for this architecture alone
         sources = [s for s in sources if "/sm90/" not in s]
+    if os.environ.get("MRA_RACECHECK"):  # see the Makefile: slower, for compute-sanitizer alone
+        macros.append(("MRA_EVERY_LANE_ARRIVES", None))
     return cpp_extension.CUDAExtension(
         "mra_attention._C",
         sorted(sources),

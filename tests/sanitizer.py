@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitizer.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py
 
-It compares nothing (the tests do); it prints how many calls ran. Not collected by pytest.
+racecheck needs a build of its own on Hopper (MRA_RACECHECK=1, docs/kernels.md): `make sanitize`. It
+compares nothing (the tests do); it prints how many calls ran. Not collected by pytest.
 """
 
 import itertools
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE)]
+sys.path.append(str(HERE.parent))  # behind PYTHONPATH
 
 from helpers import Case  # noqa: E402
 

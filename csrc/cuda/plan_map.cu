@@ -142,6 +142,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
     }
     if (p.v_mean != nullptr) {
       const float inverse = weigh_row(p, b, scores, steps, per_row[x], p.lse + list);
+      __syncwarp();  // every lane has read it
       if (lane == 0) per_row[x] = inverse;
     }
   }

@@ -45,14 +45,14 @@ struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
   alignas(16) KeyTile tile[2];
 };
 
-// The keys of a tile and what else its end needs, by one thread.
+// The keys of a tile and what else its end needs, by one warp.
 template <int DP>
 __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s,
                            const KeyTile& at, int turn) {
   const int bytes = p.k_block == nullptr ? 0 : p.D * 4, place = turn % s.kPlaces;
-  s.tile[turn % 2] = at;
+  if (threadIdx.x % 32 == 0) s.tile[turn % 2] = at;
   s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * bytes);
-  if (bytes == 0) return;
+  if (bytes == 0 || threadIdx.x % 32 != 0) return;
   const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * p.D;
   copy_bytes(s.blocks[turn % 2][0], p.k_block + from, bytes, &s.keys_full[place]);
   copy_bytes(s.blocks[turn % 2][1], p.v_block + from, bytes, &s.keys_full[place]);
@@ -70,7 +70,7 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
   for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
     const KeyTile at(p, queue.item);
     if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
-    if (lane == 0) fetch_tile(p, s, at, turn);
+    fetch_tile(p, s, at, turn);
     __syncwarp();
 #pragma unroll 1
     for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
@@ -95,10 +95,8 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
           const int at = 16 * lane & 63,
                     sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
           if (lane < 4) s.first[stage][lane] = sixteen;
-          __syncwarp();
         }
-        if (lane == 0) announce_tile(s, stage);
-        __syncwarp();
+        announce_tile(s, stage);
         if (lane < runs) {
           const float* sums =
               p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
@@ -110,8 +108,7 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
     }
   }
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
-  if (lane != 0) return;
-  s.tile[turn % 2].tiles = -1;
+  if (lane == 0) s.tile[turn % 2].tiles = -1;
   barrier_arrive(&s.keys_full[turn % kPlaces]);
 }
 
@@ -148,13 +145,9 @@ __global__ void __launch_bounds__(256, 2)
     const int tiles = uniform(at.tiles);
     if (tiles < 0) break;
     // Once the gradients of the tile before have left, the place that they took.
-    if (turn > 0 && (!Shared::kEarly || owes) && threadIdx.x == 0) {
-      store_wait();
-      if (Shared::kEarly) {
-        barrier_arrive(&s.empty[(before - 1) % Shared::kStages], 4);
-      } else {
-        barrier_arrive(&s.keys_empty[(turn - 1) % kPlaces]);
-      }
+    if (turn > 0 && (!Shared::kEarly || owes)) {
+      arrive_behind_stores(Shared::kEarly ? &s.empty[(before - 1) % Shared::kStages]
+                                          : &s.keys_empty[(turn - 1) % kPlaces]);
     }
     const float none[2] = {};
     attend_rows<T, DP, false>(dk, dv, s, place, before, tiles, p.scale, p.causal, at.first_key,
@@ -189,11 +182,8 @@ __global__ void __launch_bounds__(256, 2)
         give_panel(p.add, p.grad_v_map, v_out[i], 64 * i, at.first_key, at.hk, at.b);
       }
       store_commit();
-      if (Shared::kEarly && !owes) {
-        store_wait();
-        barrier_arrive(&s.keys_empty[place], 4);
-      }
     }
+    if (Shared::kEarly && !owes) arrive_behind_stores(&s.keys_empty[place]);
   }
   if (threadIdx.x == 0) store_wait();
 #endif

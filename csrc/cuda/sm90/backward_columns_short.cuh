@@ -68,11 +68,11 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
       at.tiles += list_of_head(h).count << log2_tiles;
     }
     if (turn >= 2) barrier_wait(&s.keys_empty[slot], turn / 2 - 1 & 1);
+    uint64_t* full = &s.keys_full[slot];
+    const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
+    if (lane == 0) s.block(slot) = at;
+    barrier_expect(full, 2 * 32 * DP * 2 + 2 * bytes);
     if (lane == 0) {
-      uint64_t* full = &s.keys_full[slot];
-      const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
-      s.block(slot) = at;
-      barrier_expect(full, 2 * 32 * DP * 2 + 2 * bytes);
       for (int i = 0; i < DP / 64; ++i) {
         copy_panel(s.k[slot][i], p.k_map, full, 64 * i, at.block * 32, at.hk, at.b);
         copy_panel(s.v[slot][i], p.v_map, full, 64 * i, at.block * 32, at.hk, at.b);
@@ -103,10 +103,10 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
         }
         const int stage = fetched % kStages;
         if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
+        uint64_t* full = &s.full[stage];
+        if (lane == 0) s.first[stage] = first;
+        barrier_expect(full, 2 * 32 * DP * 2 + sizeof(s.sums[0]));
         if (lane == 0) {
-          uint64_t* full = &s.full[stage];
-          s.first[stage] = first;
-          barrier_expect(full, 2 * 32 * DP * 2 + sizeof(s.sums[0]));
           for (int i = 0; i < DP / 64; ++i) {
             copy_panel(s.q[stage][i], p.q_map, full, 64 * i, first, h, at.b);
             copy_panel(s.grad_out[stage][i], p.grad_out_map, full, 64 * i, first, h, at.b);
@@ -119,8 +119,7 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
     }
   }
   if (turn >= 2) barrier_wait(&s.keys_empty[turn % 2], turn / 2 - 1 & 1);
-  if (lane != 0) return;
-  s.block(turn % 2).tiles = -1;
+  if (lane == 0) s.block(turn % 2).tiles = -1;
   barrier_arrive(&s.keys_full[turn % 2]);
 }
 
@@ -160,8 +159,8 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     const KeyBlock at = s.block(slot);
     if (at.tiles < 0) break;
     // The place of the block before is given back once its gradients have left.
-    if (turn > 0 && first_lane) {
-      store_wait();
+    if (turn > 0) {
+      if (first_lane) store_wait();
       barrier_arrive(&s.keys_empty[slot ^ 1]);
     }
     float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
@@ -188,8 +187,7 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
       }
       multiply_pn<T>(dv, c, s.grad_out[stage], lane);
       multiply_pn<T>(dk, ds, s.q[stage], lane);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&s.empty[stage]);
+      barrier_arrive(&s.empty[stage]);
     }
 
     bool live[2];

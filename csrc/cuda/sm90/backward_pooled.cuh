@@ -45,7 +45,7 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
                            const PooledTile& at) {
   constexpr int kStages = ColumnsShared<DP>::kStages;
   const int lane = threadIdx.x % 32, all = at.group * at.tiles;
-  if (lane == 0) s.fetch_keys(0, p.k_map, p.v_map, at.first_key, at.hk, at.b);
+  s.fetch_keys(0, p.k_map, p.v_map, at.first_key, at.hk, at.b);
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < all; ++i) {
@@ -54,12 +54,11 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
     const int window = i / 32 % 2;
     if (i % 32 == 0) barrier_wait(&s.window_full[window], i / 64 & 1);
     const uint4 unseen = s.windows[window][i % 32];
-    __syncwarp();
-    if (i % 32 == 31 && lane == 0) barrier_arrive(&s.window_empty[window]);
+    if (i % 32 == 31) barrier_arrive(&s.window_empty[window]);
     if (i >= kStages) barrier_wait(&s.empty[stage], i / kStages - 1 & 1);
+    if (lane == 0) *reinterpret_cast<uint4*>(s.unseen[stage]) = unseen;
+    announce_tile(s, stage);
     if (lane == 0) {
-      *reinterpret_cast<uint4*>(s.unseen[stage]) = unseen;
-      announce_tile(s, stage);
       fetch_run(s, p.q_map, p.grad_out_map, p.pooled_sums + head * sum_chunks(p.rows) * 64, stage,
                 0, 64, row, h, at.b);
     }
@@ -113,8 +112,7 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
     s.windows[window][lane] =
         make_uint4(static_cast<uint32_t>(unseen[0]), static_cast<uint32_t>(unseen[0] >> 32),
                    static_cast<uint32_t>(unseen[1]), static_cast<uint32_t>(unseen[1] >> 32));
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.window_full[window]);
+    barrier_arrive(&s.window_full[window]);
   }
 }
 

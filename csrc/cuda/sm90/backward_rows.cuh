@@ -33,10 +33,10 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   Shared& s = aligned<Shared>(raw);
   auto& ring = s.ring;
 
-  // The only place for rows is given back, by every warp, with the last scores; their gradient then
-  // leaves through the place of the last values.
+  // The only place for rows is given back with the last scores; their gradient then leaves through
+  // the place of the last values.
   constexpr bool kEarly = kPlaces == 1;
-  if (threadIdx.x == 0) s.init(kEarly ? 4 : 1);
+  if (threadIdx.x == 0) s.init();
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
@@ -46,7 +46,6 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 
   take_registers<DP == 64 ? 184 : 200>();
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
-  const bool first_lane = threadIdx.x % 32 == 0;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
   bool owes = false;         // the place of the last values
 #pragma unroll 1
@@ -95,8 +94,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
-      __syncwarp();
-      if (first_lane) barrier_arrive(kEarly && last ? &s.rows_empty[0] : &ring.v_empty[stage]);
+      barrier_arrive(kEarly && last ? &s.rows_empty[0] : &ring.v_empty[stage]);
       const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -109,13 +107,9 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     };
     // Once the gradient of the tile before has left, the place that it took.
     auto give_back = [&] {
-      if (turn == 0 || (kEarly && !owes) || threadIdx.x != 0) return;
-      store_wait();
-      if (kEarly) {
-        barrier_arrive(&ring.v_empty[(before - 1) % kStages], 4);
-      } else {
-        barrier_arrive(&s.rows_empty[(turn - 1) % kPlaces]);
-      }
+      if (turn == 0 || (kEarly && !owes)) return;
+      arrive_behind_stores(kEarly ? &ring.v_empty[(before - 1) % kStages]
+                                  : &s.rows_empty[(turn - 1) % kPlaces]);
     };
 
     if (tiles == 0) give_back();
@@ -129,16 +123,14 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         start_gradient(tile);
         start_scores(tile + 1);
         wgmma_wait<1>();
-        __syncwarp();
-        if (first_lane) barrier_arrive(&ring.k_empty[(before + tile) % kStages]);
+        barrier_arrive(&ring.k_empty[(before + tile) % kStages]);
       }
       wgmma_wait<0>();
       differentiate(tiles - 1, true);
       start_gradient(tiles - 1);
       wgmma_wait<0>();
       pin(acc);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.k_empty[(before + tiles - 1) % kStages]);
+      barrier_arrive(&ring.k_empty[(before + tiles - 1) % kStages]);
       before += tiles;
     }
 
@@ -165,11 +157,8 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         give_panel(p.add, p.grad_q_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
       store_commit();
-      if (kEarly && !owes) {
-        store_wait();
-        barrier_arrive(&s.rows_empty[0], 4);
-      }
     }
+    if (kEarly && !owes) arrive_behind_stores(&s.rows_empty[0]);
   }
   if (threadIdx.x == 0) store_wait();
 #endif

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
   extern __shared__ char raw[];
   auto& s = aligned<BackwardRowsShortShared<DP>>(raw);
   auto& ring = s.ring;
-  if (threadIdx.x == 0) s.init(2);
+  if (threadIdx.x == 0) s.init();
   __syncthreads();
   if (warp_index() == 2) {
     s.fetch_ahead(p);
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       }
     }
     // The place of the block before is given back once its gradient has left.
-    if (turn > 0 && first_lane) {
-      store_wait();
+    if (turn > 0) {
+      if (first_lane) store_wait();
       barrier_arrive(&s.rows_empty[slot ^ 1]);
     }
     float acc[DP / 8][4] = {};
@@ -75,8 +75,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       }
       barrier_wait(&ring.v_full[stage], phase);
       multiply_nt<T>(ds, s.grad_out[slot], row, ring.v[stage], lane);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.v_empty[stage]);
+      barrier_arrive(&ring.v_empty[stage]);
       const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
         }
       }
       multiply_pn<T>(acc, ds, ring.k[stage], lane);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.k_empty[stage]);
+      barrier_arrive(&ring.k_empty[stage]);
     }
 
     const float scale[2] = {p.scale, p.scale};

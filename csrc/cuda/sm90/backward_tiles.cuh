@@ -46,11 +46,11 @@ struct BackwardRowsTiles {
   uint64_t rows_full[kPlaces], rows_empty[kPlaces];
   uint32_t bitmap[1];
 
-  // By one thread. `givers` give a place back.
-  __device__ void init(int givers) {
+  // By one thread.
+  __device__ void init() {
     for (int i = 0; i < kPlaces; ++i) {
       barrier_init(&rows_full[i], 1);
-      barrier_init(&rows_empty[i], givers);
+      barrier_init(&rows_empty[i], kWarps);
     }
     ring.init();
     barrier_init_done();
@@ -65,9 +65,11 @@ struct BackwardRowsTiles {
       if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
       if (producer.lane == 0) {
         work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
-        constexpr int kSums = sizeof(sums[0]);
-        const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
-        barrier_expect(full, 2 * kRows * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
+      }
+      constexpr int kSums = sizeof(sums[0]);
+      const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;
+      barrier_expect(full, 2 * kRows * DP * 2 + (pooled ? 2 : 1) * kSums + (block ? p.D * 4 : 0));
+      if (producer.lane == 0) {
         for (int i = 0; i < DP / 64; ++i) {
           copy_panel(q[place][i], p.q_map, full, 64 * i, at.first_row, at.h, at.b);
           copy_panel(grad_out[place][i], p.grad_out_map, full, 64 * i, at.first_row, at.h, at.b);
@@ -82,8 +84,7 @@ struct BackwardRowsTiles {
     const auto end = [&](int turn) {
       const int place = turn % kPlaces;
       if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
-      if (producer.lane != 0) return;
-      work[place].rows = 0;
+      if (producer.lane == 0) work[place].rows = 0;
       barrier_arrive(&rows_full[place]);
     };
     const auto fetch_last = [] {};

@@ -13,8 +13,8 @@ template <int DP, int kKeyPlaces = 1>
 struct ColumnsShared {
   static constexpr int kPlaces = kKeyPlaces, kPanels = DP / 64;
   static constexpr int kStages = DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
-  // The only place for keys is given back, by every warp, with the last scores; their gradients
-  // then leave through the place of the last rows.
+  // The only place for keys is given back with the last scores; their gradients then leave through
+  // the place of the last rows.
   static constexpr bool kEarly = kPlaces == 1;
   uint16_t k[kPlaces][kPanels][64][64], v[kPlaces][kPanels][64][64];
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
@@ -27,7 +27,7 @@ struct ColumnsShared {
   __device__ void init() {
     for (int i = 0; i < kPlaces; ++i) {
       barrier_init(&keys_full[i], 1);
-      barrier_init(&keys_empty[i], kEarly ? 4 : 1);
+      barrier_init(&keys_empty[i], 4);
     }
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&full[i], 1);
@@ -35,11 +35,12 @@ struct ColumnsShared {
     }
   }
 
-  // By one thread: the 64 keys and values from `first` on of head h of batch b, and `more` bytes
+  // By one warp: the 64 keys and values from `first` on of head h of batch b, and `more` bytes
   // that it copies itself.
   __device__ void fetch_keys(int place, const CUtensorMap& k_map, const CUtensorMap& v_map,
                              int first, int h, int b, int more = 0) {
     barrier_expect(&keys_full[place], 2 * 64 * DP * 2 + more);
+    if (threadIdx.x % 32 != 0) return;
     for (int i = 0; i < kPanels; ++i) {
       copy_panel(k[place][i], k_map, &keys_full[place], 64 * i, first, h, b);
       copy_panel(v[place][i], v_map, &keys_full[place], 64 * i, first, h, b);
@@ -47,7 +48,7 @@ struct ColumnsShared {
   }
 };
 
-// By one thread, that what belongs to a tile is written and its copies follow.
+// By one warp: what belongs to a tile is written, and its copies follow.
 template <int DP, int kPlaces>
 __device__ __forceinline__ void announce_tile(ColumnsShared<DP, kPlaces>& s, int stage) {
   barrier_expect(&s.full[stage], 2 * 64 * DP * 2 + sizeof(s.sums[0]));
@@ -131,10 +132,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
 
     wgmma_wait<1>();
     pin(ds);
-    if (last) {
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.keys_empty[place]);
-    }
+    if (last) barrier_arrive(&s.keys_empty[place]);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float2 d =
@@ -155,8 +153,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     wgmma_wait<0>();
     pin(dv);
     pin(dk);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0 && !last) barrier_arrive(&s.empty[stage]);
+    if (!last) barrier_arrive(&s.empty[stage]);
   }
 }
 

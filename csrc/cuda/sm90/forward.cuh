@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
-  if (threadIdx.x == 0) s.init(1);
+  if (threadIdx.x == 0) s.init();
   __syncthreads();
   if (warp_index() == 4) {
     s.fetch_ahead(p);
@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     OnlineSoftmax<T, DP> softmax;
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
                   p.D);
-    const bool first_lane = threadIdx.x % 32 == 0;
     float c[kKeys / 8][4];
     uint32_t weights[kKeys / 16][4];
     auto start_scores = [&](int tile) {
@@ -74,17 +73,14 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.k_empty[stage]);
+      barrier_arrive(&ring.k_empty[stage]);
       const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
       return grown;
     };
     // The place of the tile before is given back once its output has left.
     auto give_back = [&] {
-      if (turn == 0 || threadIdx.x != 0) return;
-      store_wait();
-      barrier_arrive(&s.q_empty[slot ^ 1]);
+      if (turn > 0) arrive_behind_stores(&s.q_empty[slot ^ 1]);
     };
     if (tiles == 0) give_back();
     if (tiles > 0) {
@@ -105,16 +101,14 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
         const bool grown = weigh(tile, factor);
         wgmma_wait<0>();
         pin(softmax.acc);
-        __syncwarp();
-        if (first_lane) barrier_arrive(&ring.v_empty[(before + tile - 1) % kStages]);
+        barrier_arrive(&ring.v_empty[(before + tile - 1) % kStages]);
         if (grown) softmax.rescale(factor);
         pack<T>(weights, c);
       }
       start_values(tiles - 1);
       wgmma_wait<0>();
       pin(softmax.acc);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.v_empty[(before + tiles - 1) % kStages]);
+      barrier_arrive(&ring.v_empty[(before + tiles - 1) % kStages]);
       before += tiles;
     }
     float share[2];

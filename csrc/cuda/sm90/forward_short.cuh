@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   extern __shared__ char raw[];
   auto& s = aligned<ForwardShortShared<DP>>(raw);
   auto& ring = s.ring;
-  if (threadIdx.x == 0) s.init(2);
+  if (threadIdx.x == 0) s.init();
   __syncthreads();
   if (warp_index() == 2) {
     s.fetch_ahead(p);
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
                   p.D);
     // The place of the block before is given back once its output has left.
-    if (turn > 0 && first_lane) {
-      store_wait();
+    if (turn > 0) {
+      if (first_lane) store_wait();
       barrier_arrive(&s.q_empty[slot ^ 1]);
     }
 #pragma unroll 1
@@ -64,14 +64,12 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
         ring.to_logits(c, stage, scale, p.causal, at.first_row + row + g);
         scale = 1.f;
       }
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.k_empty[stage]);
+      barrier_arrive(&ring.k_empty[stage]);
       softmax.update(c, scale);
       if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
-      __syncwarp();
-      if (first_lane) barrier_arrive(&ring.v_empty[stage]);
+      barrier_arrive(&ring.v_empty[stage]);
     }
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + row, at.rows - row, share);
@@ -84,7 +82,8 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
         at_tile += DP / 64;
       }
     }
-    // Out through the place of the queries, which are in registers.
+    // Out through the place of the queries, of which each warp has read its own.
+    __syncwarp();
     place_rows<T>(s.q[slot], row, softmax.acc);
     fence_for_copies();
     __syncwarp();

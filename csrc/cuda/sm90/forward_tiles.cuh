@@ -44,11 +44,11 @@ struct ForwardTiles {
   uint64_t q_full[2], q_empty[2];
   uint32_t bitmap[1];
 
-  // By one thread. `givers` give a place back.
-  __device__ void init(int givers) {
+  // By one thread.
+  __device__ void init() {
     for (int i = 0; i < 2; ++i) {
       barrier_init(&q_full[i], 1);
-      barrier_init(&q_empty[i], givers);
+      barrier_init(&q_empty[i], kWarps);
     }
     ring.init();
     barrier_init_done();
@@ -72,7 +72,9 @@ struct ForwardTiles {
                       at.pooled_tiles,
                       at.tiles,
                       state ? p.state_lse[at.list_at] : 0.f};
-        barrier_expect(&q_full[slot], kRows * DP * 2 + (state ? p.D * 4 : 0));
+      }
+      barrier_expect(&q_full[slot], kRows * DP * 2 + (state ? p.D * 4 : 0));
+      if (producer.lane == 0) {
         for (int i = 0; i < DP / 64; ++i) {
           copy_panel(q[slot][i], p.q_map, &q_full[slot], 64 * i, at.first_row, at.h, at.b);
         }
@@ -85,8 +87,7 @@ struct ForwardTiles {
     const auto end = [&](int turn) {
       const int slot = turn % 2;
       if (turn >= 2) barrier_wait(&q_empty[slot], turn / 2 - 1 & 1);
-      if (producer.lane != 0) return;
-      work[slot].rows = 0;
+      if (producer.lane == 0) work[slot].rows = 0;
       barrier_arrive(&q_full[slot]);
     };
     producer.template run_all<2>(p, fetch_rows, fetch_last, end);
@@ -112,8 +113,6 @@ __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const f
     if (kPanels > 1 || !values) barrier_wait(&ring.k_full[stage], phase);
     if (kPanels > 1 || values) barrier_wait(&ring.v_full[stage], phase);
     multiply(x, values ? ring.v[stage] : ring.k[stage], ring.v[stage]);
-    __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
     if (kPanels > 1 || which == 0) barrier_arrive(&ring.k_empty[stage]);
     if (kPanels > 1 || which == 1) barrier_arrive(&ring.v_empty[stage]);
   };

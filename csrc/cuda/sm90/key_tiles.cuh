@@ -50,7 +50,9 @@ struct KeyTiles {
       if (lane == 0) {
         valid[stage][0] = bits[0];
         valid[stage][1] = bits[1];
-        barrier_expect(&full[stage], 2 * 64 * DP * 2);
+      }
+      barrier_expect(&full[stage], 2 * 64 * DP * 2);
+      if (lane == 0) {
         for (int i = 0; i < kPanels; ++i) {
           copy_panel(x[stage][0][i], k_map, &full[stage], 64 * i, key, h, b);
           copy_panel(x[stage][1][i], v_map, &full[stage], 64 * i, key, h, b);

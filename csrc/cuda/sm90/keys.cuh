@@ -215,9 +215,9 @@ struct KeyProducer {
       if (fetched >= kStages)
         barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
       const int stage = fetched % kStages, row = (kPanels - 1 - i) * DP;
+      barrier_expect(&s.k_full[stage], kKeys * DP * 2);
+      barrier_expect(&s.v_full[stage], kKeys * DP * 2);
       if (lane == 0) {
-        barrier_expect(&s.k_full[stage], kKeys * DP * 2);
-        barrier_expect(&s.v_full[stage], kKeys * DP * 2);
         for (int r = 0; r < DP; r += 64) {
           if (kPanels == 1) {
             copy_panel(s.k[stage], map, &s.k_full[stage], 0, DP, at.hk, at.b);
@@ -244,9 +244,7 @@ struct KeyProducer {
                         int from) {
     const int stage = fetched % kStages;
     auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
-      __syncwarp();
-      if (lane == 0) barrier_expect(full, kKeys * DP * 2);
-      __syncwarp();
+      barrier_expect(full, kKeys * DP * 2);
       if (lane >= copies) return;
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {

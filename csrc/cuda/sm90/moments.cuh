@@ -52,7 +52,6 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   if constexpr (DP > 64) take_registers<240>();
 
   const int group = uniform(threadIdx.x / 128);
-  const bool first_lane = threadIdx.x % 32 == 0;
   float moment[8 * kPanels][4], sigma[8 * kPanels][4];
   const BlockMeans means{p.k_mean,    p.v_mean, p.k_rounded, p.v_rounded,
                          p.key_count, p.Hk,     p.nk,        p.D};
@@ -77,8 +76,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   for (int tile = 1; tile < tiles; ++tile) {
     prepare(tile);
     wgmma_wait<0>();
-    __syncwarp();
-    if (first_lane) barrier_arrive(&s.empty[(tile - 1) % kStages]);
+    barrier_arrive(&s.empty[(tile - 1) % kStages]);
     multiply(tile, true);
   }
   wgmma_wait<0>();

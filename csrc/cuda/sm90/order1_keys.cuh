@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
   if (warp_index() >= 4 * kGroups) {
     if constexpr (DP > 64) give_registers<40>();
     if (warp_index() > 4 * kGroups) return;
+    barrier_expect(&s.matrices_full, 2 * DP * DP * 2);
     if (threadIdx.x % 32 == 0) {
-      barrier_expect(&s.matrices_full, 2 * DP * DP * 2);
       copy_matrices<DP>(s.matrices, p.matrices_map, &s.matrices_full, h, b);
     }
     __syncwarp();
@@ -89,10 +89,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     wgmma_commit();
     // The place of the tile before is given back once its gradients have left.
     if (leader) store_wait();
-    __syncwarp();
-    if (tile >= kGroups && threadIdx.x % 32 == 0) {
-      barrier_arrive(&keys.empty[(tile - kGroups) % kStages]);
-    }
+    if (tile >= kGroups) barrier_arrive(&keys.empty[(tile - kGroups) % kStages]);
     wgmma_wait<0>();
     pin(dk);
     pin(dv);

@@ -43,14 +43,15 @@ template <int DP>
 __device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP>& s, int b, int h,
                            int first, int tiles) {
   constexpr int kStages = Order1RowsShared<DP>::kStages, kPanels = DP / 64;
-  if (threadIdx.x % 32 != 0) return;
+  const bool first_lane = threadIdx.x % 32 == 0;
   barrier_expect(&s.moments_full, 2 * DP * DP * 2);
-  copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
+  if (first_lane) copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int stage = tile % kStages, row = first + 64 * tile;
     if (tile >= kStages) barrier_wait(&s.empty[stage], tile / kStages - 1 & 1);
     barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+    if (!first_lane) continue;
     for (int i = 0; i < kPanels; ++i) {
       copy_panel(s.q[stage][i], p.q_map, &s.full[stage], 64 * i, row, h, b);
       copy_panel(s.grad_out[stage][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, b);
@@ -132,9 +133,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     pin(x);
     pin(w);
     if (tile > 1) {  // the sums of that tile are made, its gradient may still be on its way
-      if (threadIdx.x == 0) store_wait();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&s.empty[(tile - 2) % kStages]);
+      arrive_behind_stores(&s.empty[(tile - 2) % kStages]);
     }
 
     const auto place = [&](uint16_t(&to)[kPanels][64][64], int n, int half) {
