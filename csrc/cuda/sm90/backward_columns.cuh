@@ -66,9 +66,15 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
   const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
   const int group = p.H / p.Hk, log2_rows = __ffs(p.list_rows) - 1;
   int fetched = 0, turn = 0;  // tiles of rows, tiles of keys
+  // Lists of the next tile are looked up while rows of this one are on their way. At D 64 that has
+  // no use, and the consumers would lose their uniform registers to it.
+  constexpr bool kLookAhead = DP > 64;
+  WorkQueue queue(p);
+  KeyTile next(p, queue.item);
 #pragma unroll 1
-  for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
-    const KeyTile at(p, queue.item);
+  for (; queue.has_item(); queue.advance(), ++turn) {
+    const KeyTile at = kLookAhead ? next : KeyTile(p, queue.item);
+    bool looked = !kLookAhead || !queue.has_next();
     if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
     fetch_tile(p, s, at, turn);
     __syncwarp();
@@ -104,8 +110,11 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
         }
         __syncwarp();
         ++fetched;
+        if (!looked) next = KeyTile(p, queue.next);
+        looked = true;
       }
     }
+    if (!looked) next = KeyTile(p, queue.next);
   }
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
   if (lane == 0) s.tile[turn % 2].tiles = -1;
