@@ -9,12 +9,18 @@ namespace {
 
 constexpr int kWarps = 8;
 
-// rowsum(dO * o) - dlse of row `first` + lane, 0 where there is none. Stored as well.
+// Readings of 16 bytes that a lane's part of a row takes.
 template <typename T, int kLanes>
-__device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, int64_t first_row) {
+inline constexpr int kPasses = kLanes == 32 && sizeof(T) == 4 ? 2 : 1;
+
+// rowsum(dO * o) - dlse of row `first` + lane, 0 where there is none. Stored as well. All lanes
+// call with_row(r, u) for row `first` + r, u what the lane has read of its dO, pass by pass.
+template <typename T, int kLanes, typename WithRow>
+__device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, int64_t first_row,
+                                           const WithRow& with_row) {
   constexpr int kRows = 32 / kLanes;
   constexpr int kBatch = kLanes < 4 ? kLanes : 4;  // rows in flight for each lane
-  constexpr int kPasses = kLanes == 32 && sizeof(T) == 4 ? 2 : 1;
+  constexpr int kPasses = mra::cuda::kPasses<T, kLanes>;
   const int lane = threadIdx.x % 32, row_lane = lane / kLanes;
   const int64_t first = first_row + row_lane;
   const int chunks = p.D / kVec<T>;
@@ -49,6 +55,7 @@ __device__ __forceinline__ float row_delta(const DeltaParams& p, int b, int h, i
         unpack16<T>(y[j], v);
 #pragma unroll
         for (int e = 0; e < kVec<T>; ++e) sum[j] += u[e] * v[e];
+        with_row((k + j) * kRows + row_lane, pass, u);
       }
     }
     grad += kBatch * kRows * p.grad_stride.l;
@@ -82,88 +89,121 @@ __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams
   if (unit >= int64_t{p.B} * p.H * tiles) return;  // whole warps leave
   const int h = static_cast<int>(unit) % p.H;
   const int tile = static_cast<int>(unit) / p.H % tiles;
-  row_delta<T, kLanes>(p, static_cast<int>(unit) / p.H / tiles, h, int64_t{tile} * 32);
+  row_delta<T, kLanes>(p, static_cast<int>(unit) / p.H / tiles, h, int64_t{tile} * 32,
+                       [](int, int, const auto&) {});
 }
 
-// Of one query block, by one warp: M = min lse over rows that have weight (lse > -inf), then the
-// sums of dO and delta weighted by exp(M - lse), at most 1 each. delta(g): that of row 32 g + lane.
-template <typename T, int kLanes, typename Delta>
-__device__ __forceinline__ void sum_block(const BlockRowsParams& p, int64_t unit, int b, int h,
-                                          int x, const Delta& delta_of) {
-  const int lane = threadIdx.x % 32;
-  const int64_t head = int64_t{b} * p.H + h, first = int64_t{x} * p.block;
+// The rows of a query block as a warp has them: row 32 g + lane.
+struct BlockWeights {
+  float lowest;                // M = min lse over rows that have weight (lse > -inf)
+  uint32_t live[kBlockWords];  // those rows, one bit each
+  float weight[kBlockWords];   // exp(M - lse), at most 1; 0 for other rows
 
-  uint32_t live[kBlockWords];
-  float weight[kBlockWords];  // of row 32 g + lane; holds lse until the minimum is known
-  float lowest = INFINITY;
+  // head: of all heads; first: row of it.
+  __device__ __forceinline__ BlockWeights(const BlockRowsParams& p, int64_t head, int64_t first) {
+    const int lane = threadIdx.x % 32;
+    lowest = INFINITY;
 #pragma unroll
-  for (int g = 0; g < kBlockWords; ++g) {
-    const int r = g * 32 + lane;
-    const bool inside = r < p.block && first + r < p.N;
-    weight[g] = inside ? p.lse[head * p.N + first + r] : -INFINITY;
-    live[g] = __ballot_sync(kFullWarp, inside && weight[g] != -INFINITY);
-    if (live[g] >> lane & 1) lowest = fminf(lowest, weight[g]);
-  }
+    for (int g = 0; g < kBlockWords; ++g) {
+      const int r = g * 32 + lane;
+      const bool inside = r < p.block && first + r < p.N;
+      weight[g] = inside ? p.lse[head * p.N + first + r] : -INFINITY;
+      live[g] = __ballot_sync(kFullWarp, inside && weight[g] != -INFINITY);
+      if (live[g] >> lane & 1) lowest = fminf(lowest, weight[g]);
+    }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    lowest = fminf(lowest, __shfl_xor_sync(kFullWarp, lowest, step));
+    for (int step = 16; step > 0; step /= 2) {
+      lowest = fminf(lowest, __shfl_xor_sync(kFullWarp, lowest, step));
+    }
+#pragma unroll
+    for (int g = 0; g < kBlockWords; ++g) {
+      weight[g] = live[g] >> lane & 1 ? expf(lowest - weight[g]) : 0.f;
+    }
   }
 
-  float delta = 0.f;
+  // M and the weighted sum of delta of block `unit`, of which this lane has a part.
+  __device__ __forceinline__ void store(const BlockRowsParams& p, int64_t unit, float delta) const {
 #pragma unroll
-  for (int g = 0; g < kBlockWords; ++g) {
-    const bool mine = live[g] >> lane & 1;
-    weight[g] = mine ? expf(lowest - weight[g]) : 0.f;
-    if (mine) delta += weight[g] * delta_of(g);
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    delta += __shfl_xor_sync(kFullWarp, delta, step);
-  }
-  if (lane == 0) {
+    for (int step = 16; step > 0; step /= 2) delta += __shfl_xor_sync(kFullWarp, delta, step);
+    if (threadIdx.x % 32 != 0) return;
     p.block_lse[unit] = lowest;
     p.block_delta[unit] = delta;
   }
+};
 
-  const T* rows = static_cast<const T*>(p.grad_out) + b * p.grad_stride.b + h * p.grad_stride.h +
-                  first * p.grad_stride.l;
+// The sums of dO and delta of one query block, weighted, by one warp.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
+  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
+  const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = int64_t{x} * p.block;
+  const BlockWeights rows(p, head, first);
+  float delta = 0.f;
+#pragma unroll
+  for (int g = 0; g < kBlockWords; ++g) {
+    if (rows.live[g] >> lane & 1) {
+      delta += rows.weight[g] * p.delta[int64_t{head} * p.N + first + 32 * g + lane];
+    }
+  }
+  rows.store(p, unit, delta);
+
+  const T* from = static_cast<const T*>(p.grad_out) + head / p.H * p.grad_stride.b +
+                  head % p.H * p.grad_stride.h + first * p.grad_stride.l;
   const int chunks = p.D / kVec<T>;
   for (int c = 0; c < chunks; c += kLanes) {
     const int chunk = c + lane % kLanes;
     float sum[kVec<T>];
     block_sum<T, kLanes>(
-        rows, p.grad_stride.l, live, chunk, chunks,
-        [&](int g, int r) { return __shfl_sync(kFullWarp, weight[g], r); }, sum);
+        from, p.grad_stride.l, rows.live, chunk, chunks,
+        [&](int g, int r) { return __shfl_sync(kFullWarp, rows.weight[g], r); }, sum);
     if (lane < kLanes && chunk < chunks) {
       store_values<kVec<T>>(p.block_grad + unit * p.D + chunk * kVec<T>, sum);
     }
   }
 }
 
-// One warp per query block.
+// Both for one query block, from one reading of dO.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 4) block_rows_kernel(const BlockRowsParams p) {
-  const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
-  const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
-  const float* delta = p.delta + int64_t{head} * p.N + int64_t{x} * p.block + threadIdx.x % 32;
-  sum_block<T, kLanes>(p, unit, head / p.H, head % p.H, x, [&](int g) { return delta[32 * g]; });
-}
-
-// Both for one query block: the second reading of dO comes out of the cache.
-template <typename T, int kLanes>
-__global__ void __launch_bounds__(kWarps * 32, 4)
+__global__ void __launch_bounds__(kWarps * 32, 3)
     delta_and_block_rows_kernel(const DeltaParams d, const BlockRowsParams p) {
+  constexpr int kPasses = mra::cuda::kPasses<T, kLanes>;
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.nq) return;  // whole warps leave
   const int x = static_cast<int>(unit) % p.nq, head = static_cast<int>(unit) / p.nq;
-  const int b = head / p.H, h = head % p.H;
-  float delta[kBlockWords];
+  const int lane = threadIdx.x % 32, chunks = p.D / kVec<T>;
+  const int64_t first = int64_t{x} * p.block;
+  const BlockWeights rows(p, head, first);
+
+  float sum[kPasses][kVec<T>] = {}, delta = 0.f;
 #pragma unroll
   for (int g = 0; g < kBlockWords; ++g) {
-    if (32 * g < p.block) delta[g] = row_delta<T, kLanes>(d, b, h, int64_t{x} * p.block + 32 * g);
+    if (32 * g >= p.block) break;
+    const float mine = row_delta<T, kLanes>(
+        d, head / p.H, head % p.H, first + 32 * g, [&](int r, int pass, const auto& u) {
+          const float weight = __shfl_sync(kFullWarp, rows.weight[g], r);
+          if (weight == 0.f) return;  // what such a row holds (NaN perhaps) stays out
+#pragma unroll
+          for (int e = 0; e < kVec<T>; ++e) sum[pass][e] += weight * u[e];
+        });
+    if (rows.live[g] >> lane & 1) delta += rows.weight[g] * mine;
   }
-  sum_block<T, kLanes>(p, unit, b, h, x, [&](int g) { return delta[g]; });
+  rows.store(p, unit, delta);
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+    for (int step = kLanes; step < 32; step *= 2) {
+#pragma unroll
+      for (int e = 0; e < kVec<T>; ++e) {
+        sum[pass][e] += __shfl_xor_sync(kFullWarp, sum[pass][e], step);
+      }
+    }
+    const int chunk = lane % kLanes + pass * kLanes;
+    if (lane < kLanes && chunk < chunks) {
+      store_values<kVec<T>>(p.block_grad + unit * p.D + chunk * kVec<T>, sum[pass]);
+    }
+  }
 }
 
 __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {

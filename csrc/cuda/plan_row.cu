@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     if constexpr (kSteps > 0) {
       if (p.v_mean != nullptr) {
         __syncthreads();
-        mean_of_values<kRows / 16, (kSteps > 1 ? 8 : 4)>(
+        mean_of_values<kRows / 16, (kSteps >= 32 ? 16 : kSteps > 1 ? 8 : 4)>(
             p, b, h, x0, reinterpret_cast<const float*>(keys), pitch, inverse, rows,
             past_blocks(p, x0 + rows - 1), ring);
       }
