@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import BEST, CUDA_DTYPES, DEVICE_DTYPES, Case
+from helpers import BEST, CUDA_DTYPES, DEVICE_DTYPES, Case, assert_same_bits
 
 import mra_attention as mra
 
@@ -43,6 +43,20 @@ def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
             device, dtype, block_size=block, D=D, coarse=coarse, order=order, masks="both", N=333,
             M=777, spread=0.5,
         ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [64, 32, (64, 32), (32, 64)])
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("selection", ["row", "global"])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
+def test_more_blocks_than_the_device_holds(device, dtype, selection, D, block):
+    """Blocks of threads take several tiles of rows or keys each, the later ones from a queue."""
+    for coarse, order in [("none", 0), ("block", 0), ("row", 1)]:
+        case = Case(
+            device, dtype, block_size=block, D=D, coarse=coarse, order=order, selection=selection,
+            B=4, H=8, Hk=8, N=2048, M=2048, density=1 / 16, spread=1.0,
+        )  # fmt: skip
+        assert_same_bits(case.check(), case.ours())
 
 
 @pytest.mark.parametrize("masks", ["key", "query", "padding"])

@@ -147,6 +147,29 @@ def test_first_order_term_is_first_order(device, dtype, coarse):
     assert error[1] < 0.3 * error[0]
 
 
+@pytest.mark.gpu
+def test_block_gradients_of_more_queries_a_key_head_than_fit():
+    """16 heads of 6063 query blocks share a key head: too many bits of selected pairs for the
+    shared memory of one block of threads. With the keys repeated they fit."""
+    g = torch.Generator("cuda").manual_seed(new_seed())
+    N, options = 194_001, {"block_size": 32, "blocks_per_row": 2, "coarse": "block", "order": 0}
+    q, k, v, grad_out = (
+        torch.randn(1, H, N, 16, generator=g, device="cuda").bfloat16() for H in (16, 1, 1, 16)
+    )
+
+    def run(k, v):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = mra.mra_attention(*inputs, **options)
+        return out, *torch.autograd.grad(out, inputs, grad_out)
+
+    out, dq, dk, dv = run(k, v)
+    *same, dk_each, dv_each = run(*(t.expand(-1, 16, -1, -1).contiguous() for t in (k, v)))
+    eps = torch.finfo(torch.bfloat16).eps
+    for got, expected in ((out, same[0]), (dq, same[1]), (dk, dk_each.double().sum(1, True)),
+                          (dv, dv_each.double().sum(1, True))):  # fmt: skip
+        assert relative_error(got, expected) <= eps
+
+
 @pytest.mark.parametrize("coarse", ["block", "row"])
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_coarse_part_helps(device, dtype, coarse):

@@ -54,10 +54,12 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
     const int column = chunk < chunks && lane < kLanes * kVec<T>
                            ? chunk * kVec<T> + first_kept<kVec<T>, kLanes>()
                            : -1;
-    float sum[kVec<T>] = {};
+    float sum[kVec<T>] = {}, before[kVec<T>] = {};  // of 32 rows, of those of the block before
     int count = 0;
     const auto finish = [&](int y) {
       constexpr int kKept = kept<kVec<T>, kLanes>;
+#pragma unroll
+      for (int e = 0; e < kVec<T>; ++e) sum[e] += before[e];
       scatter_sums<kLanes>(sum);
 #pragma unroll
       for (int e = 0; e < kKept; ++e) sum[e] /= static_cast<float>(max(count, 1));
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
         if (c == 0 && count_at >= 0) t.count[count_at + y] = count;
       }
 #pragma unroll
-      for (int e = 0; e < kVec<T>; ++e) sum[e] = 0.f;
+      for (int e = 0; e < kVec<T>; ++e) sum[e] = before[e] = 0.f;
       count = 0;
     };
 #pragma unroll 1
@@ -88,7 +90,15 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
           sum);
       // The last row of these 32 that is in the window tells which block it is.
       const int last = min(32 * g + 31, window - 1), y = last >> t.log2_block;
-      if (last + 1 == (y + 1) << t.log2_block || last + 1 >= rows) finish(y);
+      if (last + 1 == (y + 1) << t.log2_block || last + 1 >= rows) {
+        finish(y);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < kVec<T>; ++e) {
+        before[e] += sum[e];
+        sum[e] = 0.f;
+      }
     }
   }
 }
