@@ -25,7 +25,7 @@ STAGES = ("pool", "plan", "coarse", "fine", "order1", "whole")
 # names tells. Those of order 1 are known by what they take.
 KERNELS = {
     "pool": "pool moments round_pooled",
-    "plan": "plan_row plan_map global_scores global_select plan_transpose",
+    "plan": "plan_row plan_stream plan_map global_scores global_select plan_transpose",
     "coarse": "delta_and_block_rows block_rows coarse_backward share_sums backward_pooled",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_columns backward_columns_short",

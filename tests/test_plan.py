@@ -114,6 +114,38 @@ def test_selection_is_a_top_m_within_rounding(device, dtype, is_causal, selectio
             assert (chosen - best).abs().max() <= tolerance, (case.seed, block, masks)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_long_rows(device, dtype, masks):
+    """More key blocks than are looked at in one go: exact, ties included."""
+    seed = new_seed()
+    for M in (16 * 1025, 16 * 2600 + 8):
+        for m in (1, 16, 100, 256, 300):
+            for forced in ({}, {"first_blocks": 2}):
+                *inputs, options = integer_case(
+                    device, dtype, seed, M=M, masks=masks, block_size=(32, 16), blocks_per_row=m,
+                    **forced,
+                )  # fmt: skip
+                plan = mra.make_plan(*inputs, **options).to_dense()
+                assert torch.equal(plan, reference_plan(*inputs, options)[0]), (seed, M, m, forced)
+
+
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_long_rows_in_the_worst_order(device, dtype):
+    """Scores that rise, or fall, from block to block: every one, or none, is higher than all that
+    came before."""
+    q = torch.ones(1, 1, 70, 8, dtype=dtype, device=device)
+    for sign in (1, -1):
+        k = sign * torch.arange(3000, dtype=dtype, device=device).repeat_interleave(16)
+        k = k.reshape(1, 1, -1, 1).expand(-1, -1, -1, 8).contiguous()
+        for m in (7, 64, 256):
+            options = {"block_size": (32, 16), "blocks_per_row": m, "scale": 1 / 8}
+            plan = mra.make_plan(q, k, **options).to_dense()
+            expected = torch.arange(3000, device=device)
+            expected = expected >= 3000 - m if sign > 0 else expected < m
+            assert torch.equal(plan, expected.expand_as(plan)), (sign, m)
+
+
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_all_scores_equal_takes_the_lowest_indices(device, dtype):
     q = torch.ones(1, 2, 128, 8, dtype=dtype, device=device)

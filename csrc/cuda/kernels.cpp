@@ -117,6 +117,7 @@ std::vector<KernelInfo> kernel_table() {
       {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "40..128 (64, 128)"},
 #endif
       {"plan", "plan_row", "csrc/cuda/plan_row.cu", "sm_80+", "float32 means", "8..256"},
+      {"plan", "plan_stream", "csrc/cuda/plan_stream.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_map", "csrc/cuda/plan_map.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_global", "csrc/cuda/plan_global.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "transpose", "csrc/cuda/plan_transpose.cu", "sm_80+", "-", "-"},

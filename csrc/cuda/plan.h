@@ -37,8 +37,9 @@ struct PlanParams {
 // How plan_row runs: rows of scores of `rows` query blocks in shared memory, or, where one does not
 // fit, in a slot of `workspace` for each of the `ctas` blocks of threads.
 struct PlanRowConfig {
-  int rows;   // 8, 16 or 32
-  int pitch;  // words in a row of scores
+  bool stream;  // by plan_stream instead: none of what follows
+  int rows;     // 8, 16 or 32
+  int pitch;    // words in a row of scores
   bool in_workspace;
   bool coarse;  // the block-coarse state can be made along with the plan
   int ctas;
@@ -48,6 +49,11 @@ struct PlanRowConfig {
 PlanRowConfig plan_row_config(const PlanParams& params, const Device& device);
 cudaError_t plan_row(const PlanParams& params, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream);
+
+// Row selection from rows of more than a warp holds in registers, where nothing is forced; makes no
+// coarse state.
+bool plan_stream_fits(const PlanParams& params, const Device& device);
+cudaError_t plan_stream(const PlanParams& params, cudaStream_t stream);
 
 // Global selection, `budget` the pairs that a head may take. A map that one block of threads can
 // hold is one launch, plan_map, which makes the block-coarse state too. Others go through a

@@ -6,97 +6,11 @@
 #include <algorithm>
 
 #include "plan_coarse.cuh"
+#include "plan_row.cuh"
 #include "plan_scores.cuh"
 
 namespace mra::cuda {
 namespace {
-
-// One row of keys, 32 a step: lane l has the key of block 32 t + l at step t. Held in kSteps
-// registers, or read from memory again each time (kSteps = 0).
-template <int kSteps>
-struct Row {
-  uint32_t* keys;
-  int steps;
-  uint32_t held[kSteps > 0 ? kSteps : 1];
-
-  __device__ Row(uint32_t* keys, int steps) : keys(keys), steps(steps) {
-    if constexpr (kSteps > 0) {
-#pragma unroll
-      for (int t = 0; t < kSteps; ++t) {
-        held[t] = t < steps ? keys[t * 32 + threadIdx.x % 32] : kAbsent;
-      }
-    }
-  }
-
-  // f(step, key) in order.
-  template <typename F>
-  __device__ __forceinline__ void each(const F& f) const {
-    if constexpr (kSteps > 0) {
-#pragma unroll
-      for (int t = 0; t < kSteps; ++t) f(t, held[t]);
-    } else {
-#pragma unroll 8
-      for (int t = 0; t < steps; ++t) f(t, keys[t * 32 + threadIdx.x % 32]);
-    }
-  }
-
-  // key = f(step, key) in order.
-  template <typename F>
-  __device__ __forceinline__ void map(const F& f) {
-    if constexpr (kSteps > 0) {
-#pragma unroll
-      for (int t = 0; t < kSteps; ++t) held[t] = f(t, held[t]);
-    } else {
-      for (int t = 0; t < steps; ++t) {
-        uint32_t& key = keys[t * 32 + threadIdx.x % 32];
-        key = f(t, key);
-      }
-    }
-  }
-};
-
-// The cut of a row, by one warp; `candidates` [kRanked] is its own.
-template <int kSteps>
-__device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32_t* candidates) {
-  const int lane = threadIdx.x % 32;
-  uint32_t lo = kForced, hi = kAbsent;
-  row.each([&](int, uint32_t key) {
-    if (key == kAbsent || key == kForced) return;
-    lo = min(lo, key);
-    hi = max(hi, key);
-  });
-  Search search;
-  search.lo = __reduce_min_sync(kFullWarp, lo);
-  search.hi = __reduce_max_sync(kFullWarp, hi);
-  search.at_least = edge.forced + edge.within;
-  search.above = edge.forced;
-  search.m = edge.take;
-  while (!search.done() && search.candidates() > kRanked) {
-    uint32_t a, b;
-    search.pivots(a, b);
-    int at_a = 0, at_b = 0;
-    row.each([&](int, uint32_t key) {
-      at_a += key >= a;
-      at_b += key >= b;
-    });
-    search.report(a, __reduce_add_sync(kFullWarp, at_a), b, __reduce_add_sync(kFullWarp, at_b));
-  }
-  if (search.done()) return search.cut();
-
-  candidates[lane] = kAbsent;
-  __syncwarp();
-  int at = 0;
-  row.each([&](int, uint32_t key) {
-    const bool inside = key >= search.lo && key <= search.hi;
-    const unsigned all = __ballot_sync(kFullWarp, inside);
-    if (inside) candidates[at + __popc(all & ((1u << lane) - 1))] = key;
-    at += __popc(all);
-  });
-  __syncwarp();
-  const Cut cut = rank_cut(candidates, search.m - search.above);
-  __syncwarp();  // all have read what the next row overwrites
-  return cut;
-}
 
 // The list of query block x by one warp: writes index[0 .. row_capacity), zeros behind the list,
 // and returns how many are taken. With v_mean, row.keys then holds the scores of those that are
@@ -197,9 +111,9 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     if constexpr (kSteps > 0) {
       if (p.v_mean != nullptr) {
         __syncthreads();
-        mean_of_values<kRows / 16, (kSteps >= 32 ? 16 : kSteps > 1 ? 8 : 4)>(
-            p, b, h, x0, reinterpret_cast<const float*>(keys), pitch, inverse, rows,
-            past_blocks(p, x0 + rows - 1), ring);
+        constexpr int kBatch = kSteps >= 32 ? 16 : kSteps > 1 ? 8 : 4;
+        mean_of_values<kRows / 16, kBatch>(p, b, h, x0, reinterpret_cast<const float*>(keys), pitch,
+                                           inverse, rows, past_blocks(p, x0 + rows - 1), ring);
       }
     }
     // No barrier: a next tile is there with a workspace only, and its keys are written after the
@@ -230,6 +144,8 @@ constexpr int kHeldBlocks = 1024;  // longest row that a warp holds in registers
 // bounded by the number of multiprocessors.
 PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   PlanRowConfig config{};
+  config.stream = p.nk > kHeldBlocks && plan_stream_fits(p, device);
+  if (config.stream) return config;
   config.pitch = score_pitch(p.nk);
   config.coarse = p.nk <= kHeldBlocks;
   const auto tiles = [&](int rows) { return p.B * p.H * ((p.nq + rows - 1) / rows); };
@@ -251,6 +167,7 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
 cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream) {
   const auto run = [&](auto launch) { return launch(p, config, workspace, stream); };
+  if (config.stream) return plan_stream(p, stream);
   if (config.in_workspace) return run(launch_row<Wide32, 0, true>);
   if (config.rows == 8) return run(launch_row<Wide8, 0>);
   if (config.rows == 32) {

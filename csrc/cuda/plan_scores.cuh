@@ -68,6 +68,15 @@ struct ScoreTile {
   // Begins with copies into the ring [kRingWords], ends without a barrier after the last write.
   static __device__ int write(const PlanParams& p, int b, int h, int x0, float* ring,
                               uint32_t* keys, int64_t pitch, int width) {
+    const auto store = [&](int r, int y, uint32_t key) { keys[r * pitch + y] = key; };
+    return each(p, b, h, x0, ring, width, store, [](int) {});
+  }
+
+  // The same with store(r, y, key) for every key, and done(y0) by all threads once this one has
+  // stored its keys of columns y0 .. y0 + kCols. A barrier lies between done and the next store.
+  template <class Store, class Done>
+  static __device__ __forceinline__ int each(const PlanParams& p, int b, int h, int x0, float* ring,
+                                             int width, const Store& store, const Done& done) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = warp % kRowWarps * kRowTile;                // first of this thread's rows
     const int col = warp / kRowWarps * (32 * kColTile) + lane;  // first of its columns
@@ -148,9 +157,10 @@ struct ScoreTile {
         for (int i = 0; i < kRowTile; ++i) {
           if (row + i >= rows) continue;
           const bool exists = has_key[j] && y < seen[i];
-          keys[(row + i) * pitch + y] = exists ? key_of(p.scale * acc[i][j]) : kAbsent;
+          store(row + i, y, exists ? key_of(p.scale * acc[i][j]) : kAbsent);
         }
       }
+      done(y0);
     }
     return written;
   }

@@ -1,0 +1,95 @@
+// A row of keys that one warp selects from.
+#pragma once
+
+#include "plan_select.cuh"
+
+namespace mra::cuda {
+
+// One row of keys, 32 a step: lane l has the key of block 32 t + l at step t. Held in kSteps
+// registers, or read from memory again each time (kSteps = 0).
+template <int kSteps>
+struct Row {
+  uint32_t* keys;
+  int steps;
+  uint32_t held[kSteps > 0 ? kSteps : 1];
+
+  __device__ Row(uint32_t* keys, int steps) : keys(keys), steps(steps) {
+    if constexpr (kSteps > 0) {
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) {
+        held[t] = t < steps ? keys[t * 32 + threadIdx.x % 32] : kAbsent;
+      }
+    }
+  }
+
+  // f(step, key) in order.
+  template <typename F>
+  __device__ __forceinline__ void each(const F& f) const {
+    if constexpr (kSteps > 0) {
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) f(t, held[t]);
+    } else {
+#pragma unroll 8
+      for (int t = 0; t < steps; ++t) f(t, keys[t * 32 + threadIdx.x % 32]);
+    }
+  }
+
+  // key = f(step, key) in order.
+  template <typename F>
+  __device__ __forceinline__ void map(const F& f) {
+    if constexpr (kSteps > 0) {
+#pragma unroll
+      for (int t = 0; t < kSteps; ++t) held[t] = f(t, held[t]);
+    } else {
+      for (int t = 0; t < steps; ++t) {
+        uint32_t& key = keys[t * 32 + threadIdx.x % 32];
+        key = f(t, key);
+      }
+    }
+  }
+};
+
+// The cut of a row, by one warp; `candidates` [kRanked] is its own.
+template <int kSteps>
+__device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32_t* candidates) {
+  const int lane = threadIdx.x % 32;
+  uint32_t lo = kForced, hi = kAbsent;
+  row.each([&](int, uint32_t key) {
+    if (key == kAbsent || key == kForced) return;
+    lo = min(lo, key);
+    hi = max(hi, key);
+  });
+  Search search;
+  search.lo = __reduce_min_sync(kFullWarp, lo);
+  search.hi = __reduce_max_sync(kFullWarp, hi);
+  search.at_least = edge.forced + edge.within;
+  search.above = edge.forced;
+  search.m = edge.take;
+  while (!search.done() && search.candidates() > kRanked) {
+    uint32_t a, b;
+    search.pivots(a, b);
+    int at_a = 0, at_b = 0;
+    row.each([&](int, uint32_t key) {
+      at_a += key >= a;
+      at_b += key >= b;
+    });
+    search.report(a, __reduce_add_sync(kFullWarp, at_a), b, __reduce_add_sync(kFullWarp, at_b));
+  }
+  if (search.done()) return search.cut();
+
+  candidates[lane] = kAbsent;
+  __syncwarp();
+  int at = 0;
+  row.each([&](int, uint32_t key) {
+    const bool inside = key >= search.lo && key <= search.hi;
+    const unsigned all = __ballot_sync(kFullWarp, inside);
+    if (inside) candidates[at + __popc(all & ((1u << lane) - 1))] = key;
+    at += __popc(all);
+  });
+  __syncwarp();
+  const Cut cut = rank_cut(candidates, search.m - search.above);
+  __syncwarp();  // all have read what the next row overwrites
+  return cut;
+}
+
+}  // namespace mra::cuda
