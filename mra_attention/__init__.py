@@ -1,12 +1,13 @@
 """Multi-resolution attention (MRA) for PyTorch: exact where it matters, pooled everywhere else."""
 
 # _load registers the operators; transformers imports Hugging Face's package only when it is used.
-from . import _load, transformers  # noqa: F401
+from . import _load, sdpa, transformers  # noqa: F401
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info
 from .modules import MRAMultiheadAttention, replace_attention
 from .plan import Plan
+from .sdpa import mra_sdpa, replace_sdpa
 
 __all__ = [
     "MRAConfig",
@@ -15,5 +16,7 @@ __all__ = [
     "info",
     "make_plan",
     "mra_attention",
+    "mra_sdpa",
     "replace_attention",
+    "replace_sdpa",
 ]

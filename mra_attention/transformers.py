@@ -7,19 +7,17 @@
 Works with models that use transformers' attention interface. Imports transformers when called.
 """
 
-import collections
 import functools
 import warnings
 
 import torch
 from torch.nn import functional as F
 
+from . import calls
 from .config import MRAConfig
 from .functional import mra_attention
 
 __all__ = ["patch_mra_model", "register", "stats"]
-
-_calls = collections.Counter()
 
 
 def register(name="mra", config=MRAConfig()):  # noqa: B008
@@ -71,10 +69,7 @@ def stats(reset=False):
     """Attention calls so far: a dict of "mra" and, for exact ones, "exact: <reason>".
 
     Counts eager calls; a compiled program counts when it is traced."""
-    counts = dict(_calls)
-    if reset:
-        _calls.clear()
-    return counts
+    return calls.stats("transformers", reset)
 
 
 # Arguments that change the scores, and so have no block form.
@@ -102,7 +97,7 @@ def _attention(config, module, query, key, value, mask, scaling, dropout, is_cau
         for name in _SCORE_ARGUMENTS:
             if kwargs.get(name) is not None:
                 reason = name
-    _count("mra" if reason is None else f"exact: {reason}")
+    calls.count("transformers", reason)
     if kwargs.get("output_attentions"):
         _warn_weights()
     if reason is not None:
@@ -142,12 +137,7 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
     return F.dropout(weights, dropout) @ value
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no guard
-def _count(kind):
-    _calls[kind] += 1
-
-
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
 @functools.cache  # once
 def _warn_weights():
     warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)
