@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mra_attention.reference import row_budgets
+from mra_attention.flops import rows_of_blocks
 
 INPUTS = ("normal", "correlated", "minilm")  # inputs.py and minilm.py make them
 PASSES = ("forward", "backward")  # "backward" is forward and backward together, as in training
@@ -91,17 +91,8 @@ class Case:
 
     def budgets(self):
         """[(queries, exact key blocks, existing key blocks)] of each query block of a head."""
-        (bq, bk), N, nk = self.block_size, self.N, self.nk
-        shape = (self.nq, nk)
-        taken = row_budgets(
-            shape, bq, bk, self.density, self.blocks_per_row, self.is_causal
-        )  # fmt: skip
-        seen = row_budgets(shape, bq, bk, 1.0, None, self.is_causal)
-        rows = []
-        for x, (m, n) in enumerate(zip(taken, seen, strict=True)):
-            crossing = n - min(n, x * bq // bk) if self.is_causal else 0
-            rows.append((min(bq, N - x * bq), max(m, crossing), n))
-        return rows
+        budget = self.density, self.blocks_per_row
+        return rows_of_blocks(self.N, self.M, *self.block_size, *budget, self.is_causal)
 
     @property
     def selection_options(self):

@@ -1,17 +1,6 @@
 """Operations and bytes that a case needs: counted from the mathematics, not from an implementation.
 
-A multiplication and the addition of its result are two operations. ``P`` is the number of exact
-(query, key) pairs of a head, ``Q`` that of its unselected (query, key block) pairs and ``R``
-that of its unselected (query block, key block) pairs. Per query head, or key head where marked k:
-
-    stage     forward                                backward
-    pool      D N, 2 D M k                           2 D M k
-    plan      2 D (existing pairs of blocks)         nothing: the selection is a constant
-    fine      4 D P                                  10 D P
-    coarse    row: 4 D Q; block: 2 D R (its scores   row: 10 D Q; block: 10 D R + 2 D N
-              are the plan's)
-    order 1   4 D² M k (C, Sigma) + 4 D² N (q C,     8 D² N (dq, dC, dSigma) + 6 D² M k
-              q Sigma q)
+Operations by stage: ``mra_attention/flops.py``, which also feeds torch's FlopCounterMode.
 
 Exact attention is 4 D N M forward and 10 D N M backward (half of it when causal), so that five
 products of the backward include the scores made again. Other work done twice counts once.
@@ -21,6 +10,8 @@ Bytes are the fewest that must move: every input read once and every output writ
 """
 
 import dataclasses
+
+from mra_attention import flops
 
 # Measured on the device: matrix products in bf16 (operations/s) and a copy (bytes/s).
 CEILINGS = {"NVIDIA H200": (805e12, 4.27e12)}
@@ -65,35 +56,16 @@ def mra_work(case, form, which):
 
 def mra_stages(case, form, which):
     """Operations by stage, of ``which`` alone: "backward" here is without the forward."""
-    heads, key_heads = case.B * case.H, case.B * case.Hk
-    N, M, D = case.N, case.M, case.D
-    pairs = exact_pairs(case)
-    rows = case.budgets()
-    row_coarse = sum(queries * (seen - taken) for queries, taken, seen in rows)
-    block_coarse = sum(seen - taken for _, taken, seen in rows)
-    forward = which == "forward"
-    stages = {"pool": key_heads * 2 * D * M + (heads * D * N if forward else 0)}
-    stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in rows) if forward else 0
-    if form.coarse == "row":
-        coarse = (4 if forward else 10) * D * row_coarse
-    elif form.coarse == "block":
-        coarse = 2 * D * block_coarse if forward else 10 * D * block_coarse + 2 * D * N
-    else:
-        coarse = 0
-    stages["coarse"] = heads * coarse
-    stages["fine"] = heads * (4 if forward else 10) * D * pairs
-    stages["order1"] = 0
-    if form.order == 1 and form.coarse != "none":
-        per_query, per_key = (4, 4) if forward else (8, 6)
-        stages["order1"] = D * D * (heads * per_query * N + key_heads * per_key * M)
-    return stages
+    return flops.stage_flops(
+        case.B, case.H, case.Hk, case.N, case.M, case.D, case.budgets(), case.block_size[1],
+        form.coarse, form.order, which,
+    )  # fmt: skip
 
 
 def exact_pairs(case):
     """(query, key) pairs of one head inside selected pairs of blocks; a pair of blocks that the
     diagonal crosses counts whole."""
-    bk = case.block_size[1]
-    return sum(queries * min(taken * bk, case.M) for queries, taken, _ in case.budgets())
+    return flops.exact_pairs(case.budgets(), case.M, case.block_size[1])
 
 
 def equal_keys(case):
