@@ -291,6 +291,44 @@ def test_replace_attention():
         replace_attention([shared], SPARSE)
 
 
+def test_replace_attention_with_a_filter():
+    layer = nn.TransformerEncoderLayer(E, HEADS, batch_first=True)
+    model = nn.ModuleDict(
+        {"a": nn.TransformerEncoder(layer, 3), "b": nn.TransformerEncoder(layer, 1)}
+    )
+    asked = []
+
+    def only(*wanted):
+        def choose(name, module):
+            assert isinstance(module, nn.MultiheadAttention)
+            asked.append(name)
+            return name in wanted
+
+        return choose
+
+    first, second = "a.layers.0.self_attn", "a.layers.1.self_attn"
+    names = [first, second, "a.layers.2.self_attn", "b.layers.0.self_attn"]
+    assert replace_attention(model, SPARSE, only()) == 0 and asked == names
+    assert model["a"].use_nested_tensor and model["b"].use_nested_tensor
+    assert replace_attention(model, SPARSE, only(second)) == 1
+    ours = [name for name, m in model.named_modules() if isinstance(m, MRAMultiheadAttention)]
+    assert ours == [second]
+    assert not model["a"].use_nested_tensor and model["b"].use_nested_tensor
+    assert replace_attention(model, EXACT, only(first)) == 1  # the other keeps its config
+    assert model.get_submodule(second).config == SPARSE
+    assert replace_attention(model, EXACT) == 4 and model.get_submodule(second).config == EXACT
+    with pytest.raises(TypeError, match="filter: got str"):
+        replace_attention(model, SPARSE, "a")
+
+
+def test_replace_attention_asks_for_each_name_of_a_module():
+    shared = nn.MultiheadAttention(E, HEADS)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    assert replace_attention(model, SPARSE, lambda name, module: name == "b.0") == 1
+    assert model["a"] is shared and isinstance(model["b"][0], MRAMultiheadAttention)
+    assert model["b"][0].in_proj_weight is shared.in_proj_weight
+
+
 def test_dropout_warns_once_while_training():
     m = MRAMultiheadAttention(E, HEADS, dropout=0.1, config=SPARSE)
     x = torch.randn(N, B, E)
