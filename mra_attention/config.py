@@ -82,6 +82,11 @@ def _preset(blocks_per_row, options, **fields):
 # Checks. Each returns nothing and raises "name: got ..., expected ...", as the C++ checks do.
 
 
+def check_config(config):
+    if not isinstance(config, MRAConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
+
+
 def check_budget(density, blocks_per_row):
     """At most one budget; density in (0, 1], blocks_per_row at least 1."""
     if density is not None:

@@ -8,9 +8,10 @@ functions trace under ``torch.compile(fullgraph=True)`` with dynamic shapes.
 import dataclasses
 
 import torch
+from torch.nn import functional as F
 
 from . import _load
-from .config import DEFAULT_DENSITY, MRAConfig, check_flag, check_scale
+from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
 from .plan import Plan, as_pair
 
 __all__ = ["mra_attention", "make_plan"]
@@ -120,6 +121,14 @@ def make_plan(
     return Plan(*lists, query.shape[2], key.shape[2], (block_q, block_k), is_causal)
 
 
+def pad_head_dim(*tensors):
+    """Each tensor with zeros up to a head dim that is a multiple of 8; itself where it is one.
+
+    Zeros change neither scores nor the first D columns of the output. They do change the default
+    scale, so callers give theirs."""
+    return [F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x for x in tensors]
+
+
 def _resolve(config, plan, is_causal, scale, **options):
     """The options of one call as an MRAConfig, with every contradiction refused."""
     if _load.extension is None:
@@ -133,8 +142,7 @@ def _resolve(config, plan, is_causal, scale, **options):
         if not isinstance(value, _Default)
     }
     if config is not None:
-        if not isinstance(config, MRAConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
+        check_config(config)
         if given:
             raise ValueError(
                 f"config: got together with {', '.join(given)}, expected the options in one place "

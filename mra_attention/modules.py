@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import reference
-from .config import MRAConfig
-from .functional import make_plan, mra_attention
+from .config import MRAConfig, check_config
+from .functional import make_plan, mra_attention, pad_head_dim
 
 __all__ = ["MRAMultiheadAttention", "replace_attention"]
 
@@ -45,7 +45,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None, config=MRAConfig(),  # noqa: B008
     ):  # fmt: skip
-        _check_config(config)
+        check_config(config)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
@@ -71,7 +71,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         """This attention on the very parameters, submodules and hooks of ``mha``."""
         if not isinstance(mha, nn.MultiheadAttention):
             raise TypeError(f"mha: got {type(mha).__name__}, expected an nn.MultiheadAttention")
-        _check_config(config)
+        check_config(config)
         new = cls.__new__(cls)
         # Copies of the dicts that hold parameters, modules and hooks; what they hold is shared.
         for name, value in vars(mha).items():
@@ -155,9 +155,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             if not torch.compiler.is_compiling():  # changing it would recompile once more
                 self._warned_dropout = True
         D = q.shape[-1]
-        if D % 8:
-            # Zeros change neither scores nor the kept part of the output.
-            q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
+        q, k, v = pad_head_dim(q, k, v)
         kwargs = dict(config=self.config, is_causal=is_causal, scale=D**-0.5)
         weights = None
         if need_weights:
@@ -247,7 +245,7 @@ def replace_attention(model, config=MRAConfig(), filter=None):  # noqa: B008
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    _check_config(config)
+    check_config(config)
     if filter is not None and not callable(filter):
         raise TypeError(f"filter: got {type(filter).__name__}, expected a function or None")
     if _is_plain(model):
@@ -287,11 +285,6 @@ def _is_plain(module):
 @torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
 def _warn_dropout():
     warnings.warn("dropout: isn't applied to the weights of MRA attention", stacklevel=3)
-
-
-def _check_config(config):
-    if not isinstance(config, MRAConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
 
 
 def _check_mask(name, mask, shapes):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import calls
-from .config import MRAConfig
-from .functional import mra_attention
+from .config import MRAConfig, check_config
+from .functional import mra_attention, pad_head_dim
 
 __all__ = ["mra_sdpa", "replace_sdpa", "stats"]
 
@@ -36,9 +36,11 @@ def mra_sdpa(
 
     ``dropout_p`` isn't applied to the weights of MRA attention; a nonzero value warns once. (Exact
     calls apply it.) A row without a key gives zeros."""
-    if not isinstance(config, MRAConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
-    reason = _why_exact(query, key, value, attn_mask, is_causal, enable_gqa)
+    check_config(config)
+    mask, reason = None, _why_exact(query, key, value, attn_mask, is_causal, enable_gqa)
+    if reason is None and attn_mask is not None:
+        mask = _key_mask(query, key, attn_mask)
+        reason = "mask of single queries or heads" if mask is None else None
     calls.count("sdpa", reason)
     if reason is not None:
         return F.scaled_dot_product_attention(
@@ -47,11 +49,9 @@ def mra_sdpa(
     if dropout_p > 0:
         _warn_dropout()
     D, heads = query.shape[-1], query.dim() == 4
-    mask = None if attn_mask is None else _key_mask(query, key, attn_mask)
     if not heads:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-    if D % 8:  # zeros change neither scores nor the kept part of the output
-        query, key, value = (F.pad(x, (0, -D % 8)) for x in (query, key, value))
+    query, key, value = pad_head_dim(query, key, value)
     scale = D**-0.5 if scale is None else scale
     out = mra_attention(query, key, value, mask, config=config, is_causal=is_causal, scale=scale)
     out = out[..., :D]
@@ -68,8 +68,7 @@ class replace_sdpa(TorchFunctionMode):
     Raises TypeError for a wrong config."""
 
     def __init__(self, config=MRAConfig()):  # noqa: B008
-        if not isinstance(config, MRAConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
+        check_config(config)
         super().__init__()
         self.config = config
 
@@ -92,7 +91,8 @@ def stats(reset=False):
 
 
 def _why_exact(query, key, value, attn_mask, is_causal, enable_gqa):
-    """Why this call has no form as MRA attention, in a word or two; None: it has."""
+    """Why this call has no form as MRA attention, in a word or two; None: it has, if what a bool
+    mask says is one row of keys (:func:`_key_mask`)."""
     if any(x.is_nested for x in (query, key, value)):
         return "nested tensor"
     if query.dim() not in (3, 4):
@@ -115,8 +115,6 @@ def _why_exact(query, key, value, attn_mask, is_causal, enable_gqa):
         return "is_causal with N != M"
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         return f"{attn_mask.dtype} mask".removeprefix("torch.")
-    if attn_mask is not None and _key_mask(query, key, attn_mask) is None:
-        return "mask of single queries or heads"
     return None
 
 

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from . import calls
-from .config import MRAConfig
-from .functional import mra_attention
+from .config import MRAConfig, check_config
+from .functional import mra_attention, pad_head_dim
 
 __all__ = ["patch_mra_model", "register", "stats"]
 
@@ -32,8 +32,7 @@ def register(name="mra", config=MRAConfig()):  # noqa: B008
     Raises TypeError for a wrong name or config, ImportError without transformers 4.54 or newer."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: got {name!r}, expected a non-empty string")
-    if not isinstance(config, MRAConfig):
-        raise TypeError(f"config: got {type(config).__name__}, expected an MRAConfig")
+    check_config(config)
     transformers = _transformers()
     masking = transformers.masking_utils
 
@@ -103,7 +102,7 @@ def _attention(config, module, query, key, value, mask, scaling, dropout, is_cau
     if reason is not None:
         out = _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs)
         return out.transpose(1, 2).contiguous(), None
-    query, key, value = (_padded(x) for x in (query, key, value))
+    query, key, value = pad_head_dim(query, key, value)
     out = mra_attention(query, key, value, mask, config=config, is_causal=is_causal, scale=scale)
     return out[..., :D].transpose(1, 2), None
 
@@ -141,11 +140,6 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
 @functools.cache  # once
 def _warn_weights():
     warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)
-
-
-def _padded(x):
-    """Zeros up to a head_dim that is a multiple of 8: no score changes, none of the kept output."""
-    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
 
 def patch_mra_model():
@@ -191,9 +185,11 @@ def _mra_model_attention(self, hidden_states, attention_mask=None):
     Up to transformers 5.17 a mask comes as (B, 1, 1, N), added to scores; 5.23 hands it on as the
     caller gave it, (B, N), where 0 is padding."""
     D = self.attention_head_size
-    query, key, value = (
-        _padded(project(hidden_states).unflatten(-1, (-1, D)).transpose(1, 2))
-        for project in (self.query, self.key, self.value)
+    query, key, value = pad_head_dim(
+        *(
+            project(hidden_states).unflatten(-1, (-1, D)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
     )
     mask = attention_mask
     if mask is not None and mask.dim() == 4:
