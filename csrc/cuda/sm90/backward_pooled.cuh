@@ -125,10 +125,7 @@ __global__ void __launch_bounds__(256, 2)
   Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
     s.init();
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&s.window_full[i], 1);
-      barrier_init(&s.window_empty[i], 1);
-    }
+    barrier_init_ring(s.window_full, s.window_empty, 1);
     barrier_init_done();
   }
   __syncthreads();

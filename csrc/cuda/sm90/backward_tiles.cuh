@@ -48,10 +48,7 @@ struct BackwardRowsTiles {
 
   // By one thread.
   __device__ void init() {
-    for (int i = 0; i < kPlaces; ++i) {
-      barrier_init(&rows_full[i], 1);
-      barrier_init(&rows_empty[i], kWarps);
-    }
+    barrier_init_ring(rows_full, rows_empty, kWarps);
     ring.init();
     barrier_init_done();
   }

@@ -25,14 +25,8 @@ struct ColumnsShared {
 
   // By one thread.
   __device__ void init() {
-    for (int i = 0; i < kPlaces; ++i) {
-      barrier_init(&keys_full[i], 1);
-      barrier_init(&keys_empty[i], 4);
-    }
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&full[i], 1);
-      barrier_init(&empty[i], 4);
-    }
+    barrier_init_ring(keys_full, keys_empty, 4);
+    barrier_init_ring(full, empty, 4);
   }
 
   // By one warp: the 64 keys and values from `first` on of head h of batch b, and `more` bytes

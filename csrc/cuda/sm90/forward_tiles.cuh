@@ -46,10 +46,7 @@ struct ForwardTiles {
 
   // By one thread.
   __device__ void init() {
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&q_full[i], 1);
-      barrier_init(&q_empty[i], kWarps);
-    }
+    barrier_init_ring(q_full, q_empty, kWarps);
     ring.init();
     barrier_init_done();
   }

@@ -25,12 +25,7 @@ struct KeyTiles {
   uint64_t full[kStages], empty[kStages];
 
   // By one thread; `warps` give a place back.
-  __device__ void init(int warps) {
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&full[i], 1);
-      barrier_init(&empty[i], warps);
-    }
-  }
+  __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
   // By one warp: `tiles` tiles from key `first` on. mask: [B, M] or null.
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,

@@ -70,10 +70,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
     barrier_init(&s.moments_full, 1);
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(&s.full[i], 1);
-      barrier_init(&s.empty[i], 4 * kPanels);
-    }
+    barrier_init_ring(s.full, s.empty, 4 * kPanels);
     barrier_init_done();
   }
   __syncthreads();

@@ -30,6 +30,15 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, int warps) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
                "r"(warps * kWarpArrivals));
 }
+// Those of the places of a ring: one producer fills a place, `warps` consumers empty it.
+template <int kPlaces>
+__device__ __forceinline__ void barrier_init_ring(uint64_t (&full)[kPlaces],
+                                                  uint64_t (&empty)[kPlaces], int warps) {
+  for (int i = 0; i < kPlaces; ++i) {
+    barrier_init(&full[i], 1);
+    barrier_init(&empty[i], warps);
+  }
+}
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
