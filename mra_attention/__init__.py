@@ -6,8 +6,9 @@ from . import _load, flops, sdpa, transformers  # noqa: F401
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info
-from .modules import MRAMultiheadAttention, replace_attention
+from .modules import MRAMultiheadAttention
 from .plan import Plan
+from .replace import replace_attention
 from .sdpa import mra_sdpa, replace_sdpa
 
 __all__ = [

@@ -7,14 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import reference
 from .config import MRAConfig, check_config
 from .functional import make_plan, mra_attention, pad_head_dim
+from .masks import additive_mask, check_mask, takes_part
+from .weights import dense_weights
 
-__all__ = ["MRAMultiheadAttention", "replace_attention"]
-
-# A float key_padding_mask is 0 or -inf; finite stand-ins for -inf are this or less.
-MASKED = -1e4
+__all__ = ["MRAMultiheadAttention"]
 
 
 class MRAMultiheadAttention(nn.MultiheadAttention):
@@ -132,8 +130,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
     ):  # fmt: skip
         q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value))
         N, M = q.shape[2], k.shape[2]
-        _check_mask("key_padding_mask", key_padding_mask, ((q.shape[0], M),))
-        _check_mask("attn_mask", attn_mask, ((N, M), (q.shape[0] * q.shape[1], N, M)))
+        check_mask("key_padding_mask", key_padding_mask, ((q.shape[0], M),))
+        check_mask("attn_mask", attn_mask, ((N, M), (q.shape[0] * q.shape[1], N, M)))
         if (
             (attn_mask is not None and (not is_causal or N != M))
             or self.bias_k is not None
@@ -141,10 +139,10 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         ):
             if not torch.compiler.is_compiling():  # a counter that a graph reads recompiles it
                 self.exact_calls += 1
-            mask = _additive_mask(q, M, key_padding_mask, attn_mask, is_causal)
+            mask = additive_mask(q, M, key_padding_mask, attn_mask, is_causal)
             out, weights = self._exact(q, k, v, mask, need_weights)
         else:
-            key_mask = _takes_part(key_padding_mask)
+            key_mask = takes_part(key_padding_mask)
             out, weights = self._approximate(q, k, v, key_mask, query_mask, is_causal, need_weights)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         return self.out_proj(out.permute(order).flatten(2)), weights
@@ -160,7 +158,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             kwargs["plan"] = make_plan(q, k, key_mask, query_mask, **kwargs)
-            weights = _dense_weights(q, k, key_mask, query_mask, **kwargs)
+            weights = dense_weights(q, k, key_mask, query_mask, **kwargs)
         out = mra_attention(q, k, v, key_mask, query_mask, **kwargs)
         return out[..., :D], weights
 
@@ -229,151 +227,9 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         return out, weights.mean(1) if need_weights and average_attn_weights else weights
 
 
-def replace_attention(model, config=MRAConfig(), filter=None):  # noqa: B008
-    """Puts MRA attention in the place of every ``nn.MultiheadAttention`` inside ``model``.
-
-    The replacements share the parameters; those that are MRA attention already get ``config``.
-    Subclasses with a forward of their own, and parametrized modules, stay as they are. Encoders of
-    ``nn.TransformerEncoder`` with such attention inside stop converting padded input to nested
-    tensors. Changes ``model``.
-
-    filter: None, or a function of a module's name in ``model`` ("encoder.layers.0.self_attn") and
-        the module that says which to change. A module with several names is asked for by each.
-
-    Returns how many modules now attend with ``config``. Raises TypeError for a wrong model, config
-    or filter, ValueError when ``model`` is itself an ``nn.MultiheadAttention``.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    check_config(config)
-    if filter is not None and not callable(filter):
-        raise TypeError(f"filter: got {type(filter).__name__}, expected a function or None")
-    if _is_plain(model):
-        raise ValueError(
-            "model: is itself an nn.MultiheadAttention, which can't be changed in place; use "
-            "MRAMultiheadAttention.from_mha(model, config)"
-        )
-    made, configured = {}, set()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        ours = isinstance(module, MRAMultiheadAttention)
-        if not (ours or _is_plain(module)) or (filter is not None and not filter(name, module)):
-            continue
-        if ours:
-            module.config = config
-            configured.add(module)
-            continue
-        if module not in made:
-            made[module] = MRAMultiheadAttention.from_mha(module, config)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[module])
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(inner, MRAMultiheadAttention) for inner in module.modules()
-        ):
-            module.use_nested_tensor = False
-    return len(made) + len(configured)
-
-
-def _is_plain(module):
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and type(module).forward is nn.MultiheadAttention.forward
-        and not nn.utils.parametrize.is_parametrized(module)
-    )
-
-
 @torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
 def _warn_dropout():
     warnings.warn("dropout: isn't applied to the weights of MRA attention", stacklevel=3)
-
-
-def _check_mask(name, mask, shapes):
-    if mask is None:
-        return
-    if not isinstance(mask, torch.Tensor) or not (
-        mask.dtype == torch.bool or mask.is_floating_point()
-    ):
-        kind = getattr(mask, "dtype", type(mask).__name__)
-        raise TypeError(f"{name}: got {kind}, expected a bool or floating tensor")
-    if tuple(mask.shape) not in shapes:
-        raise ValueError(
-            f"{name}: got shape {tuple(mask.shape)}, expected {' or '.join(map(str, shapes))}"
-        )
-
-
-def _takes_part(key_padding_mask):
-    """nn's mask (True or -inf: ignore) as ours (True: takes part)."""
-    if key_padding_mask is None:
-        return None
-    if key_padding_mask.dtype == torch.bool:
-        return ~key_padding_mask
-    takes_part = key_padding_mask > MASKED
-    # Looked at only where that costs no wait: an eager tensor on the CPU.
-    eager = type(key_padding_mask) is torch.Tensor and not torch.compiler.is_compiling()
-    if eager and key_padding_mask.device.type == "cpu":
-        if (takes_part & (key_padding_mask != 0)).any():
-            raise ValueError(
-                "key_padding_mask: got values other than 0 and -inf, expected a bool mask or these "
-                "two; a bias on the scores belongs in attn_mask"
-            )
-    return takes_part
-
-
-def _additive_mask(q, M, key_padding_mask, attn_mask, is_causal):
-    """nn's masks as one float mask that broadcasts to (B, H, N, M); None without any."""
-    if attn_mask is None and is_causal:
-        attn_mask = torch.ones(q.shape[2], M, dtype=torch.bool, device=q.device).triu(1)
-    if attn_mask is not None and attn_mask.dim() == 3:
-        attn_mask = attn_mask.unflatten(0, q.shape[:2])
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[:, None, None, :]
-    total = None
-    for mask in (attn_mask, key_padding_mask):
-        if mask is None:
-            continue
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
-        mask = mask.to(q.dtype)
-        total = mask if total is None else total + mask
-    return total
-
-
-def _dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan):
-    """The matrix W (B, H, N, M) with W @ value = MRA attention, in the dtype of q.
-
-    Exact pairs weigh e^{s q_i.k_j} / Z_i; a key of a coarse block weighs e^{b_iy} / (c_y Z_i), its
-    share of the block. Order 1 adds P_i gamma_i s q_i.(k_j - k~_y) / n to every key that the
-    coarse part may see, which moves weight inside blocks and sums to zero.
-    """
-    N, M = q.shape[2], k.shape[2]
-    bq, bk = plan.block_size
-    x, y = torch.arange(N, device=q.device) // bq, torch.arange(M, device=q.device) // bk
-    q_mean, _ = reference.pool(q, query_mask, bq)
-    k_mean, k_count = reference.pool(k, key_mask, bk)
-    valid = reference._or_ones(key_mask, q, M)[:, None, None, :]
-    past = reference._past((plan.nq, plan.nk), bq, bk, is_causal, q.device)
-    exact = plan.to_dense()[:, :, x]  # (B, H, N, nk)
-    L = scale * q_mean @ k_mean.mT
-    b = reference.coarse(config.coarse, scale, q, k_mean, L, k_count, past[x] & ~exact, x)
-    b = b - k_count.clamp(min=1).to(b.dtype).log()[:, None, None, :]  # of one key of the block
-    a = (scale * q @ k.mT).to(b.dtype)
-    live = exact[..., y] & valid
-    if is_causal:
-        live = live & torch.ones(N, M, dtype=torch.bool, device=q.device).tril()
-    logits = torch.where(live, a, b[..., y].masked_fill(exact[..., y] | ~valid, -torch.inf))
-    if query_mask is not None:
-        logits = logits.masked_fill(~query_mask[:, None, :, None], -torch.inf)
-    empty = (logits == -torch.inf).all(-1, keepdim=True)
-    weights = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    if config.order == 1 and config.coarse != "none":
-        seen = past[x][:, y] & valid
-        share = weights.masked_fill(exact[..., y], 0).sum(-1, keepdim=True)
-        inside = (a - (scale * q @ k_mean.mT.to(q.dtype)).to(a.dtype)[..., y]).masked_fill(~seen, 0)
-        n = seen.sum(-1, keepdim=True).clamp(min=1)
-        # s^2 q Sigma q^T is the mean square of `inside`.
-        gamma = 1 / (1 + (inside * inside).sum(-1, keepdim=True) / n / 4)
-        weights = weights + share * gamma * inside / n
-    return weights.to(q.dtype)
 
 
 def _lengths(nested):
