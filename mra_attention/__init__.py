@@ -2,7 +2,7 @@
 
 # _load registers the operators, flops their formulas; transformers imports Hugging Face's package
 # only when it is used.
-from . import _load, flops, sdpa, transformers  # noqa: F401
+from . import _load, crossover, flops, sdpa, transformers  # noqa: F401
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info

@@ -145,6 +145,17 @@ def check_scale(scale):
             raise ValueError(f"scale: got {scale!r}, expected a finite number")
 
 
+def check_exact_below(exact_below):
+    """None, "auto" or a number of tokens."""
+    accepted = "expected None, an int of at least 0 or 'auto'"
+    if exact_below is None or (isinstance(exact_below, str) and exact_below == "auto"):
+        return
+    if isinstance(exact_below, str) or (type(exact_below) is int and exact_below < 0):
+        raise ValueError(f"exact_below: got {exact_below!r}, {accepted}")
+    if isinstance(exact_below, bool) or not isinstance(exact_below, (int, torch.SymInt)):
+        raise TypeError(f"exact_below: got {exact_below!r}, {accepted}")
+
+
 def check_flag(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected True or False")

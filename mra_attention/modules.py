@@ -7,19 +7,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .config import MRAConfig, check_config
+from . import calls
+from .config import MRAConfig, check_config, check_exact_below
+from .crossover import BELOW, below
+from .exact import exact_attention, take_part
 from .functional import make_plan, mra_attention, pad_head_dim
 from .masks import additive_mask, check_mask, takes_part
 from .weights import dense_weights
 
-__all__ = ["MRAMultiheadAttention"]
+__all__ = ["MRAMultiheadAttention", "stats"]
 
 
 class MRAMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with multi-resolution attention inside.
 
-    Constructor and forward are those of ``nn.MultiheadAttention``, plus ``config``; parameters and
-    state_dict are the same. Differences:
+    Constructor and forward are those of ``nn.MultiheadAttention``, plus ``config`` and
+    ``exact_below``; parameters and state_dict are the same.
+
+    exact_below: calls with fewer keys than this compute exact attention, which is faster on short
+        input. None: never; an int; or "auto": the number that :mod:`mra_attention.crossover`
+        measures, once for each device, dtype, head_dim and config.
+
+    Differences:
 
     - A float ``key_padding_mask`` says 0 (takes part) or -inf (anything up to -1e4 counts as that).
       Other values are refused on the CPU; elsewhere looking would wait for the device, and keys
@@ -31,24 +40,31 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
     - ``is_causal=True`` alone is enough for causal attention; with ``attn_mask`` it is, as ever,
       the promise that this mask is the causal one.
     - Any other ``attn_mask``, ``add_bias_kv`` and ``add_zero_attn`` have no block structure: these
-      calls compute exact attention, and ``exact_calls`` counts them (eager calls; inside a
-      compiled program nothing is counted).
+      calls compute exact attention. ``exact_calls`` counts the exact calls of this module (eager
+      ones; inside a compiled program nothing is counted), :func:`stats` those of all modules, with
+      the reasons.
     - ``dropout`` isn't applied to the weights of MRA attention; training with a nonzero value warns
       once. (Exact calls apply it.)
     - head_dim needn't be a multiple of 8; others are padded with zeros.
     - Nested tensors are accepted, and give a nested result.
+    - ``torch.jit.script`` doesn't take it; ``torch.compile`` and ``torch.export`` do.
+
+    Raises TypeError or ValueError for a wrong config or exact_below.
     """
 
     def __init__(
         self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False,
         kdim=None, vdim=None, batch_first=False, device=None, dtype=None, config=MRAConfig(),  # noqa: B008
+        exact_below=None,
     ):  # fmt: skip
         check_config(config)
+        check_exact_below(exact_below)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
         self.config = config
+        self.exact_below = exact_below
         self.exact_calls = 0
         self._warned_dropout = False
 
@@ -65,23 +81,29 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False
 
     @classmethod
-    def from_mha(cls, mha, config=MRAConfig()):  # noqa: B008
+    def from_mha(cls, mha, config=MRAConfig(), exact_below=None):  # noqa: B008
         """This attention on the very parameters, submodules and hooks of ``mha``."""
         if not isinstance(mha, nn.MultiheadAttention):
             raise TypeError(f"mha: got {type(mha).__name__}, expected an nn.MultiheadAttention")
         check_config(config)
+        check_exact_below(exact_below)
         new = cls.__new__(cls)
         # Copies of the dicts that hold parameters, modules and hooks; what they hold is shared.
         for name, value in vars(mha).items():
             new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
         new._qkv_same_embed_dim = False
         new.config = config
+        new.exact_below = exact_below
         new.exact_calls = 0
         new._warned_dropout = False
         return new
 
     def extra_repr(self):
-        return f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, {self.config}"
+        exact = "" if self.exact_below is None else f", exact_below={self.exact_below!r}"
+        return (
+            f"{self.embed_dim}, {self.num_heads}, batch_first={self.batch_first}, {self.config}"
+            f"{exact}"
+        )
 
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
@@ -128,31 +150,48 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         self, query, key, value, batch_first, key_padding_mask, attn_mask, is_causal, need_weights,
         query_mask=None,
     ):  # fmt: skip
+        self._check_shapes(query, key, value, batch_first)
         q, k, v = (self._heads(x, batch_first) for x in self._project(query, key, value))
         N, M = q.shape[2], k.shape[2]
         check_mask("key_padding_mask", key_padding_mask, ((q.shape[0], M),))
         check_mask("attn_mask", attn_mask, ((N, M), (q.shape[0] * q.shape[1], N, M)))
-        if (
-            (attn_mask is not None and (not is_causal or N != M))
-            or self.bias_k is not None
-            or self.add_zero_attn
-        ):
-            if not torch.compiler.is_compiling():  # a counter that a graph reads recompiles it
-                self.exact_calls += 1
+        if is_causal and attn_mask is None and N != M:
+            raise ValueError(
+                f"is_causal: got True with {N} queries and {M} keys, expected as many keys as "
+                "queries, or an attn_mask"
+            )
+        reason = self._why_exact(q, k, attn_mask, is_causal)
+        calls.count("MRAMultiheadAttention", reason)
+        if reason is not None and not torch.compiler.is_compiling():
+            self.exact_calls += 1  # a counter that a graph reads would recompile it
+        if reason is None or reason == BELOW:
+            attend = self._approximate if reason is None else self._short
+            key_mask = takes_part(key_padding_mask)
+            out, weights = attend(q, k, v, key_mask, query_mask, is_causal, need_weights)
+        else:
             mask = additive_mask(q, M, key_padding_mask, attn_mask, is_causal)
             out, weights = self._exact(q, k, v, mask, need_weights)
-        else:
-            key_mask = takes_part(key_padding_mask)
-            out, weights = self._approximate(q, k, v, key_mask, query_mask, is_causal, need_weights)
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         return self.out_proj(out.permute(order).flatten(2)), weights
+
+    def _why_exact(self, q, k, attn_mask, is_causal):
+        """Why this call runs as exact attention, in a word or two; None: as MRA attention."""
+        if attn_mask is not None and (not is_causal or q.shape[2] != k.shape[2]):
+            return "attn_mask"
+        if self.bias_k is not None:
+            return "add_bias_kv"
+        if self.add_zero_attn:
+            return "add_zero_attn"
+        if k.shape[2] == 0:
+            return "no keys"
+        return BELOW if below(self.exact_below, q, k, self.config) else None
 
     def _approximate(self, q, k, v, key_mask, query_mask, is_causal, need_weights):
         if self.training and self.dropout > 0 and not self._warned_dropout:
             _warn_dropout()
             if not torch.compiler.is_compiling():  # changing it would recompile once more
                 self._warned_dropout = True
-        D = q.shape[-1]
+        D = self.head_dim
         q, k, v = pad_head_dim(q, k, v)
         kwargs = dict(config=self.config, is_causal=is_causal, scale=D**-0.5)
         weights = None
@@ -161,6 +200,13 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             weights = dense_weights(q, k, key_mask, query_mask, **kwargs)
         out = mra_attention(q, k, v, key_mask, query_mask, **kwargs)
         return out[..., :D], weights
+
+    def _short(self, q, k, v, key_mask, query_mask, is_causal, need_weights):
+        """Exact attention that means what :meth:`_approximate` does."""
+        return exact_attention(
+            q, k, v, take_part(key_mask, query_mask), is_causal=is_causal,
+            dropout=self.dropout if self.training else 0.0, need_weights=need_weights,
+        )  # fmt: skip
 
     def _exact(self, q, k, v, mask, need_weights):
         """Exact attention; mask: float, broadcasts to (B, H, N, M), or None."""
@@ -176,12 +222,24 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         if mask is not None:
             mask = F.pad(mask, (0, extra))
         dropout = self.dropout if self.training else 0.0
-        if not need_weights:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
-        logits = (q * D**-0.5) @ k.mT
-        weights = (logits if mask is None else logits + mask).softmax(-1)
-        weights = F.dropout(weights, dropout)
-        return weights @ v, weights
+        return exact_attention(q, k, v, mask, dropout=dropout, need_weights=need_weights)
+
+    def _check_shapes(self, query, key, value, batch_first):
+        """Three dimensions each: what the projections and exact attention would broadcast."""
+        sizes = (("query", self.embed_dim), ("key", self.kdim), ("value", self.vdim))
+        for (name, size), x in zip(sizes, (query, key, value), strict=True):
+            if x.shape[-1] != size:
+                raise ValueError(f"{name}: got {x.shape[-1]} features, expected {size}")
+        at = 0 if batch_first else 1
+        if key.shape[at] != query.shape[at]:
+            raise ValueError(
+                f"key: got batch size {key.shape[at]}, expected that of query, {query.shape[at]}"
+            )
+        if value.shape[:2] != key.shape[:2]:
+            raise ValueError(
+                f"value: got shape {tuple(value.shape)}, expected batch and length of key, "
+                f"{tuple(key.shape)}"
+            )
 
     def _project(self, query, key, value):
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
@@ -216,15 +274,31 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
                 dense = x.to_padded_tensor(0.0)
                 at = torch.arange(dense.shape[1], device=x.device)
                 padded[id(x)] = dense, lengths, at < lengths.to(x.device).unsqueeze(1)
-        (q, lengths, query_mask), (k, _, key_mask), (v, _, _) = (
+        (q, lengths, query_mask), (k, key_lengths, key_mask), (v, value_lengths, _) = (
             padded[id(x)] for x in (query, key, value)
         )
+        if not torch.equal(value_lengths, key_lengths):
+            raise ValueError(
+                f"value: got lengths {value_lengths.tolist()}, expected those of key, "
+                f"{key_lengths.tolist()}"
+            )
         out, weights = self._attend(
             q, k, v, True, ~key_mask, None, is_causal, need_weights, query_mask
         )
         rows = [x[:n] for x, n in zip(out, lengths.tolist(), strict=True)]
-        out = torch.nested.as_nested_tensor(rows, layout=query.layout)
+        if query.layout == torch.jagged:  # by its offsets: only then may it be added to the query
+            out = torch.nested.nested_tensor_from_jagged(torch.cat(rows), query.offsets())
+        else:
+            out = torch.nested.as_nested_tensor(rows, layout=query.layout)
         return out, weights.mean(1) if need_weights and average_attn_weights else weights
+
+
+def stats(reset=False):
+    """Calls of all :class:`MRAMultiheadAttention` so far: a dict of "mra" and, for exact ones,
+    "exact: <reason>".
+
+    Counts eager calls; a compiled program counts when it is traced."""
+    return calls.stats("MRAMultiheadAttention", reset)
 
 
 @torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace

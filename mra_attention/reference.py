@@ -66,12 +66,12 @@ def pool(x, mask, block):
 
     Returns mean (B, H, n, D), float32 or wider, zeros for an empty block, and count (B, n)."""
     B, H, L, D = x.shape
-    tail = -L % block
-    ones = pad(_or_ones(mask, x, L), (0, tail)).view(B, 1, -1, block, 1)
-    x = pad(x.to(_acc(x)), (0, 0, 0, tail)).view(B, H, -1, block, D)
+    n, tail = -(-L // block), -L % block
+    ones = pad(_or_ones(mask, x, L), (0, tail)).view(B, 1, n, block, 1)
+    x = pad(x.to(_acc(x)), (0, 0, 0, tail)).view(B, H, n, block, D)
     count = ones.sum(-2)
     mean = x.masked_fill(~ones, 0).sum(-2) / count.clamp(min=1)
-    return mean, count.view(B, -1)
+    return mean, count.view(B, n)
 
 
 def row_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal):

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import calls
-from .config import MRAConfig, check_config
+from .config import MRAConfig, check_config, check_exact_below
+from .crossover import BELOW, below
+from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
 
 __all__ = ["mra_sdpa", "replace_sdpa", "stats"]
@@ -23,25 +25,37 @@ __all__ = ["mra_sdpa", "replace_sdpa", "stats"]
 
 def mra_sdpa(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-    enable_gqa=False, *, config=MRAConfig(),  # noqa: B008
+    enable_gqa=False, *, config=MRAConfig(), exact_below=None,  # noqa: B008
 ):  # fmt: skip
     """``scaled_dot_product_attention`` with MRA attention where that can say the same.
 
-    Arguments, shapes and result are those of torch's function, plus ``config``. These calls run as
-    exact attention and are counted in :func:`stats`, with the reason: a mask that differs from
-    query to query or from head to head, a float mask, ``is_causal`` with N != M, a single query,
-    head dims above 256 or of another size for the values, float64 on a GPU, more than one batch
-    dimension, nested tensors, devices other than CPU and CUDA, and whatever torch refuses. A bool
-    mask with one row of keys for all queries and heads, (B, 1, 1, M) for example, is a key mask.
+    Arguments, shapes and result are those of torch's function, plus ``config`` and ``exact_below``
+    (None, an int or "auto": calls with fewer keys than that run as exact attention, see
+    :func:`mra_attention.crossover.below`). So do these: a mask that differs from query to query or
+    from head to head, a float mask, ``is_causal`` with N != M, a single query, head dims above 256
+    or of another size for the values, float64 on a GPU, more than one batch dimension, nested
+    tensors, devices other than CPU and CUDA, and whatever torch refuses. :func:`stats` counts them
+    with the reason. A bool mask with one row of keys for all queries and heads, (B, 1, 1, M) for
+    example, is a key mask.
 
     ``dropout_p`` isn't applied to the weights of MRA attention; a nonzero value warns once. (Exact
     calls apply it.) A row without a key gives zeros."""
     check_config(config)
+    check_exact_below(exact_below)
     mask, reason = None, _why_exact(query, key, value, attn_mask, is_causal, enable_gqa)
     if reason is None and attn_mask is not None:
         mask = _key_mask(query, key, attn_mask)
         reason = "mask of single queries or heads" if mask is None else None
+    if reason is None and below(exact_below, query, key, config):
+        reason = BELOW
     calls.count("sdpa", reason)
+    if reason == BELOW:
+        mask = take_part(mask)
+        mask = mask if mask is None or query.dim() == 4 else mask.squeeze(1)
+        return exact_attention(
+            query, key, value, mask, is_causal=is_causal, dropout=dropout_p, scale=scale,
+            enable_gqa=enable_gqa,
+        )[0]  # fmt: skip
     if reason is not None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -59,23 +73,26 @@ def mra_sdpa(
 
 
 class replace_sdpa(TorchFunctionMode):
-    """Context in which ``scaled_dot_product_attention`` is :func:`mra_sdpa` with ``config``.
+    """Context in which ``scaled_dot_product_attention`` is :func:`mra_sdpa` with ``config`` and
+    ``exact_below``.
 
     It holds for every call from this thread, also under a name that was imported before, and for
     programs compiled inside of it. ``nn.MultiheadAttention`` calls one function for everything and
     stays exact, which :func:`stats` counts; :func:`mra_attention.replace_attention` serves it.
 
-    Raises TypeError for a wrong config."""
+    Raises TypeError for a wrong config, TypeError or ValueError for a wrong exact_below."""
 
-    def __init__(self, config=MRAConfig()):  # noqa: B008
+    def __init__(self, config=MRAConfig(), exact_below=None):  # noqa: B008
         check_config(config)
+        check_exact_below(exact_below)
         super().__init__()
         self.config = config
+        self.exact_below = exact_below
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return mra_sdpa(*args, **kwargs, config=self.config)
+            return mra_sdpa(*args, **kwargs, config=self.config, exact_below=self.exact_below)
         if func is F.multi_head_attention_forward:
             calls.count("sdpa", "nn.MultiheadAttention")
         return func(*args, **kwargs)

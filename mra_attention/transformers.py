@@ -14,25 +14,30 @@ import torch
 from torch.nn import functional as F
 
 from . import calls
-from .config import MRAConfig, check_config
+from .config import MRAConfig, check_config, check_exact_below
+from .crossover import BELOW, below
+from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
 
 __all__ = ["patch_mra_model", "register", "stats"]
 
 
-def register(name="mra", config=MRAConfig()):  # noqa: B008
+def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
     """Registers MRA attention and its mask function under ``name``.
 
     Plain bidirectional attention, with or without padding, and plain causal attention run as MRA.
     What has no block form runs as exact attention and is counted in :func:`stats`: 4-D masks
     (causal with padding, packed sequences, prefill behind a cache), sliding windows, position
     biases, softcap, attention sinks, a single query. No attention weights are returned.
-    Registering a name again replaces its config.
+    ``exact_below`` (None, an int or "auto") adds calls with fewer keys than that, see
+    :func:`mra_attention.crossover.below`. Registering a name again replaces both options.
 
-    Raises TypeError for a wrong name or config, ImportError without transformers 4.54 or newer."""
+    Raises TypeError or ValueError for a wrong name, config or exact_below, ImportError without
+    transformers 4.54 or newer."""
     if not isinstance(name, str) or not name:
         raise TypeError(f"name: got {name!r}, expected a non-empty string")
     check_config(config)
+    check_exact_below(exact_below)
     transformers = _transformers()
     masking = transformers.masking_utils
 
@@ -41,8 +46,9 @@ def register(name="mra", config=MRAConfig()):  # noqa: B008
         **kwargs,
     ):  # fmt: skip
         return _attention(
-            config, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs
-        )
+            config, exact_below, module, query, key, value, attention_mask, scaling, dropout,
+            is_causal, kwargs,
+        )  # fmt: skip
 
     def mask(
         batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
@@ -75,7 +81,9 @@ def stats(reset=False):
 _SCORE_ARGUMENTS = ("sliding_window", "position_bias", "softcap", "s_aux")
 
 
-def _attention(config, module, query, key, value, mask, scaling, dropout, is_causal, kwargs):
+def _attention(
+    config, exact_below, module, query, key, value, mask, scaling, dropout, is_causal, kwargs
+):
     """One call of a model: query (B, H, N, D), key, value (B, Hk, M, D) to (B, N, H, D), None."""
     N, D = query.shape[2], query.shape[3]
     if is_causal is None:
@@ -96,6 +104,8 @@ def _attention(config, module, query, key, value, mask, scaling, dropout, is_cau
         for name in _SCORE_ARGUMENTS:
             if kwargs.get(name) is not None:
                 reason = name
+    if reason is None and below(exact_below, query, key, config):
+        reason = BELOW
     calls.count("transformers", reason)
     if kwargs.get("output_attentions"):
         _warn_weights()
@@ -113,11 +123,11 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
     H, N, M = query.shape[1], query.shape[2], key.shape[2]
     key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (key, value))
     if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None, :]
+        mask = take_part(mask)
     if bias is None and softcap is None and sinks is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal, scale=scale
-        )
+        return exact_attention(
+            query, key, value, mask, is_causal=is_causal, dropout=dropout, scale=scale
+        )[0]
     logits = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
