@@ -12,13 +12,19 @@ from torch import nn
 from mra_attention import MRAConfig, MRAMultiheadAttention, replace_attention
 
 
-def count_calls(module):
-    """Counts calls of every MRA module's forward inside."""
-    calls = []
-    for m in module.modules():
-        if isinstance(m, MRAMultiheadAttention):
-            m.register_forward_hook(lambda *_: calls.append(1))
-    return calls
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows by one with each call of an MRA module's forward.
+
+    Not by a hook: torch's encoder layer leaves its fused path where a module has one."""
+    seen, forward = [], MRAMultiheadAttention.forward
+
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MRAMultiheadAttention, "forward", counted)
+    return seen
 
 
 def encoder(config=EXACT, layers=2, **kwargs):
@@ -30,19 +36,60 @@ def encoder(config=EXACT, layers=2, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("mode", ["train", "eval with grad", "eval", "eval inference"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_forward_is_called_in_every_mode(mode, padded):
-    """nn's fused layer would bypass it."""
-    model = encoder()
+def replaced(where):
+    """A model of torch's layers with MRA attention in it, and how often a call must run it."""
+    layer = nn.TransformerEncoderLayer(E, HEADS, 64, dropout=0.0, batch_first=True)
+    if where != "a built encoder":
+        assert replace_attention(layer, EXACT) == 1
+    if where == "a layer":
+        return layer, 1
+    model = nn.TransformerEncoder(layer, 2)
+    if where == "a built encoder":
+        assert replace_attention(model, EXACT) == 2
+    return model, 2
+
+
+MODES = {
+    "train": torch.enable_grad,
+    "eval with grad": torch.enable_grad,
+    "eval": torch.no_grad,
+    "eval inference": torch.inference_mode,
+}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mask", "compiled"),
+    [(None, False), (None, True), ("padding", False), ("padding", True), ("causal", False),
+     ("both", False)],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["a layer", "a layer, then built", "a built encoder"])
+def test_forward_is_called_in_every_mode(where, mask, mode, compiled, calls):
+    """nn's fused layer would bypass it; and the result is that of torch's own attention."""
+    model, count = replaced(where)
     model.train(mode == "train")
-    calls = count_calls(model)
-    context = {"eval": torch.no_grad, "eval inference": torch.inference_mode}.get(
-        mode, torch.enable_grad
-    )
-    with context():
-        model(torch.randn(B, N, E), src_key_padding_mask=padding(N) if padded else None)
-    assert len(calls) == 2
+    plain = copy.deepcopy(model).train()  # in train torch itself fuses nothing
+    for m in list(plain.modules()):
+        if hasattr(m, "self_attn"):
+            ours, m.self_attn = m.self_attn, nn.MultiheadAttention(E, HEADS, batch_first=True)
+            m.self_attn.load_state_dict(ours.state_dict())
+    x, kwargs = torch.randn(B, N, E), {}
+    if mask in ("padding", "both"):
+        kwargs["src_key_padding_mask"] = padding(N)
+    if mask in ("causal", "both"):
+        name = "src_mask" if where == "a layer" else "mask"
+        kwargs[name], kwargs["is_causal"] = torch.ones(N, N, dtype=torch.bool).triu(1), True
+    call = model
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="eager", fullgraph=True)
+    expected = plain(x, **kwargs)
+    with MODES[mode]():
+        got = call(x, **kwargs)
+        call(x, **kwargs)
+    assert len(calls) == 2 * count
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 def test_forward_is_traced_when_compiled():
@@ -92,11 +139,10 @@ def test_encoder_equals_the_original():
     assert sum(layer.self_attn.exact_calls for layer in ours.layers) == 0  # nn gave the hint
 
 
-def test_transformer_with_cross_attention():
+def test_transformer_with_cross_attention(calls):
     theirs = nn.Transformer(E, HEADS, 1, 1, 64, dropout=0.0, batch_first=True)
     ours = copy.deepcopy(theirs)
     assert replace_attention(ours, EXACT) == 3
-    calls = count_calls(ours)
     source, target = torch.randn(B, M, E), torch.randn(B, N, E)
     mask = nn.Transformer.generate_square_subsequent_mask(N)
     kwargs = dict(tgt_mask=mask, tgt_is_causal=True, memory_key_padding_mask=padding(M))
@@ -106,14 +152,14 @@ def test_transformer_with_cross_attention():
     assert len(calls) == 3
 
 
-def test_nested_from_an_encoder_built_before():
+def test_nested_from_an_encoder_built_before(calls):
     """An encoder may still hand nested tensors to a layer that was replaced by hand."""
     layer = nn.TransformerEncoderLayer(E, HEADS, 64, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     expected = copy.deepcopy(model).train()
     for layer in model.layers:
         layer.self_attn = MRAMultiheadAttention.from_mha(layer.self_attn, EXACT)
-    calls, x, kpm = count_calls(model), torch.randn(B, N, E), padding(N)
+    x, kpm = torch.randn(B, N, E), padding(N)
     with torch.no_grad():
         out = model(x, src_key_padding_mask=kpm)
     assert len(calls) == 2
@@ -125,11 +171,12 @@ def test_nested_from_an_encoder_built_before():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_keep_working(copied):
+def test_copies_keep_working(copied, calls):
     model = encoder(SPARSE).eval()
     again = copied(model)
-    calls, x = count_calls(again), torch.randn(B, N, E)
+    x = torch.randn(B, N, E)
     with torch.no_grad():
-        assert torch.equal(again(x), model(x))
-    assert len(calls) == 2
+        got = again(x)
+        assert len(calls) == 2
+        assert torch.equal(got, model(x))
     assert all(layer.self_attn.config == SPARSE for layer in again.layers)
