@@ -47,7 +47,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
       once. (Exact calls apply it.)
     - head_dim needn't be a multiple of 8; others are padded with zeros.
     - Nested tensors are accepted, and give a nested result.
-    - ``torch.jit.script`` doesn't take it; ``torch.compile`` and ``torch.export`` do.
+    - ``torch.jit.script`` doesn't take it; ``torch.compile`` and ``torch.export`` do, and
+      ``torch.jit.trace`` where no weights are asked for.
 
     Raises TypeError or ValueError for a wrong config or exact_below.
     """
@@ -112,6 +113,9 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         """As ``nn.MultiheadAttention.forward``: (output, weights or None). See the class.
 
         Raises TypeError or ValueError that names the argument."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
         if query.is_nested or key.is_nested or value.is_nested:
             if key_padding_mask is not None or attn_mask is not None:
                 raise ValueError(
@@ -133,7 +137,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             query = query.unsqueeze(at)
             key = query if key_is_query else key.unsqueeze(at)
             value = key if value_is_key else value.unsqueeze(at)
-            if key_padding_mask is not None:
+            if isinstance(key_padding_mask, torch.Tensor):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         out, weights = self._attend(
             query, key, value, self.batch_first, key_padding_mask, attn_mask, is_causal,
