@@ -299,6 +299,29 @@ def test_auto_under_autocast_measures_the_dtype_that_runs(measured):
     assert [args[1] for args in measured] == [torch.bfloat16, torch.float64]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("outside", [False, True])
+def test_auto_compiled_under_autocast(outside, dynamic, measured):
+    """The number of the dtype that runs, with autocast inside the program and around it."""
+    q = torch.randn(1, 2, 300, 16)
+    crossover.tokens("cpu", torch.float16, 16, SPARSE)  # 40: MRA; float32 would be exact
+
+    def call(q):
+        return mra.mra_sdpa(q, q, q, config=SPARSE, exact_below="auto")
+
+    def cast(q):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(q)
+
+    torch._dynamo.reset()
+    options = dict(backend="eager", fullgraph=True, dynamic=dynamic)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        out = torch.compile(call if outside else cast, **options)(q)
+    assert out.dtype == torch.bfloat16 and mra.sdpa.stats(reset=True) == {"mra": 1}
+    torch.compile(call, **options)(q)
+    assert mra.sdpa.stats() == SHORT and len(measured) == 1
+
+
 def test_auto_never_measures_what_it_may_not(measured):
     """While a program is traced, and while a mode watches: the fallback, or what is known."""
     from torch.utils.flop_counter import FlopCounterMode
