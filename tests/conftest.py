@@ -33,3 +33,16 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter, config):
     if getattr(config, "gpu_skipped", 0):
         terminalreporter.write_line(f"GPU tests skipped: {config.gpu_skipped}, no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def aoti_package(tmp_path_factory):
+    """helpers.aoti_example() compiled by AOTInductor, for any batch size and length: a path."""
+    from helpers import aoti_example
+
+    q, k, v = torch.randn(3, 2, 2, 70, 16)
+    dims = {0: torch.export.Dim("B", min=1), 2: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        program = torch.export.export(aoti_example(), (q, k, v), dynamic_shapes=(dims,) * 3)
+        path = tmp_path_factory.mktemp("aoti") / "attention.pt2"
+        return torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -209,6 +209,16 @@ def tiers(nq, nk, bq, bk, N, diagonal_blocks=0, first_blocks=0, selection="row",
     return tier
 
 
+def aoti_example():
+    """A module that AOTInductor compiles, called with query, key and value of head dim 16."""
+
+    class Doubled(torch.nn.Module):
+        def forward(self, q, k, v):
+            return mra.mra_attention(2 * q, k, v, density=0.3, block_size=32) + q
+
+    return Doubled()
+
+
 def load_minilm_inputs():
     """The module examples/minilm.py, or a skip that says what is missing."""
     spec = importlib.util.spec_from_file_location("minilm", ROOT / "examples" / "minilm.py")
