@@ -11,6 +11,7 @@ import time
 
 import torch
 
+from . import transforms
 from .exact import exact_attention
 from .functional import mra_attention, pad_head_dim
 
@@ -32,8 +33,8 @@ def below(exact_below, query, key, config):
         :func:`tokens` measured for this device, dtype, head dim and config.
 
     "auto" measures at the first eager call that asks. It doesn't while a program is traced, a CUDA
-    graph is captured, or a dispatch mode watches (fake tensors, FLOP counters): then it takes what
-    is measured already, else ``FALLBACK``: exact attention where it is seldom slower. A compiled
+    graph is captured, torch.func transforms the call, or a dispatch mode watches (fake tensors,
+    FLOP counters): then it takes what is measured already, else ``FALLBACK``: exact attention where it is seldom slower. A compiled
     program keeps the number that it was traced with. Results near the threshold depend on a
     timing, so give an int where runs, or the processes of one job, must agree."""
     if exact_below is None:
@@ -106,7 +107,8 @@ def _wait(device):
 
 
 def _may_measure(x):
-    if x.device.type not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() > 0:
+    watched = torch._C._len_torch_dispatch_stack() > 0 or transforms.active()
+    if x.device.type not in ("cpu", "cuda") or watched:
         return False
     return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
-from . import _load
+from . import _load, transforms
 from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
 from .plan import Plan, as_pair
 
@@ -86,7 +86,8 @@ def mra_attention(
         row_start, row_count, row_index = plan.row_start, plan.row_count, plan.row_index
         budget = (None, None)
         block_q, block_k = plan.block_size
-    out, lse, *_ = torch.ops.mra_attention.forward(
+    forward = transforms.forward if transforms.active() else torch.ops.mra_attention.forward
+    out, lse, *_ = forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),

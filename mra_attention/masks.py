@@ -2,6 +2,8 @@
 
 import torch
 
+from . import transforms
+
 __all__ = ["additive_mask", "check_mask", "takes_part"]
 
 # A float key_padding_mask is 0 or -inf; finite stand-ins for -inf are this or less.
@@ -30,7 +32,8 @@ def takes_part(key_padding_mask):
         return ~key_padding_mask
     mask = key_padding_mask > MASKED
     # Looked at only where that costs no wait: an eager tensor on the CPU.
-    eager = type(key_padding_mask) is torch.Tensor and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or transforms.active()
+    eager = type(key_padding_mask) is torch.Tensor and not traced
     if eager and key_padding_mask.device.type == "cpu":
         if (mask & (key_padding_mask != 0)).any():
             raise ValueError(
