@@ -1,8 +1,8 @@
 """Multi-resolution attention (MRA) for PyTorch: exact where it matters, pooled everywhere else."""
 
-# _load registers the operators, flops their formulas; transformers imports Hugging Face's package
-# only when it is used.
-from . import _load, crossover, flops, sdpa, transformers  # noqa: F401
+# _load registers the operators; flops, sharding and transforms what torch asks about them.
+# transformers imports Hugging Face's package only when it is used.
+from . import _load, crossover, flops, sdpa, sharding, transformers  # noqa: F401
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info

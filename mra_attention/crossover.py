@@ -34,9 +34,10 @@ def below(exact_below, query, key, config):
 
     "auto" measures at the first eager call that asks. It doesn't while a program is traced, a CUDA
     graph is captured, torch.func transforms the call, or a dispatch mode watches (fake tensors,
-    FLOP counters): then it takes what is measured already, else ``FALLBACK``: exact attention where it is seldom slower. A compiled
-    program keeps the number that it was traced with. Results near the threshold depend on a
-    timing, so give an int where runs, or the processes of one job, must agree."""
+    FLOP counters): then it takes what is measured already, else ``FALLBACK``: exact attention where
+    it is seldom slower. A compiled program keeps the number that it was traced with. Results near
+    the threshold depend on a timing, so give an int where runs, or the processes of one job, must
+    agree."""
     if exact_below is None:
         return False
     if exact_below == "auto":

@@ -46,29 +46,13 @@ def attend(function, tensors, masks, grads, **options):
     return dict(zip(NAMES, (*results, *gradients), strict=True))
 
 
-def worker(rank, W, folder, seed):
+def worker(rank, W, function, folder, seed):
+    """One process: ``function(rank, seed)`` in a process group of all of them."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=W)
     try:
-        mesh = init_device_mesh("cpu", (W,), mesh_dim_names=("sp",))
-        own = slice(rank * N // W, (rank + 1) * N // W)
-
-        def part(x):
-            return None if x is None else x[:, own] if x.dim() == 2 else x[:, :, own].contiguous()
-
-        for i, (Hk, masked, options) in enumerate(cases(seed)):
-            tensors, masks, grads = draw(seed + i, Hk, masked)
-            whole = attend(mra.mra_attention, tensors, masks, grads, **options)
-            group = mesh["sp"] if i % 2 else mesh.get_group()
-            parts = ([part(x) for x in xs] for xs in (tensors, masks, grads))
-            ours = attend(sequence_parallel_attention, *parts, mesh=group, **options)
-            for name in NAMES:
-                # Gradients of a key head that several processes have are sums in another order.
-                exact = Hk % W == 0 or name in ("out", "lse", "dq")
-                close = torch.equal if exact else lambda a, b: torch.allclose(a, b, 1e-12, 1e-12)
-                assert close(ours[name], part(whole[name])), (rank, i, options, name)
-        check_errors(mesh, W)
+        function(rank, seed)
         (open(f"{folder}/done{rank}", "w")).close()
     except Exception:
         with open(f"{folder}/error{rank}", "w") as file:
@@ -76,6 +60,44 @@ def worker(rank, W, folder, seed):
         raise
     finally:
         dist.destroy_process_group()
+
+
+def in_processes(function, W, folder):
+    """Runs ``function(rank, seed)`` in W processes; fails with what they raised."""
+    context = mp.start_processes(
+        worker, (W, function, str(folder), new_seed()), nprocs=W, join=False, start_method="spawn"
+    )
+    try:
+        # Each join returns when one more process has ended.
+        finished = any(context.join(timeout=120) for _ in range(W + 1))
+        for process in context.processes:
+            process.kill()
+        assert finished, "the processes wait for each other"
+    except (mp.ProcessRaisedException, mp.ProcessExitedException):
+        raise AssertionError("\n".join(f.read_text() for f in folder.glob("error*"))) from None
+    assert len(list(folder.glob("done*"))) == W
+
+
+def sequence_parallel(rank, seed):
+    W = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (W,), mesh_dim_names=("sp",))
+    own = slice(rank * N // W, (rank + 1) * N // W)
+
+    def part(x):
+        return None if x is None else x[:, own] if x.dim() == 2 else x[:, :, own].contiguous()
+
+    for i, (Hk, masked, options) in enumerate(cases(seed)):
+        tensors, masks, grads = draw(seed + i, Hk, masked)
+        whole = attend(mra.mra_attention, tensors, masks, grads, **options)
+        group = mesh["sp"] if i % 2 else mesh.get_group()
+        parts = ([part(x) for x in xs] for xs in (tensors, masks, grads))
+        ours = attend(sequence_parallel_attention, *parts, mesh=group, **options)
+        for name in NAMES:
+            # Gradients of a key head that several processes have are sums in another order.
+            exact = Hk % W == 0 or name in ("out", "lse", "dq")
+            close = torch.equal if exact else lambda a, b: torch.allclose(a, b, 1e-12, 1e-12)
+            assert close(ours[name], part(whole[name])), (rank, i, options, name)
+    check_errors(mesh, W)
 
 
 def check_errors(mesh, W):
@@ -93,15 +115,4 @@ def check_errors(mesh, W):
 @pytest.mark.parametrize("W", [2, 4])
 def test_sequence_parallel_is_one_device(W, tmp_path):
     """Bit for bit: every head is computed whole, by one process."""
-    context = mp.start_processes(
-        worker, (W, str(tmp_path), new_seed()), nprocs=W, join=False, start_method="spawn"
-    )
-    try:
-        # Each join returns when one more process has ended.
-        finished = any(context.join(timeout=120) for _ in range(W + 1))
-        for process in context.processes:
-            process.kill()
-        assert finished, "the processes wait for each other"
-    except (mp.ProcessRaisedException, mp.ProcessExitedException):
-        raise AssertionError("\n".join(f.read_text() for f in tmp_path.glob("error*"))) from None
-    assert len(list(tmp_path.glob("done*"))) == W
+    in_processes(sequence_parallel, W, tmp_path)

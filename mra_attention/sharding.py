@@ -1,0 +1,86 @@
+"""How DTensor may split the operators among processes: by batch entries or by heads.
+
+Those share nothing, so no process needs another's data. Sharded in another way (along the sequence,
+say), inputs are redistributed by DTensor first.
+"""
+
+import torch
+import torch.distributed as dist
+
+from . import _load
+
+__all__ = []
+
+
+def _alternatives(specs, presence, heads):
+    """What :func:`register_sharding` wants: [(placements of results, placements of arguments)].
+
+    specs: the arguments; what isn't a tensor gets None, one without elements is replicated.
+    presence: for each result whether it has elements.
+    heads: whether heads may be split."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    def of(x, place):
+        if not hasattr(x, "placements"):
+            return None
+        return place(x.ndim) if x.ndim > 1 else Replicate()
+
+    def by_heads(dims):  # masks and counts, of two dimensions, have no heads
+        return Shard(1) if dims > 2 else Replicate()
+
+    def both(place):
+        results = [place(dims) if dims else Replicate() for dims in presence]
+        return results, [of(x, place) for x in specs]
+
+    alternatives = [both(lambda _: Replicate()), both(lambda _: Shard(0))]
+    return alternatives + [both(by_heads)] * heads
+
+
+def _heads_align(query, key):
+    """Whether every process that gets some query heads gets their key heads with them, however
+    DTensor splits them: it alone chooses the mesh dimensions to split heads over."""
+    if query.shape[1] == key.shape[1]:
+        return True
+    split = 1
+    for i, size in enumerate(query.mesh.shape):
+        places = [x.placements[i] for x in (query, key)]
+        whole = all(p.is_replicate() for p in places)
+        batch = all(p.is_shard(0) for p in places) and query.shape[0] >= query.mesh.size()
+        split *= 1 if whole or batch else size
+    return key.shape[1] % split == 0
+
+
+def _register():
+    from torch.distributed.tensor.experimental import register_sharding
+
+    ops = torch.ops.mra_attention
+
+    @register_sharding(ops.pool.default)
+    def pool(input, mask, block):
+        return _alternatives((input, mask, block), (4, 2), heads=True)
+
+    @register_sharding(ops.plan.default)
+    def plan(query, key, *rest):
+        return _alternatives((query, key, *rest), (3, 3, 3), _heads_align(query, key))
+
+    @register_sharding(ops.forward.default)
+    def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
+                blocks_per_row, density, bq, bk, coarse, order, *rest):  # fmt: skip
+        args = (query, key, value, key_mask, query_mask, row_start, row_count, row_index,
+                blocks_per_row, density, bq, bk, coarse, order, *rest)  # fmt: skip
+        is_causal = rest[3]
+        made, queries, keys = row_start is None, coarse == "block", coarse != "none"
+        order1 = keys and order == 1
+        lists, means = [3 * made] * 3, [4 * queries, 4 * keys, 4 * keys]
+        counts = [2 * queries, 2 * keys]
+        presence = [4, 3, 3 * order1, *lists, *means, *counts, 5 * (order1 and not is_causal)]
+        return _alternatives(args, presence, _heads_align(query, key))
+
+    @register_sharding(ops.backward.default)
+    def backward(grad_out, grad_lse, query, key, *rest):
+        args = (grad_out, grad_lse, query, key, *rest)
+        return _alternatives(args, (4, 4, 4), _heads_align(query, key))
+
+
+if _load.extension is not None and dist.is_available():
+    _register()
