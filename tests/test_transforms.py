@@ -214,9 +214,42 @@ def test_what_is_refused():
         grad(loss)(leaf, k, v).sum().backward()
 
 
+# What follows query, key and value in a call of the forward operator, with OPTIONS.
+CALL = (None, None, None, None, None, None, 0.3, 32, 32, "row", 1, "row", 0, 0, False, None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rules_of_the_operators(device):
+    """Called by name: forward with torch's ordinary backward through it, and backward itself."""
+    inputs = draw(device, V)[:3]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    results = vmap(lambda *x: OPS.forward(*x, *CALL))(*leaves)
+    expected = loop(lambda *x: OPS.forward(*x, *CALL), (0,) * 3, inputs)
+    # Query means aren't among the results of this form; what is absent has no mapped dimension.
+    absent = [x.numel() == 0 for x in results]
+    assert absent == [x.numel() == 0 for x in expected] and sum(absent) == 2
+    assert same(
+        *zip(*[p for p in zip(results, expected, strict=True) if p[0].numel()], strict=True)
+    )
+    grad_out, grad_lse = torch.randn_like(results[0]), torch.randn_like(results[1])
+    got = torch.autograd.grad(results[:2], leaves, (grad_out, grad_lse))
+
+    def backward(grad_out, grad_lse, q, k, v, *results):
+        out, lse, share, start, count, index, *_ = results
+        lists = (out, lse, share, start, count, index)
+        return OPS.backward(
+            grad_out, grad_lse, q, k, v, None, None, *lists, 32, 32, "row", 1, False, None
+        )
+
+    kept = [x.detach() for x in results[:6]]
+    each = (grad_out, grad_lse, *inputs, *kept)
+    expected = loop(backward, (0,) * len(each), each)
+    close(got, expected)
+    close(vmap(backward)(*each), expected)
+
+
 def test_the_operator_itself_has_no_torch_func_gradient():
     """Only mra_attention() goes round torch's limit on C++ Functions."""
     q, k, v, *_ = draw("cpu")
-    call = (None, None, None, None, None, None, 0.3, 32, 32, "row", 1, "row", 0, 0, False, None)
     with pytest.raises(RuntimeError, match="functorch transforms"):
-        grad(lambda q: OPS.forward(q, k, v, *call)[0].sum())(q)
+        grad(lambda q: OPS.forward(q, k, v, *CALL)[0].sum())(q)
