@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch.nn import functional as F
 
-from . import _load, transforms
+from . import _load, sharding, transforms
 from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
 from .plan import Plan, as_pair
 
@@ -195,6 +195,8 @@ def _check_tensors(optional=False, **tensors):
             raise TypeError(f"{name}: got a nested tensor, expected a dense one with a mask")
         if x.layout != torch.strided:
             raise TypeError(f"{name}: got layout {x.layout}, expected a dense (strided) tensor")
+        if type(x) is not torch.Tensor and sharding.is_dtensor(x):
+            sharding.register()
 
 
 def _check_plan(plan, query, key):

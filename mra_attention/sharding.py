@@ -4,12 +4,13 @@ Those share nothing, so no process needs another's data. Sharded in another way 
 say), inputs are redistributed by DTensor first.
 """
 
+import functools
+import sys
+
 import torch
 import torch.distributed as dist
 
-from . import _load
-
-__all__ = []
+__all__ = ["register"]
 
 
 def _alternatives(specs, presence, heads):
@@ -50,7 +51,17 @@ def _heads_align(query, key):
     return key.shape[1] % split == 0
 
 
-def _register():
+def is_dtensor(x):
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+@functools.cache  # once
+def register():
+    """Tells DTensor the rules. :func:`mra_attention.mra_attention` does it before its first call
+    with a DTensor, this package where DTensor is loaded already: importing it takes as long as the
+    rest of the package. Call it before handing DTensors to ``torch.ops.mra_attention`` yourself."""
     from torch.distributed.tensor.experimental import register_sharding
 
     ops = torch.ops.mra_attention
@@ -82,5 +93,5 @@ def _register():
         return _alternatives(args, (4, 4, 4), _heads_align(query, key))
 
 
-if _load.extension is not None and dist.is_available():
-    _register()
+if dist.is_available() and "torch.distributed.tensor" in sys.modules:
+    register()
