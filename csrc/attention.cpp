@@ -129,6 +129,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
                             const Tensor& share, const BlockList& rows, const MeanTensors& means,
                             const Options& o) {
   const int64_t nk = ceil_div(in.key.size(2), o.block_k);
+  // plan, seen from the keys; on a GPU delta is computed meanwhile
+  const BlockList columns = stages.transpose(rows, nk);
+
   FineBackward grads;
   grads.grad_out = grad_out;
   grads.lse = lse;
@@ -153,9 +156,6 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     pooled = stages.pool_inputs(in, o, o.coarse == Coarse::block, false);
   }
   pooled.type = in.query.scalar_type();
-
-  // plan, seen from the keys
-  const BlockList columns = stages.transpose(rows, nk);
 
   // order 1
   if (has_order1(o)) {

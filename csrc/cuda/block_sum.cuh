@@ -7,7 +7,6 @@
 
 namespace mra::cuda {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kMaxBlock = 128;               // rows in a block
 constexpr int kBlockWords = kMaxBlock / 32;  // bit r of word g speaks of row 32 g + r
 

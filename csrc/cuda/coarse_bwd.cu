@@ -289,6 +289,7 @@ __device__ void run(const CoarseBackwardParams& p, unsigned tile, char* smem) {
 template <int DP, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps, (DP == 64 ? 16 : 8) / kWarps)
     coarse_backward_kernel(const CoarseBackwardParams p, unsigned key_tiles) {
+  let_next_start();
   extern __shared__ __align__(16) char smem[];
   if (blockIdx.x < key_tiles) {
     run<DP, kWarps, true>(p, blockIdx.x, smem);

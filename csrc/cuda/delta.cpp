@@ -17,7 +17,8 @@ struct Delta {
   Tensor grad_out, out, result;
   DeltaParams p;
 
-  Delta(const Tensor& grad_out_in, const Tensor& out_in, const Tensor& grad_lse)
+  Delta(const Tensor& grad_out_in, const Tensor& out_in, const Tensor& grad_lse,
+        const Device& device)
       : grad_out(with_aligned_rows(grad_out_in)), out(with_aligned_rows(out_in)) {
     const int64_t B = out.size(0), H = out.size(1), N = out.size(2);
     TORCH_CHECK_NOT_IMPLEMENTED(B * H * ceil_div(N, 32) <= std::numeric_limits<int>::max(),
@@ -35,6 +36,8 @@ struct Delta {
     p.N = N;
     p.D = static_cast<int>(out.size(3));
     p.dtype = dtype_of(out);
+    // What comes before it is the plan's transpose, unless rows had to be copied.
+    p.beside = device.major == 9 && grad_out.is_same(grad_out_in) && out.is_same(out_in);
   }
 };
 
@@ -75,7 +78,7 @@ struct Blocks {
 // -> rowsum(grad_out * out) - grad_lse, [B, H, N] float32.
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse) {
   const Launch launch(out);
-  const Delta d(grad_out, out, grad_lse);
+  const Delta d(grad_out, out, grad_lse, launch.device);
   if (d.result.numel() > 0) launch.check(delta_backward(d.p, launch.stream));
   return d.result;
 }
@@ -96,7 +99,7 @@ std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const 
                                                   int64_t block_q) {
   const Launch launch(out);
   const Tensor lse = lse_in.contiguous();
-  const Delta d(grad_out, out, grad_lse);
+  const Delta d(grad_out, out, grad_lse, launch.device);
   const Blocks blocks(d.grad_out, lse, d.result, block_q);
   if (d.result.numel() > 0) {
     launch.check(delta_and_block_rows_backward(d.p, blocks.p, launch.stream));

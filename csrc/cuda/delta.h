@@ -16,6 +16,7 @@ struct DeltaParams {
   int64_t N;
   int D;
   Dtype dtype;
+  bool beside;  // it may run beside the kernel launched before
 };
 
 struct BlockRowsParams {
@@ -40,6 +41,7 @@ struct RowSumsParams {
   float* lse2;                              // [heads, rows]
   float *sums, *pooled_sums;                // [heads, chunks, 2, 32], or null
   int64_t heads, rows, chunks;
+  bool beside;  // it may run beside the kernel launched before
 };
 cudaError_t row_sums(const RowSumsParams& params, cudaStream_t stream);
 

@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) delta_kernel(const DeltaParams
   const int tile = static_cast<int>(unit) / p.H % tiles;
   row_delta<T, kLanes>(p, static_cast<int>(unit) / p.H / tiles, h, int64_t{tile} * 32,
                        [](int, int, const auto&) {});
+  if (blockIdx.x == 0) wait_for_previous();
 }
 
 // The rows of a query block as a warp has them: row 32 g + lane.
@@ -204,6 +205,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
       store_values<kVec<T>>(p.block_grad + unit * p.D + chunk * kVec<T>, sum[pass]);
     }
   }
+  if (blockIdx.x == 0) wait_for_previous();
 }
 
 __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
@@ -222,6 +224,7 @@ __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
   };
   store(p.sums, p.delta);
   store(p.pooled_sums, p.pooled_delta);
+  if (blockIdx.x == 0) wait_for_previous();
 }
 
 unsigned grid_of(int64_t units) { return static_cast<unsigned>((units + kWarps - 1) / kWarps); }
@@ -233,7 +236,7 @@ struct LaunchDelta {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of((p.N + 31) / 32 * p.B * p.H);
-    return launch_grid(delta_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, p);
+    return launch_grid(delta_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, Beside{p.beside}, p);
   }
 };
 
@@ -256,7 +259,8 @@ struct LaunchDeltaAndBlockRows {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
-    return launch_grid(delta_and_block_rows_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, d, p);
+    return launch_grid(delta_and_block_rows_kernel<T, kLanes>, grid, kWarps * 32, 0, stream,
+                       Beside{d.beside}, d, p);
   }
 };
 
@@ -264,7 +268,7 @@ struct LaunchDeltaAndBlockRows {
 
 cudaError_t row_sums(const RowSumsParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.heads * p.chunks * 32 + 255) / 256;
-  return launch_grid(row_sums_kernel, blocks, 256, 0, stream, p);
+  return launch_grid(row_sums_kernel, blocks, 256, 0, stream, Beside{p.beside}, p);
 }
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {

@@ -60,6 +60,8 @@ struct RowSums {
     p.sums = r.sums = data_of<float>(sums);
     p.pooled_sums = data_of<float>(pooled_sums);
     if (!one_delta) r.pooled_sums = data_of<float>(pooled_sums);
+    // What comes before it, under coarse = block, is coarse_backward.
+    r.beside = launch.device.major == 9 && back.query_block.defined();
     launch.check(row_sums(r, launch.stream));
   }
 };
@@ -137,6 +139,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   ++p.queue;
+  p.beside = launch.device.major == 9;
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

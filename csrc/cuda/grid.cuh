@@ -8,11 +8,31 @@
 
 namespace mra::cuda {
 
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// A kernel may start while the one launched before it still runs, if it is launched `beside` that
+// one and does not depend on it: it then starts once every block of threads of the other has called
+// let_next_start or has ended. Its own block 0 ends with wait_for_previous, so that whatever is
+// launched behind it finds both done. Compute capability 9.0.
+struct Beside {
+  bool previous = false;
+};
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Launches `blocks` blocks of threads with `bytes` of dynamic shared memory; no blocks is no
 // launch.
 template <class... Params, class... Arguments>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
-                        cudaStream_t stream, const Arguments&... arguments) {
+                        cudaStream_t stream, Beside beside, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   if (bytes > 0) {
@@ -20,8 +40,22 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, 
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(arguments...);
-  return cudaGetLastError();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = beside.previous ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...);
+}
+template <class... Params, class... Arguments>
+cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  return launch_grid(kernel, blocks, threads, bytes, stream, Beside{}, arguments...);
 }
 
 }  // namespace mra::cuda

@@ -10,8 +10,6 @@
 
 namespace mra::cuda {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
-
 // Keys order like the scores. Of no score: kAbsent, a pair that does not exist, and kForced, one
 // that is taken before any score is looked at.
 constexpr uint32_t kAbsent = 0u;

@@ -33,6 +33,7 @@ __device__ int lower_bound(const int32_t* row, int count, int y) {
 
 __global__ void plan_transpose_kernel(const TransposeParams p, int columns, int tiles, int words) {
   extern __shared__ uint32_t smem[];
+  let_next_start();
   uint32_t* bits = smem;                                       // [columns][words]: bit x of column
   int* size = reinterpret_cast<int*>(bits + columns * words);  // [columns]
   int* before = size + columns;                                // entries of earlier columns

@@ -69,7 +69,8 @@ struct BackwardParams : Problem {
   // +inf and 0 beyond the end
   const float *sums, *pooled_sums;
 
-  bool add;  // grad_q, grad_k and grad_v hold a part already: the rest is added to it
+  bool beside;  // columns: may run beside the kernel launched before, which is backward_rows
+  bool add;     // grad_q, grad_k and grad_v hold a part already: the rest is added to it
 
   // rows: grad_q [B, H, rows, D] T, plus [B, H, lists, D] where defined
   void* grad_q;

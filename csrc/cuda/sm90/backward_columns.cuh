@@ -195,6 +195,7 @@ __global__ void __launch_bounds__(256, 2)
     if (Shared::kEarly && !owes) arrive_behind_stores(&s.keys_empty[place]);
   }
   if (threadIdx.x == 0) store_wait();
+  if (blockIdx.x == 0) wait_for_previous();
 #endif
 }
 
@@ -222,7 +223,8 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, 2 * device.sms);
-  return launch_grid(backward_columns_kernel<T, DP>, blocks, 256, bytes, stream, p);
+  return launch_grid(backward_columns_kernel<T, DP>, blocks, 256, bytes, stream, Beside{p.beside},
+                     p);
 }
 
 }  // namespace mra::cuda::sm90

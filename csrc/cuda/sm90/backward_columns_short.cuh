@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
     }
   }
   if (first_lane) store_wait();
+  if (blockIdx.x == 0) wait_for_previous();
 #endif
 }
 
@@ -248,7 +249,7 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   p.items = static_cast<int>(items);
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   return launch_grid(backward_columns_short_kernel<T, DP>, blocks, Traits::kThreads, kBytes, stream,
-                     p);
+                     Beside{p.beside}, p);
 }
 
 }  // namespace mra::cuda::sm90

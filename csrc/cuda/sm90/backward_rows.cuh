@@ -40,7 +40,10 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 72 : 56>();
-    if (warp_index() == 4) s.fetch_ahead(p);
+    if (warp_index() == 4) {
+      s.fetch_ahead(p);
+      let_next_start();
+    }
     return;
   }
 

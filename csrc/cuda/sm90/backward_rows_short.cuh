@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
   __syncthreads();
   if (warp_index() == 2) {
     s.fetch_ahead(p);
+    let_next_start();
     return;
   }
 
