@@ -26,9 +26,10 @@ SymInt ceil_of(double factor, const SymInt& n) {
   return SymInt(product.toSymNodeImpl()->ceil());
 }
 
-// nq * row_capacity of common/budget.h.
+// nq * row_capacity of common/budget.h. A density above 0 of one block or more is at least one:
+// said again here, by max(1), torch.export could not prove it.
 SymInt capacity(const CallOptions& call, const SymInt& nq, const SymInt& nk) {
-  SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*call.density, nk).max(1);
+  SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*call.density, nk);
   if (call.is_causal) m = m.max(std::max<int64_t>(1, call.block_q / call.block_k));
   return nq * nk.min(m);
 }
