@@ -29,6 +29,7 @@ KERNELS = {
     "coarse": "delta_and_block_rows block_rows coarse_backward share_sums backward_pooled",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_columns backward_columns_short",
+    "whole": "forward_head",
 }
 
 

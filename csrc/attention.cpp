@@ -96,6 +96,13 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   const int64_t N = in.query.size(2);
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
 
+  // short heads: all that follows at once
+  if (!has_plan && stages.forward_head != nullptr) {
+    if (const auto head = stages.forward_head(in, o)) {
+      return forward_result(head->fine.out, head->fine.lse, {}, head->rows, head->pooled, o);
+    }
+  }
+
   // pool: means over the valid rows of each block
   PooledInputs pooled =
       stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block, !has_plan);

@@ -30,6 +30,13 @@ inline int64_t row_budget(const Options& o, int64_t N, int64_t nk, int64_t x) {
   return std::min(seen, std::max<int64_t>(1, static_cast<int64_t>(std::ceil(*o.density * seen))));
 }
 
+// Pairs that global selection may take of a head's map.
+inline int64_t map_budget(const Options& o, int64_t N, int64_t nk) {
+  int64_t budget = 0;
+  for (int64_t x = 0; x < ceil_div(N, o.block_q); ++x) budget += row_budget(o, N, nk, x);
+  return budget;
+}
+
 // Room for one query block's list: the largest budget, or all pairs that the diagonal can cross.
 inline int64_t row_capacity(const Options& o, int64_t nk) {
   Options full = o;

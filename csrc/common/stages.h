@@ -103,6 +103,13 @@ struct FineResult {
   bool order1 = false;  // the order-1 term is in `out`
 };
 
+// A forward that ran all stages at once: `pooled` is defined for coarse = block.
+struct HeadResult {
+  FineResult fine;
+  BlockList rows;
+  PooledInputs pooled;
+};
+
 struct Grads {
   Tensor query, key, value;
 };
@@ -201,6 +208,10 @@ struct Stages {
   void (*order1)(FineResult& result, const Inputs&, PooledInputs&, const Options&);
   Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                                  const Inputs&, const PooledInputs&, const Options&);
+
+  // pool, plan, coarse and fine in one, for heads short enough to be held whole; nullopt for what
+  // it doesn't serve. May be null.
+  std::optional<HeadResult> (*forward_head)(const Inputs&, const Options&) = nullptr;
 };
 
 const Stages& cpu_stages();

@@ -73,5 +73,11 @@ write(
         f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
         for kernel, params in SM90_ORDER1.items()
         for dim in (64, 128)
+    }
+    | {
+        f"forward_head_{short}": instance(
+            "mra::cuda::sm90", "forward_head", "forward_head", TYPES[short], "HeadParams"
+        )
+        for short in ("f16", "bf16")
     },
 )

@@ -10,38 +10,12 @@
 
 #include "../common/budget.h"
 #include "launch.h"
+#include "problem.h"
 
 namespace mra::cuda {
 namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-
-PlanParams plan_params(const Pooled& query, const Pooled& key, int64_t N, const Options& o) {
-  PlanParams p{};
-  p.q_mean = query.mean.const_data_ptr<float>();
-  p.k_mean = key.mean.const_data_ptr<float>();
-  p.q_count = query.count.const_data_ptr<int32_t>();
-  p.k_count = key.count.const_data_ptr<int32_t>();
-  p.B = static_cast<int>(query.mean.size(0));
-  p.H = static_cast<int>(query.mean.size(1));
-  p.Hk = static_cast<int>(key.mean.size(1));
-  p.nq = static_cast<int>(query.mean.size(2));
-  p.nk = static_cast<int>(key.mean.size(2));
-  p.D = static_cast<int>(query.mean.size(3));
-  p.N = N;
-  p.block_q = static_cast<int>(o.block_q);
-  p.block_k = static_cast<int>(o.block_k);
-  p.scale = static_cast<float>(o.scale);
-  p.causal = o.causal;
-  p.blocks_per_row = o.blocks_per_row.value_or(0);
-  p.density = o.density.value_or(0);
-  // Beyond the whole map nothing changes; clamped before the product can overflow.
-  const int64_t side = std::min<int64_t>(o.diagonal_blocks / 2, (p.nq + int64_t{p.nk}) * 128);
-  p.diagonal_reach = o.diagonal_blocks > 0 ? side * std::max(o.block_q, o.block_k) : -1;
-  p.first_blocks = static_cast<int>(std::min<int64_t>(o.first_blocks, std::max(p.nq, p.nk)));
-  p.row_capacity = static_cast<int>(row_capacity(o, p.nk));
-  return p;
-}
 
 }  // namespace
 
@@ -65,7 +39,11 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
                                     at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
   if (rows.start.numel() == 0) return planned;
 
-  PlanParams p = plan_params(query, key, N, options);
+  PlanParams p = plan_params(B, H, key.mean.size(1), nq, nk, query.mean.size(3), N, options);
+  p.q_mean = query.mean.const_data_ptr<float>();
+  p.k_mean = key.mean.const_data_ptr<float>();
+  p.q_count = query.count.const_data_ptr<int32_t>();
+  p.k_count = key.count.const_data_ptr<int32_t>();
   p.start = rows.start.mutable_data_ptr<int32_t>();
   p.count = rows.count.mutable_data_ptr<int32_t>();
   p.index = rows.index.mutable_data_ptr<int32_t>();
@@ -90,8 +68,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
                               "mra_attention on CUDA: selection=\"global\" takes maps of at most "
                               "2^30 pairs of blocks, got ",
                               nq, " x ", nk, "; use selection=\"row\" or larger blocks");
-  int64_t budget = 0;
-  for (int64_t x = 0; x < nq; ++x) budget += row_budget(options, N, nk, x);
+  const int64_t budget = map_budget(options, N, nk);
   if (plan_map_fits(p, launch.device)) {
     with_coarse();
     launch.check(plan_map(p, budget, launch.stream));

@@ -67,6 +67,30 @@ void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Optio
   p.tf32 = at::isReducedFloatingType(in.type);
 }
 
+PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk, int64_t D,
+                       int64_t N, const Options& o) {
+  PlanParams p{};
+  p.B = static_cast<int>(B);
+  p.H = static_cast<int>(H);
+  p.Hk = static_cast<int>(Hk);
+  p.nq = static_cast<int>(nq);
+  p.nk = static_cast<int>(nk);
+  p.D = static_cast<int>(D);
+  p.N = N;
+  p.block_q = static_cast<int>(o.block_q);
+  p.block_k = static_cast<int>(o.block_k);
+  p.scale = static_cast<float>(o.scale);
+  p.causal = o.causal;
+  p.blocks_per_row = o.blocks_per_row.value_or(0);
+  p.density = o.density.value_or(0);
+  // Beyond the whole map nothing changes; clamped before the product can overflow.
+  const int64_t side = std::min<int64_t>(o.diagonal_blocks / 2, (nq + nk) * 128);
+  p.diagonal_reach = o.diagonal_blocks > 0 ? side * std::max(o.block_q, o.block_k) : -1;
+  p.first_blocks = static_cast<int>(std::min(o.first_blocks, std::max(nq, nk)));
+  p.row_capacity = static_cast<int>(row_capacity(o, nk));
+  return p;
+}
+
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
   // One wave of what the kernel's registers allow a multiprocessor.

@@ -4,6 +4,7 @@
 #include "../common/stages.h"
 #include "kernels.h"
 #include "launch.h"
+#include "plan.h"
 
 namespace mra::cuda {
 
@@ -31,6 +32,10 @@ void fill(Problem& p, const Inputs& in, const BlockList& rows, const Tensor& poo
 
 // The block-coarse stage: means of query blocks against means of key blocks, float32.
 void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Options& o);
+
+// The plan stage: shapes and options; pointers are left null.
+PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk, int64_t D,
+                       int64_t N, const Options& o);
 
 // Gradients of the pooled keys and values of `p`, divided by the count of their block: what each of
 // its rows gets. [2, B, Hk, nk, D] float32: keys, values. The rows are cut into parts so that the

@@ -19,6 +19,7 @@ std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const 
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o);
+std::optional<HeadResult> forward_head(const Inputs& in, const Options& o);
 }  // namespace cuda
 
 const Stages& cuda_stages() {
@@ -34,7 +35,8 @@ const Stages& cuda_stages() {
                              cuda::block_rows,
                              cuda::delta_and_block_rows,
                              cuda::order1,
-                             cuda::order1_backward};
+                             cuda::order1_backward,
+                             cuda::forward_head};
   return stages;
 }
 

@@ -7,7 +7,8 @@
 
 namespace mra::cuda {
 
-template <typename T, int DP>
+// kShare: it also keeps what part of a row's mass is pooled.
+template <typename T, int DP, bool kShare = true>
 struct OnlineSoftmax {
   static constexpr int kTiles = DP / 8;
   float acc[kTiles][4];
@@ -116,12 +117,12 @@ struct OnlineSoftmax {
         total = 0.f;
       const bool weight = !(total == 0.f);  // NaN in, NaN out
       inverse[half] = weight ? 1.f / total : 0.f;
-      share[half] = weight && pooled > 0.f
+      share[half] = kShare && weight && pooled > 0.f
                         ? pooled * exp2_approx(pooled_max[half] - max[half]) * inverse[half]
                         : 0.f;
       if (t == 0 && r < present) {
         p.lse[head * p.rows + i] = weight ? (max[half] + log2f(total)) * kLn2 : -INFINITY;
-        if (p.share != nullptr) p.share[head * p.rows + i] = share[half];
+        if (kShare && p.share != nullptr) p.share[head * p.rows + i] = share[half];
       }
     }
 #pragma unroll
