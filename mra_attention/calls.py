@@ -2,14 +2,14 @@
 
 import collections
 
-import torch
+from ._constant import constant
 
 __all__ = ["count", "stats"]
 
 _counts = collections.defaultdict(collections.Counter)
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no guard
+@constant  # while a program is traced: run once, leave no guard
 def count(caller, reason=None):
     """One more call of ``caller``, served by MRA, or by exact attention for a ``reason``."""
     _counts[caller]["mra" if reason is None else f"exact: {reason}"] += 1

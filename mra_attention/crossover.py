@@ -12,6 +12,7 @@ import time
 import torch
 
 from . import transforms
+from ._constant import constant
 from .exact import exact_attention
 from .functional import mra_attention, pad_head_dim
 
@@ -114,7 +115,7 @@ def _may_measure(x):
     return x.device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result  # no guard on the table: measuring recompiles nothing
+@constant  # no guard on the table: measuring recompiles nothing
 def _known(*key):
     return _measured.get(key, FALLBACK)
 

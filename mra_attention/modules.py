@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import calls
+from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
@@ -305,7 +306,7 @@ def stats(reset=False):
     return calls.stats("MRAMultiheadAttention", reset)
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+@constant  # while a program is traced: run once, leave no trace
 def _warn_dropout():
     warnings.warn("dropout: isn't applied to the weights of MRA attention", stacklevel=3)
 

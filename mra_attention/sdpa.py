@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import calls
+from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
@@ -166,7 +167,7 @@ def _key_mask(query, key, mask):
     return mask[:, 0, 0].expand(B, M)
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+@constant  # while a program is traced: run once, leave no trace
 @functools.cache  # once
 def _warn_dropout():
     warnings.warn("dropout_p: isn't applied to the weights of MRA attention", stacklevel=3)

@@ -10,6 +10,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from ._constant import constant
+
 __all__ = ["register"]
 
 
@@ -56,7 +58,7 @@ def is_dtensor(x):
     return tensor is not None and isinstance(x, tensor.DTensor)
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+@constant  # while a program is traced: run once, leave no trace
 @functools.cache  # once
 def register():
     """Tells DTensor the rules. :func:`mra_attention.mra_attention` does it before its first call

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from . import calls
+from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
@@ -146,7 +147,7 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
     return F.dropout(weights, dropout) @ value
 
 
-@torch.compiler.assume_constant_result  # while a program is traced: run once, leave no trace
+@constant  # while a program is traced: run once, leave no trace
 @functools.cache  # once
 def _warn_weights():
     warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)

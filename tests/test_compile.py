@@ -2,10 +2,13 @@
 
 test_operators.py compiles the bare function with each backend."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import CUDA, DEVICES
+from helpers import CUDA, DEVICES, ROOT
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -169,3 +172,14 @@ def test_cuda_graphs_replay_what_eager_gives(device, name):
                 assert torch.equal(got, expected)
             torch.testing.assert_close(got, expected)
     assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_import_takes_no_compiler():
+    """What torch loads only when asked stays out of the import: it takes seconds."""
+    code = (
+        "import sys, torch, mra_attention;"
+        "print([m for m in ('torch._dynamo', 'torch.distributed.tensor', 'transformers')"
+        " if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
