@@ -4,7 +4,8 @@
     mra_attention.transformers.register()
     model = AutoModel.from_pretrained(..., attn_implementation="mra")
 
-Works with models that use transformers' attention interface. Imports transformers when called.
+Works with models that use transformers' attention interface, which :func:`coverage` tells. Imports
+transformers when called.
 """
 
 import functools
@@ -18,9 +19,10 @@ from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
+from .coverage import coverage
 from .functional import mra_attention, pad_head_dim
 
-__all__ = ["patch_mra_model", "register", "stats"]
+__all__ = ["coverage", "patch_mra_model", "register", "stats"]
 
 
 def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
