@@ -31,7 +31,8 @@ def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
     Plain bidirectional attention, with or without padding, and plain causal attention run as MRA.
     What has no block form runs as exact attention and is counted in :func:`stats`: 4-D masks
     (causal with padding, packed sequences, prefill behind a cache), sliding windows, position
-    biases, softcap, attention sinks, a single query. No attention weights are returned.
+    biases, softcap, attention sinks, a single query. No attention weights are returned, and dropout
+    of them isn't applied (exact calls apply it); a model that trains with it warns once.
     ``exact_below`` (None, an int or "auto") adds calls with fewer keys than that, see
     :func:`mra_attention.crossover.below`. Registering a name again replaces both options.
 
@@ -115,6 +116,8 @@ def _attention(
     if reason is not None:
         out = _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs)
         return out.transpose(1, 2).contiguous(), None
+    if dropout > 0:
+        _warn_dropout()
     query, key, value = pad_head_dim(query, key, value)
     out = mra_attention(query, key, value, mask, config=config, is_causal=is_causal, scale=scale)
     return out[..., :D].transpose(1, 2), None
@@ -153,6 +156,12 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
 @functools.cache  # once
 def _warn_weights():
     warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _warn_dropout():
+    warnings.warn("dropout isn't applied to the weights of MRA attention", stacklevel=3)
 
 
 def patch_mra_model():

@@ -4,6 +4,7 @@ the model that it was, at density 1/4 it trains, and every attention call is acc
 Also coverage(), which says of each whether its attention arrives, held against what arrives."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -342,6 +343,20 @@ def test_coverage_of_nothing_and_of_a_wrong_argument():
     assert len(covered) == 0 and str(covered) == "no attention modules"
     with pytest.raises(TypeError, match="model: got dict, expected an nn.Module"):
         mra.transformers.coverage({})
+
+
+def test_dropout_of_weights_warns_once():
+    """In training; exact calls, which apply it, don't."""
+    mra.transformers._warn_dropout.cache_clear()
+    model = bert().eval()
+    model.set_attn_implementation(SPARSE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**text())  # evaluated
+        model.train()(**text(1))  # one query: exact
+    with pytest.warns(UserWarning, match="dropout isn't applied") as caught:
+        model(**text())
+    assert len([w for w in caught if "dropout" in str(w.message)]) == 1  # two layers
 
 
 def test_decode_steps_behind_a_prefill():
