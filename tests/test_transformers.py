@@ -1,4 +1,4 @@
-"""Hugging Face models: attn_implementation="mra", and transformers' own MraModel."""
+"""Hugging Face models with attn_implementation="mra"; architectures: test_architectures.py."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ import torch
 
 import mra_attention as mra
 from mra_attention import MRAConfig
-from mra_attention.reference import mra_attention_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,102 +171,3 @@ def test_imports_transformers_only_when_used():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install transformers" in result.stdout, result.stderr
-
-
-# transformers' own MraModel
-
-
-@pytest.fixture
-def modeling_mra():
-    """The module, unpatched before and after a test."""
-    from transformers.models.mra import modeling_mra as module
-
-    attention, encoder = module.MraSelfAttention, module.MraEncoder
-    kept = attention.__init__, attention.forward, encoder.forward
-    yield module
-    attention.__init__, attention.forward, encoder.forward = kept
-
-
-def mra_model(**options):
-    sizes = {**SIZES, "max_position_embeddings": 256, "hidden_dropout_prob": 0.0}
-    config = transformers.MraConfig(**{**sizes, **options})
-    return transformers.MraModel(config)
-
-
-MODES = [("full", 0, 0), ("sparse", 0, 0), ("full", 1, 3)]
-
-
-@pytest.mark.parametrize(("mode", "first", "diagonal"), MODES)
-@pytest.mark.parametrize("heads", [4, 1, 16])  # head_dim 16, 64 and 4
-def test_mra_model_attention_is_the_papers(modeling_mra, mode, first, diagonal, heads):
-    """The patched layer against the reference, gradients included."""
-    mra.transformers.patch_mra_model()
-    config = transformers.MraConfig(
-        **{**SIZES, "num_attention_heads": heads}, block_per_row=2, approx_mode=mode,
-        initial_prior_first_n_blocks=first, initial_prior_diagonal_n_blocks=diagonal,
-    )  # fmt: skip
-    layer = modeling_mra.MraSelfAttention(config).double()
-    torch.nn.init.normal_(layer.query.weight, std=0.5)
-    torch.nn.init.normal_(layer.key.weight, std=0.5)
-    mask = torch.arange(N) < torch.tensor([[N], [60], [5]])
-    bias = torch.zeros(B, 1, 1, N).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    x = torch.randn(B, N, 64, dtype=torch.float64, requires_grad=True)
-    (out,) = layer(x, bias)
-    q, k, v = (
-        p(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-        for p in (layer.query, layer.key, layer.value)
-    )
-    expected = mra_attention_reference(
-        q, k, v, mask, mask, blocks_per_row=2, block_size=32, order=0, selection="global",
-        coarse="block" if mode == "full" else "none", first_blocks=first,
-        diagonal_blocks=diagonal,
-    )  # fmt: skip
-    expected = expected.transpose(1, 2).flatten(2)
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    weights = torch.randn_like(out)
-    inputs = (x, *(p for p in layer.parameters()))
-    ours = torch.autograd.grad((out * weights).sum(), inputs)
-    theirs = torch.autograd.grad((expected * weights).sum(), inputs)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11 * max(1.0, b.abs().max().item()))
-
-
-def test_mra_model_gives_zeros_without_the_patch(modeling_mra):
-    """Why it exists. Should this fail, transformers has fixed its model."""
-    if modeling_mra.mra_cuda_kernel is not None:
-        pytest.skip("transformers found its own CUDA kernel")
-    x = torch.randn(2, 64, 64)
-    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**SIZES))
-    assert (layer(x, torch.zeros(2, 1, 1, 64))[0] == 0).all()
-    mra.transformers.patch_mra_model()
-    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**SIZES))
-    assert (layer(x, torch.zeros(2, 1, 1, 64))[0] != 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("length", [1, 33, 130])
-def test_mra_model_any_dtype_any_length(modeling_mra, dtype, length):
-    """Built before the patch; every projection gets a gradient."""
-    model = mra_model().to(dtype)
-    mra.transformers.patch_mra_model()
-    mra.transformers.patch_mra_model()  # changes nothing
-    ids, mask = batch()
-    out = model(ids[:, :length], attention_mask=mask[:, :length]).last_hidden_state
-    assert out.dtype == dtype and out.isfinite().all()
-    (out.float() * torch.randn(out.shape)).sum().backward()
-    for name, p in model.encoder.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        if length > 1 and ".self." in name and not name.endswith("key.bias"):
-            assert p.grad.abs().max() > 0, name
-
-
-def test_mra_model_padding_of_a_batch_stays_apart(modeling_mra):
-    """Each sequence alone gives what it gives in the batch."""
-    mra.transformers.patch_mra_model()
-    model = mra_model(block_per_row=8).double().eval()  # the whole map: no plan to differ
-    ids, mask = batch()
-    together = model(ids, attention_mask=mask).last_hidden_state
-    for b in range(B):
-        n = mask[b].sum()
-        alone = model(ids[b : b + 1, :n]).last_hidden_state
-        torch.testing.assert_close(together[b, :n], alone[0], rtol=0, atol=1e-12)
