@@ -7,9 +7,6 @@
 serves whatever calls that function inside.
 """
 
-import functools
-import warnings
-
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -62,7 +59,7 @@ def mra_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if dropout_p > 0:
-        _warn_dropout()
+        calls.warn_once("dropout_p: isn't applied to the weights of MRA attention")
     D, heads = query.shape[-1], query.dim() == 4
     if not heads:
         query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -165,9 +162,3 @@ def _key_mask(query, key, mask):
     if mask.shape[0] not in (1, B) or mask.shape[3] not in (1, M):
         return None
     return mask[:, 0, 0].expand(B, M)
-
-
-@constant  # while a program is traced: run once, leave no trace
-@functools.cache  # once
-def _warn_dropout():
-    warnings.warn("dropout_p: isn't applied to the weights of MRA attention", stacklevel=3)

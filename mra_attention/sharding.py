@@ -4,7 +4,6 @@ Those share nothing, so no process needs another's data. Sharded in another way 
 say), inputs are redistributed by DTensor first.
 """
 
-import functools
 import sys
 
 import torch
@@ -13,6 +12,8 @@ import torch.distributed as dist
 from ._constant import constant
 
 __all__ = ["register"]
+
+_registered = False
 
 
 def _alternatives(specs, presence, heads):
@@ -59,11 +60,14 @@ def is_dtensor(x):
 
 
 @constant  # while a program is traced: run once, leave no trace
-@functools.cache  # once
 def register():
     """Tells DTensor the rules. :func:`mra_attention.mra_attention` does it before its first call
     with a DTensor, this package where DTensor is loaded already: importing it takes as long as the
     rest of the package. Call it before handing DTensors to ``torch.ops.mra_attention`` yourself."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
     from torch.distributed.tensor.experimental import register_sharding
 
     ops = torch.ops.mra_attention

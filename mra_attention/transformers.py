@@ -9,7 +9,6 @@ transformers when called.
 """
 
 import functools
-import warnings
 
 import torch
 from torch.nn import functional as F
@@ -112,12 +111,12 @@ def _attention(
         reason = BELOW
     calls.count("transformers", reason)
     if kwargs.get("output_attentions"):
-        _warn_weights()
+        calls.warn_once("MRA attention returns no attention weights to transformers")
     if reason is not None:
         out = _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs)
         return out.transpose(1, 2).contiguous(), None
     if dropout > 0:
-        _warn_dropout()
+        calls.warn_once("dropout isn't applied to the weights of MRA attention")
     query, key, value = pad_head_dim(query, key, value)
     out = mra_attention(query, key, value, mask, config=config, is_causal=is_causal, scale=scale)
     return out[..., :D].transpose(1, 2), None
@@ -150,18 +149,6 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         logits = torch.cat([logits, sinks.to(logits.dtype)], -1)
     weights = logits.softmax(-1)[..., :M].to(query.dtype)
     return F.dropout(weights, dropout) @ value
-
-
-@constant  # while a program is traced: run once, leave no trace
-@functools.cache  # once
-def _warn_weights():
-    warnings.warn("MRA attention returns no attention weights to transformers", stacklevel=3)
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def _warn_dropout():
-    warnings.warn("dropout isn't applied to the weights of MRA attention", stacklevel=3)
 
 
 def patch_mra_model():

@@ -345,9 +345,9 @@ def test_coverage_of_nothing_and_of_a_wrong_argument():
         mra.transformers.coverage({})
 
 
-def test_dropout_of_weights_warns_once():
+def test_dropout_of_weights_warns_once(monkeypatch):
     """In training; exact calls, which apply it, don't."""
-    mra.transformers._warn_dropout.cache_clear()
+    monkeypatch.setattr(mra.calls, "_warned", set())
     model = bert().eval()
     model.set_attn_implementation(SPARSE)
     with warnings.catch_warnings():
@@ -357,6 +357,19 @@ def test_dropout_of_weights_warns_once():
     with pytest.warns(UserWarning, match="dropout isn't applied") as caught:
         model(**text())
     assert len([w for w in caught if "dropout" in str(w.message)]) == 1  # two layers
+
+
+def test_trains_compiled_whole(monkeypatch):
+    """With dropout of weights, of which the program warns while it is traced."""
+    monkeypatch.setattr(mra.calls, "_warned", set())
+    model = bert().train()
+    model.set_attn_implementation(SPARSE)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.warns(UserWarning, match="dropout isn't applied"):
+        out = compiled(**padded_text()).last_hidden_state
+    out.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.encoder.parameters())
+    assert len(mra.transformers.coverage(compiled).served) == 2
 
 
 def test_decode_steps_behind_a_prefill():

@@ -148,14 +148,28 @@ def test_a_row_without_a_key_gives_zeros():
     assert out[0].any() and not out[1].any()
 
 
-def test_dropout_warns_once_and_is_not_applied():
+def test_dropout_warns_once_and_is_not_applied(monkeypatch):
+    monkeypatch.setattr(mra.calls, "_warned", set())
     q, k, v = inputs()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outs = [mra_sdpa(q, k, v, dropout_p=0.5, config=SPARSE) for _ in range(2)]
-    assert len(caught) <= 1 and all("dropout_p" in str(w.message) for w in caught)
+    assert ["dropout_p" in str(w.message) for w in caught] == [True]
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], mra_sdpa(q, k, v, config=SPARSE))
+
+
+def test_dropout_compiles_whole(monkeypatch):
+    """The warning is given while the program is traced, and breaks nothing."""
+    monkeypatch.setattr(mra.calls, "_warned", set())
+    q, k, v = inputs()
+    compiled = torch.compile(
+        lambda *qkv: mra_sdpa(*qkv, dropout_p=0.5, config=SPARSE),
+        backend="aot_eager", fullgraph=True,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="dropout_p"):
+        out = compiled(q, k, v)
+    assert torch.equal(out, mra_sdpa(q, k, v, config=SPARSE))
 
 
 # In the place of torch's function
