@@ -14,11 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from . import calls
-from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
+from .coverage import coverage
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
-from .coverage import coverage
 from .functional import mra_attention, pad_head_dim
 
 __all__ = ["coverage", "patch_mra_model", "register", "stats"]
