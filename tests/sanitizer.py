@@ -40,6 +40,11 @@ def cases():
     for D, block, (coarse, order) in itertools.product([64, 128], [64, (64, 16)], FORMS):
         options = dict(D=D, N=330, M=700, block_size=block, coarse=coarse, order=order)
         yield torch.bfloat16, options | dict(masks="both")
+    # short heads: all stages in one launch
+    short = itertools.product([100, 200, 500], ["none", "block"], ["row", "global"])
+    for N, coarse, selection in short:
+        options = dict(N=N, M=N - 20, D=64, coarse=coarse, order=0, selection=selection)
+        yield torch.bfloat16, options | dict(block_size=32, masks="both")
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")

@@ -28,6 +28,11 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// Sets the two counters of a plan's queues to zero, by the first block of threads.
+__device__ __forceinline__ void clear_queues(int32_t* queues) {
+  if (blockIdx.x == 0 && threadIdx.x < 2) queues[threadIdx.x] = 0;
+}
+
 // Launches `blocks` blocks of threads with `bytes` of dynamic shared memory; no blocks is no
 // launch.
 template <class... Params, class... Arguments>

@@ -64,32 +64,44 @@ __device__ __forceinline__ void mean_of_values(const PlanParams& p, int b, int h
     const bool active = job < units * splits;
     const int unit = job % units, split = job / units;
     const int row = unit / groups * (16 * kTiles), column = unit % groups * 16;
-    const int last = active ? min(steps, (split + 1) * share) : 0;
+    const int begin = split * share;
+    const int count = active ? min(steps - begin, share) : 0;
+    // Blocks of threads of the same head start at different keys: all at the same ones would ask
+    // the same few slices of the L2 cache at the same time.
+    const int from = static_cast<int>(int64_t{x0} * count / p.nq);
     const bool inside = column + 2 * g < p.D;
     const float* values = v_mean + (inside ? column + 2 * g : 0);
 
     float c[kTiles][2][4] = {};
     const auto add_up = [&](auto tf32) {  // a constant: one product does not split its operands
 #pragma unroll 1
-      for (int first = split * share; first < last; first += kBatch) {
+      for (int done = 0; done < count; done += kBatch) {
+        const auto step_of = [&](int i) {
+          const int step = from + done + i;
+          return begin + (step < count ? step : step - count);
+        };
         float2 v[kBatch][2];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
+          const int step = step_of(min(i, count - 1 - done));
 #pragma unroll
           for (int k = 0; k < 2; ++k) {
             // Behind the last key its own values again, with weight zero.
-            const int y = min((first + i) * 8 + 2 * t + k, keys - 1);
+            const int y = min(step * 8 + 2 * t + k, keys - 1);
             v[i][k] = *reinterpret_cast<const float2*>(values + y * p.D);
           }
         }
+        // Behind the last step zeros, not a branch: the compiler would move each step's loads
+        // behind it, where one waits for the other.
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (first + i >= last) break;
-          const M::B fb[1] = {{{v[i][0].x, v[i][1].x, v[i][0].y, v[i][1].y}}};
+          const bool there = done + i < count;
+          const M::B fb[1] = {{{there ? v[i][0].x : 0.f, there ? v[i][1].x : 0.f,
+                                there ? v[i][0].y : 0.f, there ? v[i][1].y : 0.f}}};
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
-            const M::A fa = M::load_a(weights, pitch, row + 16 * n, (first + i) * 8);
-            M::mma(c[n], 0, fa, fb, tf32);
+            const M::A fa = M::load_a(weights, pitch, row + 16 * n, step_of(there ? i : 0) * 8);
+            M::mma(c[n], 0, fa, fb, decltype(tf32)::value);
           }
         }
       }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(1024, 1)
   // product may not fit in 32 bits.
   const int steps = ((size + warps - 1) / warps + 31) / 32;
   const auto first = static_cast<int>(min(int64_t{warp} * steps * 32, int64_t{size}));
-  if (blockIdx.x == 0 && threadIdx.x < 2) p.queues[threadIdx.x] = 0;
+  clear_queues(p.queues);
 
   // f(element, key) in order, by whole warps; elements outside of the map are kAbsent.
   const auto elements = [&](const auto& f) {

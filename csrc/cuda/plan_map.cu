@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
   const int words = shape.map_words(), steps = (p.nk + 31) / 32;
   BlockReduce reduce(reduce_buffer);
 
-  if (blockIdx.x == 0 && threadIdx.x < 2) p.queues[threadIdx.x] = 0;
+  clear_queues(p.queues);
   // The scores come behind the barrier of their first stage.
   for (int i = threadIdx.x; i < words / 4; i += Tile::kThreads) {
     reinterpret_cast<uint4*>(map)[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);

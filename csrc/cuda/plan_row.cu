@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
   uint32_t* keys = reinterpret_cast<uint32_t*>(ring + Tile::kRingWords);
   if constexpr (kWorkspace) keys = workspace + int64_t{blockIdx.x} * kRows * pitch;
 
-  if (blockIdx.x == 0 && threadIdx.x < 2) p.queues[threadIdx.x] = 0;
+  clear_queues(p.queues);
 
   const int row_tiles = (p.nq + kRows - 1) / kRows;
   for (int64_t next = blockIdx.x; next < tiles; next += gridDim.x) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) plan_stream_kernel(const Pl
   extern __shared__ __align__(16) char raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (blockIdx.x == 0 && threadIdx.x < 2) p.queues[threadIdx.x] = 0;
+  clear_queues(p.queues);
   const int tiles = (p.nq + kRows - 1) / kRows, head = blockIdx.x / tiles;
   const int x0 = (blockIdx.x - head * tiles) * kRows, rows = min(kRows, p.nq - x0);
   const int budget = p.row_capacity;  // of every row

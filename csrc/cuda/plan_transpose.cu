@@ -44,7 +44,7 @@ __global__ void plan_transpose_kernel(const TransposeParams p, int columns, int 
 
   for (int i = threadIdx.x; i < columns * words; i += blockDim.x) bits[i] = 0;
   if (threadIdx.x == 0) *before = 0;
-  if (blockIdx.x == 0 && threadIdx.x < 2) p.queues[threadIdx.x] = 0;
+  clear_queues(p.queues);
   __syncthreads();
 
   int earlier = 0;

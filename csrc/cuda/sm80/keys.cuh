@@ -4,8 +4,8 @@
 // (granules), each copied by one warp.
 //
 // A key comes with a bias in log2 units: log2 of the number of keys it stands for, or -inf where it
-// has no weight. A `plain` tile needs none: every key is there and counts once, for every row, and the
-// largest score is the largest logit.
+// has no weight. A `plain` tile needs none: every key is there and counts once, for every row, and
+// the largest score is the largest logit.
 //
 // The forward and the row backward kernel both read this stream. Selected blocks are skipped among
 // the pooled keys by a bitmap when the tile's rows share one list, and by a cursor a row when each

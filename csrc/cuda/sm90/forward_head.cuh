@@ -14,7 +14,7 @@ struct HeadMaps : HeadParams {
   CUtensorMap q_map, k_map, v_map;
 };
 
-template <typename T, int kWarps>
+template <typename T, int kWarps, bool kGlobal>
 __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     forward_head_kernel(const __grid_constant__ HeadMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     const bool exists = rows_there != 0 && lane < plan.nk && s.keys_there[lane % kWarps] != 0;
     const uint32_t key =
         exists ? score_key(s.q_mean[x], s.k_mean[lane % kWarps], plan.scale) : kAbsent;
-    const uint32_t taken = select_blocks(p, s, item, x, key);
+    const uint32_t taken = select_blocks<kGlobal>(p, s, item, x, key);
 
     // coarse
     barrier_wait(&s.full[2], phase);
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       __syncthreads();
       make_state(s, x, plan.nk, key, exists && !(taken >> lane & 1));
     }
-    if (p.coarse && p.global) {
+    if (p.coarse && kGlobal) {
       __syncthreads();
     } else {
       __syncwarp();
     }
 
     // fine: 16 rows of this warp's block, 16 of another one
-    const int other = p.global ? evened_out(s.taken, plan.nq, x) : x;
+    const int other = kGlobal ? evened_out(s.taken, plan.nq, x) : x;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const int block = half == 0 ? x : other, row = kHeadBlock * block + 16 * half;
@@ -120,31 +120,22 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
         OnlineSoftmax<T, 64, false> softmax;
         softmax.start(p.coarse ? s.state_mean[block] : nullptr, &s.state_lse[block], 64);
 #pragma unroll 1
-        for (uint32_t left = block == x ? taken : s.taken[block]; left != 0;) {
-          // Two blocks at once; behind the last one itself again, without weight.
+        for (uint32_t left = kGlobal && half == 1 ? s.taken[block] : taken; left != 0;
+             left &= left - 1) {
           const int y = __ffs(left) - 1;
-          left &= left - 1;
-          const bool second = left != 0;
-          const int z = second ? __ffs(left) - 1 : y;
-          left &= left - 1;
-          const auto keys_of = [](auto& from, int y) -> const uint16_t(&)[1][kHeadBlock][64] {
+          const auto keys_of = [&](auto& from) -> const uint16_t(&)[1][kHeadBlock][64] {
             return reinterpret_cast<const uint16_t(&)[1][kHeadBlock][64]>(from[kHeadBlock * y]);
           };
-          float c[8][4] = {};
-          auto& low = reinterpret_cast<float(&)[4][4]>(c[0]);
-          auto& high = reinterpret_cast<float(&)[4][4]>(c[4]);
-          multiply_nt<T>(low, q, keys_of(s.in.k, y), panel);
-          multiply_nt<T>(high, q, keys_of(s.in.k, z), panel);
+          float c[4][4] = {};
+          multiply_nt<T>(c, q, keys_of(s.in.k), panel);
           float scale = f.scale * kLog2e;
-          const uint32_t there[2] = {s.keys_there[y], second ? s.keys_there[z] : 0};
-          if ((there[0] & there[1]) != kFullWarp) {
-            to_logits(low, there[0], scale);
-            to_logits(high, there[1], scale);
+          const uint32_t there = s.keys_there[y];
+          if (there != kFullWarp) {
+            to_logits(c, there, scale);
             scale = 1.f;
           }
           softmax.update(c, scale);
-          multiply_pn<T>(softmax.acc, low, keys_of(s.in.v, y), panel);
-          if (second) multiply_pn<T>(softmax.acc, high, keys_of(s.in.v, z), panel);
+          multiply_pn<T>(softmax.acc, c, keys_of(s.in.v), panel);
         }
         float share[2];
         softmax.finish(f, b, h, row, min(16, f.rows - row), share);
@@ -176,7 +167,9 @@ cudaError_t launch_forward_head(const HeadParams& params, const Device& device,
     if (!maps || bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
     const int64_t heads = int64_t{f.B} * f.H;
     const int64_t grid = std::min<int64_t>(heads, int64_t{16 / kWarps} * device.sms);
-    return launch_grid(forward_head_kernel<T, kWarps>, grid, 32 * kWarps, bytes, stream, p);
+    const auto kernel =
+        p.global ? forward_head_kernel<T, kWarps, true> : forward_head_kernel<T, kWarps, false>;
+    return launch_grid(kernel, grid, 32 * kWarps, bytes, stream, p);
   };
   if (blocks <= 4) return launch(std::integral_constant<int, 4>{});
   if (blocks <= 8) return launch(std::integral_constant<int, 8>{});

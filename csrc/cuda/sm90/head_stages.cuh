@@ -110,22 +110,22 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadBlocks], int 
 
 // The blocks that query block x takes, as bits, by its warp, which has the key of its lane's pair;
 // written as its list. Global selection: by all warps, with barriers.
-template <int kWarps>
+template <bool kGlobal, int kWarps>
 __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, HeadShared<kWarps>& s,
                                                   int64_t head, int x, uint32_t key) {
   const PlanParams& plan = p.plan;
   const int lane = threadIdx.x % 32, y = lane % kHeadBlocks;
-  if (p.global) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
+  if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
   int tier = 0;
   if (has_tiers(plan)) {
-    tier = p.global ? tier_of<true>(plan, x, lane) : tier_of<false>(plan, x, lane);
+    tier = kGlobal ? tier_of<true>(plan, x, lane) : tier_of<false>(plan, x, lane);
   }
   int pairs[kTiers];
 #pragma unroll
   for (int i = 0; i < kTiers; ++i) {
     pairs[i] = __popc(__ballot_sync(kFullWarp, key != kAbsent && tier == i));
   }
-  if (p.global) {
+  if (kGlobal) {
 #pragma unroll
     for (int i = 0; i < kTiers; ++i) {
       if (lane == 0 && pairs[i] > 0) atomicAdd(&s.pairs[i], pairs[i]);
@@ -142,7 +142,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, HeadShare
   key = __shfl_sync(kFullWarp, key, y);
   const uint32_t same = __match_any_sync(kFullWarp, key);
   int rank = __popc(same & ((1u << y) - 1));
-  if (p.global) {
+  if (kGlobal) {
     __syncthreads();
     int part = rank_key<kWarps / 2>(s.map, lane / kHeadBlocks * (kWarps / 2), x, y, key);
     rank += part + __shfl_xor_sync(kFullWarp, part, kHeadBlocks);
@@ -154,7 +154,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, HeadShare
       __ballot_sync(kFullWarp, lane < kHeadBlocks && key != kAbsent && rank < edge.take);
   const int count = __popc(taken), capacity = plan.nq * plan.row_capacity;
   int start = x * plan.row_capacity, end = start + plan.row_capacity;
-  if (p.global) {
+  if (kGlobal) {
     if (lane == 0) s.taken[x] = taken;
     __syncthreads();
     start = __reduce_add_sync(kFullWarp, lane < x ? __popc(s.taken[lane]) : 0);
@@ -163,7 +163,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, HeadShare
   if (x < plan.nq) {
     int32_t* const index = plan.index + head * capacity;
     append(taken, lane, index, start, end);
-    if (!p.global || x == plan.nq - 1) {
+    if (!kGlobal || x == plan.nq - 1) {
       for (int i = start + count + lane; i < end; i += 32) index[i] = 0;
     }
     if (lane == 0) {
