@@ -51,7 +51,7 @@ def test_modes(device, dtype, coarse, selection, masks):
 @pytest.mark.parametrize(
     "N, M", [(1, 1), (1, 512), (512, 1), (33, 32), (64, 500), (128, 129), (256, 255), (512, 512)]
 )
-@pytest.mark.parametrize("D", [40, 48, 64])
+@pytest.mark.parametrize("D", [24, 32, 40, 64])
 @pytest.mark.parametrize("device, dtype", HALF)
 def test_sizes(device, dtype, D, N, M):
     for coarse, selection in [("none", "row"), ("block", "row"), ("block", "global")]:
@@ -63,10 +63,13 @@ def test_sizes(device, dtype, D, N, M):
 
 @pytest.mark.parametrize("forced", [dict(diagonal_blocks=3), dict(first_blocks=2), {}])
 @pytest.mark.parametrize("budget", [dict(blocks_per_row=1), dict(density=0.2), dict(density=1.0)])
+@pytest.mark.parametrize("D", [32, 64])
 @pytest.mark.parametrize("device, dtype", HALF)
-def test_plan_is_that_of_the_stage(device, dtype, forced, budget):
+def test_plan_is_that_of_the_stage(device, dtype, D, forced, budget):
     for selection in ("row", "global"):
-        options = dict(SHAPE, **forced, coarse="block", order=0, selection=selection, spread=3.0)
+        options = dict(
+            SHAPE | dict(D=D), **forced, coarse="block", order=0, selection=selection, spread=3.0
+        )
         case = Case(device, dtype, masks="both", **(options | {"density": None} | budget))
         o = case.options
         plan = case.plan()

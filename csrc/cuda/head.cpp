@@ -18,7 +18,7 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   const int64_t nq = ceil_div(N, o.block_q), nk = ceil_div(M, o.block_k);
   if (launch.device.major != 9 || in.query.scalar_type() == at::kFloat || o.causal ||
       o.coarse == Coarse::row || has_order1(o) || o.block_q != 32 || o.block_k != 32 ||
-      std::max(nq, nk) > sm90::kHeadBlocks || D <= 32 || D > 64 || !(o.scale > 0)) {
+      std::max(nq, nk) > sm90::kHeadBlocks || D <= 16 || D > 64 || !(o.scale > 0)) {
     return std::nullopt;
   }
   const int64_t capacity = nq * row_capacity(o, nk);

@@ -22,7 +22,7 @@ struct HeadParams {
 
 namespace sm90 {
 
-// Half types, blocks of 32, up to kHeadBlocks of them a head on either side, head dims from 40 to
+// Half types, blocks of 32, up to kHeadBlocks of them a head on either side, head dims from 24 to
 // 64, no causality. Returns cudaErrorNotSupported, and does nothing, for what it doesn't serve.
 constexpr int kHeadBlocks = 16;
 template <typename T>

@@ -45,13 +45,13 @@ __device__ __forceinline__ bool last_to_leave(int& counter, int warps) {
   return __shfl_sync(kFullWarp, before, 0) == warps - 1;
 }
 
-// The mean of a block's 32 rows, by one warp: to `mean` and, unless null, to `out`. `rows` are in
-// the tensor, those whose mask is 0 don't count; bit r of the result: row r does.
-template <typename T>
+// The mean of a block's 32 rows, by one warp: to `mean`, zeros beyond D, and, unless null, to
+// `out`. `rows` are in the tensor, those whose mask is 0 don't count; bit r of the result: row r
+// does. kLanes share a row.
+template <typename T, int kLanes>
 __device__ __forceinline__ uint32_t pool_block(const uint16_t (*block)[64], int rows,
                                                const uint8_t* mask, float* mean, float* out,
                                                int D) {
-  constexpr int kLanes = 8;  // a row
   const int lane = threadIdx.x % 32, chunk = lane % kLanes;
   const bool counts = lane < rows && (mask == nullptr || mask[lane]);
   const uint32_t there = __ballot_sync(kFullWarp, counts);
@@ -68,11 +68,22 @@ __device__ __forceinline__ uint32_t pool_block(const uint16_t (*block)[64], int 
   }
   scatter_sums<kLanes>(sum);
   const auto count = static_cast<float>(max(__popc(there), 1));
+  constexpr int kKept = kept<8, kLanes>;
   const int column = chunk * 8 + first_kept<8, kLanes>();
-  const float2 two = make_float2(sum[0] / count, sum[1] / count);
-  *reinterpret_cast<float2*>(mean + column) = two;
-  if (out != nullptr && column < D) *reinterpret_cast<float2*>(out + column) = two;
+#pragma unroll
+  for (int e = 0; e < kKept; ++e) sum[e] /= count;
+  store_values<kKept>(mean + column, sum);
+  if (out != nullptr && column < D) store_values<kKept>(out + column, sum);
+  if (kLanes < 8) mean[32 + lane] = 0.f;
   return there;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pool_block(const uint16_t (*block)[64], int rows,
+                                               const uint8_t* mask, float* mean, float* out,
+                                               int D) {
+  return D > 32 ? pool_block<T, 8>(block, rows, mask, mean, out, D)
+                : pool_block<T, 4>(block, rows, mask, mean, out, D);
 }
 
 // The key of the score of a pair: of query block x and the block of this lane.
