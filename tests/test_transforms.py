@@ -159,7 +159,7 @@ def test_gradient_of_a_vmap(device, how):
 def test_per_sample_gradients_of_a_module(device):
     """The usual recipe: functional_call of a module, vmap of grad over the samples. A float mask,
     whose values are looked at where that is possible."""
-    config = MRAConfig(density=0.5, block_size=16)
+    config = MRAConfig(density=0.5, block_size=32)
     module = MRAMultiheadAttention(16, 2, batch_first=True, config=config)
     module.to(device, DTYPES[device])
     weights = {name: p.detach() for name, p in module.named_parameters()}
