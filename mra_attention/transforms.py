@@ -58,13 +58,26 @@ def folded(function, info, in_dims, args):
     return tuple(results), tuple(0 if whole else None for whole in there)
 
 
-def _refuse_forward_mode(name):
-    raise NotImplementedError(
-        f"mra_attention::{name}: forward-mode differentiation (jvp, dual tensors) is not "
-        "supported; use reverse mode (backward)"
-    )
+def _reverse_mode(name):
+    """Gives the Function of an operator its vmap, and refuses forward-mode differentiation."""
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"mra_attention::{name}: forward-mode differentiation (jvp, dual tensors) is not "
+            "supported; use reverse mode (backward)"
+        )
+
+    def decorate(function):
+        def vmap(info, in_dims, *args):
+            return folded(function.apply, info, in_dims, args)
+
+        function.vmap, function.jvp = staticmethod(vmap), staticmethod(jvp)
+        return function
+
+    return decorate
 
 
+@_reverse_mode("forward")
 class _Forward(torch.autograd.Function):
     """The forward operator; its backward is _Backward."""
 
@@ -91,15 +104,8 @@ class _Forward(torch.autograd.Function):
         grads = _Backward.apply(grad_out, grad_lse, *tensors, *ctx.options, *kept)
         return (*grads, *[None] * 16)
 
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return folded(_Forward.apply, info, in_dims, args)
 
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse_forward_mode("forward")
-
-
+@_reverse_mode("backward")
 class _Backward(torch.autograd.Function):
     """The backward operator. Without a gradient of its own, and says so."""
 
@@ -117,14 +123,6 @@ class _Backward(torch.autograd.Function):
             "mra_attention::backward: double backward is not supported (a second derivative of "
             "mra_attention was asked for)"
         )
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return folded(_Backward.apply, info, in_dims, args)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        _refuse_forward_mode("backward")
 
 
 def _register():

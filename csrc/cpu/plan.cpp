@@ -151,8 +151,7 @@ template <typename A>
 void select_global(const RowScores<A>& rows, const Shape& s, const Options& o, int64_t stride,
                    int32_t* start, int32_t* count, int32_t* index) {
   const int64_t capacity = s.nq * stride;
-  int64_t budget = 0;
-  for (int64_t x = 0; x < s.nq; ++x) budget += row_budget(o, s.N, s.nk, x);
+  const int64_t budget = map_budget(o, s.N, s.nk);
   at::parallel_for(0, s.B * s.H, grain(s.nq * s.nk * s.D), [&](int64_t begin, int64_t end) {
     const int64_t ld = ceil_div(s.nk, 16) * 16;
     std::vector<A> k_t(s.D * ld), scores(s.nk);
