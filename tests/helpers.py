@@ -31,6 +31,12 @@ DEVICE_DTYPES = CPU_DTYPES + CUDA_DTYPES
 # The dtype in which a device can be checked most sharply.
 BEST = [("cpu", torch.float64), CUDA_DTYPES[0]]
 
+# A small random model of transformers: arguments of its config.
+MODEL_SIZES = dict(
+    vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    intermediate_size=64, max_position_embeddings=512,
+)  # fmt: skip
+
 FIXED_SEED = None  # set by `pytest --seed N` where conftest.py offers it
 
 

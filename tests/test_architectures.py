@@ -8,18 +8,14 @@ import warnings
 
 import pytest
 import torch
-from helpers import limit, new_seed, relative_error
+from helpers import MODEL_SIZES, limit, new_seed, relative_error
 
 import mra_attention as mra
 from mra_attention import MRAConfig
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    intermediate_size=64, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
-    eos_token_id=2,
-)  # fmt: skip
+SIZES = dict(MODEL_SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 VISION = dict(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
     image_size=48, patch_size=4,

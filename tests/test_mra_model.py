@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, compare, new_seed
+from helpers import MODEL_SIZES, ROOT, compare, new_seed
 
 import mra_attention as mra
 from mra_attention import MRAConfig
@@ -13,10 +13,6 @@ from mra_attention.reference import mra_attention_reference
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    intermediate_size=64, max_position_embeddings=512,
-)  # fmt: skip
 B, N = 3, 130
 
 
@@ -43,7 +39,7 @@ def modeling_mra():
 
 
 def mra_model(**options):
-    sizes = {**SIZES, "max_position_embeddings": 256, "hidden_dropout_prob": 0.0}
+    sizes = {**MODEL_SIZES, "max_position_embeddings": 256, "hidden_dropout_prob": 0.0}
     config = transformers.MraConfig(**{**sizes, **options})
     return transformers.MraModel(config)
 
@@ -57,7 +53,7 @@ def test_mra_model_attention_is_the_papers(modeling_mra, mode, first, diagonal, 
     """The patched layer against the reference, gradients included."""
     mra.transformers.patch_mra_model()
     config = transformers.MraConfig(
-        **{**SIZES, "num_attention_heads": heads}, block_per_row=2, approx_mode=mode,
+        **{**MODEL_SIZES, "num_attention_heads": heads}, block_per_row=2, approx_mode=mode,
         initial_prior_first_n_blocks=first, initial_prior_diagonal_n_blocks=diagonal,
     )  # fmt: skip
     layer = modeling_mra.MraSelfAttention(config).double()
@@ -91,10 +87,10 @@ def test_mra_model_gives_zeros_without_the_patch(modeling_mra):
     if modeling_mra.mra_cuda_kernel is not None:
         pytest.skip("transformers found its own CUDA kernel")
     x = torch.randn(2, 64, 64)
-    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**SIZES))
+    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**MODEL_SIZES))
     assert (layer(x, torch.zeros(2, 1, 1, 64))[0] == 0).all()
     mra.transformers.patch_mra_model()
-    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**SIZES))
+    layer = modeling_mra.MraSelfAttention(transformers.MraConfig(**MODEL_SIZES))
     assert (layer(x, torch.zeros(2, 1, 1, 64))[0] != 0).all()
 
 
@@ -136,7 +132,7 @@ def test_mra_model_in_every_dtype(modeling_mra, dtype, mode, first, diagonal, ma
     The budget is that of the 128: 4 * block_per_row of the 16 pairs of blocks."""
     mra.transformers.patch_mra_model()
     config = transformers.MraConfig(
-        **SIZES, block_per_row=2, approx_mode=mode, initial_prior_first_n_blocks=first,
+        **MODEL_SIZES, block_per_row=2, approx_mode=mode, initial_prior_first_n_blocks=first,
         initial_prior_diagonal_n_blocks=diagonal,
     )  # fmt: skip
     layer = modeling_mra.MraSelfAttention(config).to(dtype)

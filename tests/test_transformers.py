@@ -5,16 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers import MODEL_SIZES
 
 import mra_attention as mra
 from mra_attention import MRAConfig
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    intermediate_size=64, max_position_embeddings=512,
-)  # fmt: skip
 B, N = 3, 130
 EXACT, SPARSE = "mra-exact", "mra-sparse"
 
@@ -56,7 +53,7 @@ def check_same(model, live=None, **inputs):
 @pytest.mark.parametrize("padded", [False, True])
 def test_bert(padded):
     ids, mask = batch()
-    model = transformers.BertModel(transformers.BertConfig(**SIZES))
+    model = transformers.BertModel(transformers.BertConfig(**MODEL_SIZES))
     if padded:
         check_same(model, mask.bool(), input_ids=ids, attention_mask=mask)
     else:
@@ -68,7 +65,7 @@ def test_bert(padded):
 
 
 def llama(**options):
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, **options)
+    config = transformers.LlamaConfig(**MODEL_SIZES, num_key_value_heads=2, **options)
     return transformers.LlamaModel(config)
 
 
@@ -89,7 +86,7 @@ def test_llama_padded_is_exact_and_counted():
 def test_generation(cache):
     """Prefill, then one query at a time: the same tokens as exact attention gives."""
     config = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=None
+        **MODEL_SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=None
     )
     model = transformers.LlamaForCausalLM(config).double().eval()
     ids = torch.randint(1, 99, (2, 70))
@@ -122,11 +119,11 @@ def test_terms_without_a_block_form():
     """Sliding windows, softcap and sinks, against each model's own eager attention."""
     ids, _ = batch()
     gemma = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32, attn_logit_softcapping=5.0,
-        query_pre_attn_scalar=16,
+        **MODEL_SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32,
+        attn_logit_softcapping=5.0, query_pre_attn_scalar=16,
     )  # fmt: skip
     oss = transformers.GptOssConfig(
-        **SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32, num_local_experts=2,
+        **MODEL_SIZES, num_key_value_heads=2, head_dim=16, sliding_window=32, num_local_experts=2,
         num_experts_per_tok=2,
     )  # fmt: skip
     for kind, config in ((transformers.Gemma2Model, gemma), (transformers.GptOssModel, oss)):
@@ -145,7 +142,7 @@ def test_terms_without_a_block_form():
 
 def test_compiles_whole():
     ids, mask = batch()
-    model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    model = transformers.BertModel(transformers.BertConfig(**MODEL_SIZES)).eval()
     model.set_attn_implementation(SPARSE)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
