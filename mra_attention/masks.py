@@ -4,7 +4,7 @@ import torch
 
 from . import transforms
 
-__all__ = ["additive_mask", "check_mask", "takes_part"]
+__all__ = ["additive_mask", "check_mask", "takes_part", "weighs"]
 
 # A float key_padding_mask is 0 or -inf; finite stand-ins for -inf are this or less.
 MASKED = -1e4
@@ -30,17 +30,29 @@ def takes_part(key_padding_mask):
         return None
     if key_padding_mask.dtype == torch.bool:
         return ~key_padding_mask
-    mask = key_padding_mask > MASKED
-    # Looked at only where that costs no wait: an eager tensor on the CPU.
+    return key_padding_mask > MASKED
+
+
+def weighs(key_padding_mask):
+    """Whether a float mask has values that neither keep nor drop a key: a bias on its scores.
+
+    On the CPU the answer is a bool. On another device looking would wait for it: there such a mask
+    fails in the device's queue, as an index out of range does, and the answer is False. Inside of
+    a traced program nobody looks."""
+    if key_padding_mask is None or key_padding_mask.dtype == torch.bool:
+        return False
     traced = torch.compiler.is_compiling() or transforms.active()
-    eager = type(key_padding_mask) is torch.Tensor and not traced
-    if eager and key_padding_mask.device.type == "cpu":
-        if (mask & (key_padding_mask != 0)).any():
-            raise ValueError(
-                "key_padding_mask: got values other than 0 and -inf, expected a bool mask or these "
-                "two; a bias on the scores belongs in attn_mask"
-            )
-    return mask
+    if traced or type(key_padding_mask) is not torch.Tensor or key_padding_mask.is_meta:
+        return False
+    plain = ((key_padding_mask == 0) | (key_padding_mask <= MASKED)).all()
+    if key_padding_mask.device.type == "cpu":
+        return not plain
+    torch._assert_async(
+        plain,
+        "key_padding_mask: got values other than 0 and -inf, expected a bool mask or these two; a "
+        "bias on the scores belongs in attn_mask",
+    )
+    return False
 
 
 def additive_mask(q, M, key_padding_mask, attn_mask, is_causal):

@@ -13,7 +13,7 @@ from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import make_plan, mra_attention, pad_head_dim
-from .masks import additive_mask, check_mask, takes_part
+from .masks import additive_mask, check_mask, takes_part, weighs
 from .weights import dense_weights
 
 __all__ = ["MRAMultiheadAttention", "stats"]
@@ -32,8 +32,9 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
     Differences:
 
     - A float ``key_padding_mask`` says 0 (takes part) or -inf (anything up to -1e4 counts as that).
-      Other values are refused on the CPU; elsewhere looking would wait for the device, and keys
-      with them take part unweighed. A bias on the scores belongs in ``attn_mask``.
+      Other values are a bias on the scores: exact attention, as ``attn_mask`` below. On a GPU
+      looking would wait for the device, so there they are a device-side assertion (inside a
+      compiled program, unseen): give a bias as ``attn_mask``.
     - A query without any key to see gives the bias of ``out_proj``, not NaN.
     - ``need_weights=True`` computes the dense matrix that the approximation stands for, so that
       weights @ value is the output: O(N * M) memory. Its rows sum to 1; with ``order=1`` single
@@ -165,7 +166,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
                 f"is_causal: got True with {N} queries and {M} keys, expected as many keys as "
                 "queries, or an attn_mask"
             )
-        reason = self._why_exact(q, k, attn_mask, is_causal)
+        reason = self._why_exact(q, k, key_padding_mask, attn_mask, is_causal)
         calls.count("MRAMultiheadAttention", reason)
         if reason is not None and not torch.compiler.is_compiling():
             self.exact_calls += 1  # a counter that a graph reads would recompile it
@@ -179,7 +180,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
         return self.out_proj(out.permute(order).flatten(2)), weights
 
-    def _why_exact(self, q, k, attn_mask, is_causal):
+    def _why_exact(self, q, k, key_padding_mask, attn_mask, is_causal):
         """Why this call runs as exact attention, in a word or two; None: as MRA attention."""
         if attn_mask is not None and (not is_causal or q.shape[2] != k.shape[2]):
             return "attn_mask"
@@ -189,6 +190,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             return "add_zero_attn"
         if k.shape[2] == 0:
             return "no keys"
+        if weighs(key_padding_mask):
+            return "key_padding_mask"
         return BELOW if below(self.exact_below, q, k, self.config) else None
 
     def _approximate(self, q, k, v, key_mask, query_mask, is_causal, need_weights):
@@ -315,4 +318,8 @@ def _lengths(nested):
     """Lengths of the rows of a nested (B, *, E) tensor, int64 (B,)."""
     if nested.layout == torch.jagged:
         return nested.offsets().diff()
+    if nested.size(0) == 0:  # has no dimension but this one
+        raise ValueError(
+            "query, key, value: got a nested tensor without a sequence, expected at least one"
+        )
     return nested._nested_tensor_size()[:, 0]

@@ -2,7 +2,8 @@
 
 Against attention written out in loops, and at density 1 unless a test says so. The combinations of
 options are in test_module_matrix.py, encoders and copies of whole models in
-test_module_encoder.py. What torch tests and does not apply here:
+test_module_encoder.py. torch_suite.py runs torch's own tests themselves, given torch's source. What
+torch tests and does not apply here:
 
 - the fused layer of eval mode, which masks and dtypes switch it on and off, its error texts, and
   in_proj weights or biases set to None so that it is left: ours never takes it, by design;
@@ -17,6 +18,8 @@ test_module_encoder.py. What torch tests and does not apply here:
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from helpers import CPU_DTYPES, CUDA_DTYPES, limit, relative_error
 from test_module import EXACT, HEADS, SPARSE, B, E, M, N, close, padding, pair, tensors
 from torch import nn
 
+import mra_attention as mra
 from mra_attention import MRAMultiheadAttention
 
 DIM = E // HEADS
@@ -226,6 +230,44 @@ def test_wrong_shapes_are_refused(what, masked, exact_below):
         ours(torch.randn(query), torch.randn(key), torch.randn(value), **kwargs)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_padding_mask_that_weighs_keys_is_exact_attention(need_weights):
+    """At density 1/4 too, counted, and with the gradient of the mask."""
+    theirs, ours = pair(config=SPARSE, batch_first=True)
+    x, bias = torch.randn(B, N, E), torch.randn(B, N)
+    bias[:, 5] = -torch.inf
+    mra.modules.stats(reset=True)
+    results = []
+    for module in (ours, theirs):
+        mask = bias.clone().requires_grad_()
+        out, weights = module(x, x, x, key_padding_mask=mask, need_weights=need_weights)
+        (grad,) = torch.autograd.grad(out.square().sum(), mask)
+        results.append((out, grad, weights if need_weights else out))
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    assert mra.modules.stats() == {"exact: key_padding_mask": 1} and ours.exact_calls == 1
+
+
+@pytest.mark.gpu
+def test_a_padding_mask_that_weighs_keys_fails_on_a_gpu():
+    """In the queue of the device, without a wait; a mask of 0 and -inf passes."""
+    code = (
+        "import sys, torch, mra_attention as mra\n"
+        "module = mra.MRAMultiheadAttention(32, 2, batch_first=True, device='cuda')\n"
+        "x, mask = torch.randn(1, 40, 32, device='cuda'), torch.zeros(1, 40, device='cuda')\n"
+        "mask[:, 30:] = -torch.inf\n"
+        "module(x, x, x, key_padding_mask=mask)\n"
+        "torch.cuda.synchronize()\n"
+        "print('passed')\n"
+        "module(x, x, x, key_padding_mask=mask + 0.5)\n"
+        "torch.cuda.synchronize()\n"
+        "print('unseen')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["passed"] and result.returncode != 0
+    assert "assert" in result.stderr
+
+
 def test_wrong_types_are_refused():
     ours, x = MRAMultiheadAttention(E, HEADS, config=SPARSE), torch.randn(N, E)
     with pytest.raises(TypeError, match="query: got list"):
@@ -261,6 +303,12 @@ def test_nested_is_padded(layout, kwargs, causal):
         live = torch.cat([row[:n] for row, n in zip(expected, (45, 7, 20), strict=True)])
         for a, b in zip(got, torch.autograd.grad((live * ones).sum(), rows), strict=True):
             close(a, b)
+
+
+def test_nested_without_a_sequence():
+    empty = torch.nested.nested_tensor([])
+    with pytest.raises(ValueError, match="a nested tensor without a sequence"):
+        MRAMultiheadAttention(E, HEADS, batch_first=True)(empty, empty, empty)
 
 
 def test_nested_values_belong_to_nested_keys():
