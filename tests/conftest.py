@@ -37,12 +37,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def aoti_package(tmp_path_factory):
-    """helpers.aoti_example() compiled by AOTInductor, for any batch size and length: a path."""
-    from helpers import aoti_example
+    """What helpers.aoti_package compiles for the CPU: a path."""
+    from helpers import aoti_package
 
-    q, k, v = torch.randn(3, 2, 2, 70, 16)
-    dims = {0: torch.export.Dim("B", min=1), 2: torch.export.Dim.AUTO}
-    with torch.no_grad():
-        program = torch.export.export(aoti_example(), (q, k, v), dynamic_shapes=(dims,) * 3)
-        path = tmp_path_factory.mktemp("aoti") / "attention.pt2"
-        return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return aoti_package("cpu", tmp_path_factory.mktemp("aoti"))

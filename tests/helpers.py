@@ -225,6 +225,16 @@ def aoti_example():
     return Doubled()
 
 
+def aoti_package(device, folder):
+    """aoti_example() compiled by AOTInductor into ``folder``, for any batch size and length."""
+    q, k, v = torch.randn(3, 2, 2, 70, 16, device=device)
+    dims = {0: torch.export.Dim("B", min=1), 2: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        program = torch.export.export(aoti_example(), (q, k, v), dynamic_shapes=(dims,) * 3)
+        path = folder / "attention.pt2"
+        return torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
 def load_minilm_inputs():
     """The module examples/minilm.py, or a skip that says what is missing."""
     spec = importlib.util.spec_from_file_location("minilm", ROOT / "examples" / "minilm.py")

@@ -1,4 +1,4 @@
-"""Sequence-parallel attention in 2 and 4 processes (gloo, CPU) against one process."""
+"""Sequence-parallel attention in 2 and 4 processes (gloo on the CPU, NCCL on GPUs) against one."""
 
 import itertools
 import os
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import new_seed
+from helpers import limit, new_seed, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import mra_attention as mra
@@ -16,6 +16,12 @@ from mra_attention.distributed import sequence_parallel_attention
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 B, H, N, D = 2, 4, 128, 16
+# Device: (backend, dtype, size of blocks).
+GROUPS = {"cpu": ("gloo", torch.float64, 16), "cuda": ("nccl", torch.float32, 32)}
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices"),
+]
 
 
 def cases(seed):
@@ -28,31 +34,45 @@ def cases(seed):
     yield from ((Hk, True, dict(selection="global")) for Hk in (1, 2))
 
 
-def draw(seed, Hk, masked):
-    g = torch.Generator().manual_seed(seed)
-    q, grad = (torch.randn(B, H, N, D, generator=g, dtype=torch.float64) for _ in range(2))
-    k, v = (torch.randn(B, Hk, N, D, generator=g, dtype=torch.float64) for _ in range(2))
-    grad_lse = torch.randn(B, H, N, generator=g, dtype=torch.float64)
+def draw(seed, Hk, masked, device):
+    g, dtype = torch.Generator().manual_seed(seed), GROUPS[device][1]
+    q, grad = (torch.randn(B, H, N, D, generator=g).to(device, dtype) for _ in range(2))
+    k, v = (torch.randn(B, Hk, N, D, generator=g).to(device, dtype) for _ in range(2))
+    grad_lse = torch.randn(B, H, N, generator=g).to(device, dtype)
     masks = [torch.rand(B, N, generator=g) < 0.8 for _ in range(2)] if masked else [None, None]
     if masked:
         masks[0][:, 0] = True
+        masks = [x.to(device) for x in masks]
     return (q, k, v), masks, (grad, grad_lse)
 
 
 def attend(function, tensors, masks, grads, **options):
+    block = GROUPS[tensors[0].device.type][2]
     tensors = [x.clone().requires_grad_() for x in tensors]
-    results = function(*tensors, *masks, return_lse=True, block_size=16, density=0.3, **options)
+    results = function(*tensors, *masks, return_lse=True, block_size=block, density=0.3, **options)
     gradients = torch.autograd.grad(results, tensors, grads)
     return dict(zip(NAMES, (*results, *gradients), strict=True))
 
 
-def worker(rank, W, function, folder, seed):
-    """One process: ``function(rank, seed)`` in a process group of all of them."""
+def assert_same(got, expected, bits, note):
+    """Bit for bit on the CPU where ``bits``, else to rounding; integers always bit for bit."""
+    if not got.is_floating_point() or (bits and got.device.type == "cpu"):
+        assert torch.equal(got, expected), note
+    else:
+        assert relative_error(got, expected) <= limit(got.dtype, got.device.type, 0), note
+
+
+def worker(rank, W, function, folder, seed, device):
+    """One process: ``function(rank, seed, device)`` in a process group of all of them."""
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=W)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        GROUPS[device][0], init_method=f"file://{folder}/store", rank=rank, world_size=W
+    )
     try:
-        function(rank, seed)
+        function(rank, seed, device)
         (open(f"{folder}/done{rank}", "w")).close()
     except Exception:
         with open(f"{folder}/error{rank}", "w") as file:
@@ -62,11 +82,12 @@ def worker(rank, W, function, folder, seed):
         dist.destroy_process_group()
 
 
-def in_processes(function, W, folder):
-    """Runs ``function(rank, seed)`` in W processes; fails with what they raised."""
+def in_processes(function, W, folder, device):
+    """Runs ``function(rank, seed, device)`` in W processes; fails with what they raised."""
     context = mp.start_processes(
-        worker, (W, function, str(folder), new_seed()), nprocs=W, join=False, start_method="spawn"
-    )
+        worker, (W, function, str(folder), new_seed(), device), nprocs=W, join=False,
+        start_method="spawn",
+    )  # fmt: skip
     try:
         # Each join returns when one more process has ended.
         finished = any(context.join(timeout=120) for _ in range(W + 1))
@@ -78,25 +99,24 @@ def in_processes(function, W, folder):
     assert len(list(folder.glob("done*"))) == W
 
 
-def sequence_parallel(rank, seed):
+def sequence_parallel(rank, seed, device):
     W = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (W,), mesh_dim_names=("sp",))
+    mesh = init_device_mesh(device, (W,), mesh_dim_names=("sp",))
     own = slice(rank * N // W, (rank + 1) * N // W)
 
     def part(x):
         return None if x is None else x[:, own] if x.dim() == 2 else x[:, :, own].contiguous()
 
     for i, (Hk, masked, options) in enumerate(cases(seed)):
-        tensors, masks, grads = draw(seed + i, Hk, masked)
+        tensors, masks, grads = draw(seed + i, Hk, masked, device)
         whole = attend(mra.mra_attention, tensors, masks, grads, **options)
         group = mesh["sp"] if i % 2 else mesh.get_group()
         parts = ([part(x) for x in xs] for xs in (tensors, masks, grads))
         ours = attend(sequence_parallel_attention, *parts, mesh=group, **options)
         for name in NAMES:
             # Gradients of a key head that several processes have are sums in another order.
-            exact = Hk % W == 0 or name in ("out", "lse", "dq")
-            close = torch.equal if exact else lambda a, b: torch.allclose(a, b, 1e-12, 1e-12)
-            assert close(ours[name], part(whole[name])), (rank, i, options, name)
+            bits = Hk % W == 0 or name in ("out", "lse", "dq")
+            assert_same(ours[name], part(whole[name]), bits, (rank, i, options, name))
     check_errors(mesh, W)
 
 
@@ -112,7 +132,9 @@ def check_errors(mesh, W):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("W", [2, 4])
-def test_sequence_parallel_is_one_device(W, tmp_path):
-    """Bit for bit: every head is computed whole, by one process."""
-    in_processes(sequence_parallel, W, tmp_path)
+@pytest.mark.parametrize(
+    ("W", "device"), [(2, "cpu"), (4, "cpu"), pytest.param(2, "cuda", marks=TWO_GPUS)]
+)
+def test_sequence_parallel_is_one_device(W, device, tmp_path):
+    """Bit for bit on the CPU: every head is computed whole, by one process."""
+    in_processes(sequence_parallel, W, tmp_path, device)

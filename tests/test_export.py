@@ -3,9 +3,10 @@
 import io
 import re
 
+import helpers
 import pytest
 import torch
-from helpers import aoti_example
+from helpers import CUDA, DEVICES, aoti_example
 from torch import nn
 from torch.export import Dim
 from torch.fx.experimental import _config as shape_config
@@ -61,11 +62,16 @@ class Encoder(Module):
         return self.layers(x, src_key_padding_mask=ignored)
 
 
-def round_trip(model, strict, *dims):
+def inputs_of(model, shape, device):
+    return [x.to(device) for x in model.inputs(*shape)]
+
+
+def round_trip(model, strict, *dims, device="cpu"):
     """The model exported, written and read again; and how often attention is in it."""
     program = torch.export.export(
-        model, model.inputs(*SHAPES[0]), strict=strict, dynamic_shapes=model.dims(*dims)
-    )
+        model, tuple(inputs_of(model, SHAPES[0], device)), strict=strict,
+        dynamic_shapes=model.dims(*dims),
+    )  # fmt: skip
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -81,17 +87,19 @@ def equal(got, expected):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind, calls", [(Function, 1), (Module, 1), (Encoder, 2)])
+@pytest.mark.parametrize("device", DEVICES)
 @torch.no_grad()
-def test_round_trip(kind, calls, strict):
+def test_round_trip(device, kind, calls, strict):
     """Any batch size, and any length of two blocks or more."""
-    model = kind().eval()
-    loaded, found = round_trip(model, strict, Dim("B", min=1), Dim.AUTO, Dim.AUTO)
+    model = kind().eval().to(device)
+    dims = (Dim("B", min=1), Dim.AUTO, Dim.AUTO)
+    loaded, found = round_trip(model, strict, *dims, device=device)
     assert found == calls
     for shape in SHAPES:
-        inputs = model.inputs(*shape)
+        inputs = inputs_of(model, shape, device)
         assert equal(loaded(*inputs), model(*inputs)), shape
     with pytest.raises((AssertionError, RuntimeError), match=re.escape(f"// {BLOCK}")):
-        loaded(*model.inputs(2, BLOCK - 5))
+        loaded(*inputs_of(model, (2, BLOCK - 5), device))
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -133,9 +141,18 @@ def test_exported_program_trains():
 
 def test_aot_inductor(aoti_package):
     """A shared library without Python: other batch sizes and lengths than it was compiled for."""
-    loaded, model = torch._inductor.aoti_load_package(aoti_package), aoti_example()
+    check_package(aoti_package, "cpu")
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_aot_inductor_on_a_gpu(device, tmp_path):
+    check_package(helpers.aoti_package(device, tmp_path), device)
+
+
+def check_package(package, device):
+    loaded, model = torch._inductor.aoti_load_package(package), aoti_example()
     for B, N in SHAPES:
-        q, k, v = torch.randn(3, B, 2, N, 16)
+        q, k, v = torch.randn(3, B, 2, N, 16, device=device)
         expected = model(q, k, v)
         torch.testing.assert_close(loaded(q, k, v), expected)
         assert (expected - q).abs().max() > 0.1
