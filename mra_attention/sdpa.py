@@ -9,9 +9,10 @@ serves whatever calls that function inside.
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import calls
+from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
@@ -54,7 +55,8 @@ def mra_sdpa(
             enable_gqa=enable_gqa,
         )[0]  # fmt: skip
     if reason is not None:
-        return F.scaled_dot_product_attention(
+        # Not by the name that an outer replace_sdpa answers to.
+        return torch.ops.aten.scaled_dot_product_attention.default(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if dropout_p > 0:
@@ -90,9 +92,15 @@ class replace_sdpa(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return mra_sdpa(*args, **kwargs, config=self.config, exact_below=self.exact_below)
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and not _inside_another():
             calls.count("sdpa", "nn.MultiheadAttention")
         return func(*args, **kwargs)
+
+
+@constant  # while a program is traced: run once
+def _inside_another():
+    """Whether a replace_sdpa around the one that asks will see the same call."""
+    return any(isinstance(mode, replace_sdpa) for mode in _get_current_function_mode_stack())
 
 
 def stats(reset=False):

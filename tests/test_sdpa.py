@@ -217,6 +217,24 @@ def test_the_innermost_config_holds():
     assert torch.equal(inner, mra_sdpa(q, k, v, config=EXACT))
 
 
+def test_nested_contexts_count_a_call_once():
+    """And what the inner one runs as exact attention, the outer one leaves so."""
+    q, k, v = inputs(m=N)
+    bias = torch.randn(N, N, dtype=q.dtype)
+    module = nn.MultiheadAttention(H * D, H, batch_first=True)
+    x = torch.randn(B, N, H * D)
+    with replace_sdpa(SPARSE), replace_sdpa(EXACT):
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+        module(x, x, x)
+    assert mra.sdpa.stats() == {"exact: float64 mask": 1, "exact: nn.MultiheadAttention": 1}
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, bias))
+    mra.sdpa.stats(reset=True)
+    with replace_sdpa(SPARSE), replace_sdpa(SPARSE, exact_below=N + 1):
+        out = F.scaled_dot_product_attention(q, k, v)
+    assert mra.sdpa.stats() == {"exact: below exact_below": 1}
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+
+
 def test_it_ends_with_an_error():
     q, k, v = inputs()
     with pytest.raises(ZeroDivisionError), replace_sdpa(SPARSE):
