@@ -26,10 +26,10 @@ __all__ = ["coverage", "patch_mra_model", "register", "stats"]
 def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
     """Registers MRA attention and its mask function under ``name``.
 
-    Plain bidirectional attention, with or without padding, and plain causal attention run as MRA.
-    What has no block form runs as exact attention and is counted in :func:`stats`: 4-D masks
-    (causal with padding, packed sequences, prefill behind a cache), sliding windows, position
-    biases, softcap, attention sinks, a single query. No attention weights are returned, and dropout
+    Plain bidirectional and plain causal attention run as MRA, with or without padding. What has no
+    block form runs as exact attention and is counted in :func:`stats`: 4-D masks (packed sequences,
+    prefill behind a cache), sliding windows, position biases, softcap, attention sinks, a single
+    query. No attention weights are returned, and dropout
     of them isn't applied (exact calls apply it); a model that trains with it warns once.
     ``exact_below`` (None, an int or "auto") adds calls with fewer keys than that, see
     :func:`mra_attention.crossover.below`. Registering a name again replaces both options.
@@ -56,13 +56,18 @@ def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
         batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
         mask_function=masking.causal_mask_function, attention_mask=None, **kwargs,
     ):  # fmt: skip
-        if (
-            mask_function is masking.bidirectional_mask_function
-            and kwargs.get("allow_is_bidirectional_skip", True)
-            and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+        plain = (
+            isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
             and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
-        ):  # fmt: skip
-            return attention_mask  # bool (B, M) as it is: a reduction would wait for the device
+        )  # fmt: skip
+        # The mask of keys as it is, bool (B, M): a reduction would wait for the device.
+        if plain and mask_function is masking.bidirectional_mask_function:
+            if kwargs.get("allow_is_bidirectional_skip", True):
+                return attention_mask
+        # Causal besides: (B, 1, M).
+        if plain and mask_function is masking.causal_mask_function and q_length == kv_length > 1:
+            if kwargs.get("allow_is_causal_skip", True) and attention_mask is not None:
+                return attention_mask[:, None, :]
         return masking.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             **kwargs,
@@ -88,9 +93,12 @@ def _attention(
 ):
     """One call of a model: query (B, H, N, D), key, value (B, Hk, M, D) to (B, N, H, D), None."""
     N, D = query.shape[2], query.shape[3]
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal) and mask is None and N > 1
+    if mask is not None and mask.dim() == 3:  # our mask function's: padded and causal
+        mask, is_causal = mask[:, 0], True
+    else:
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        is_causal = bool(is_causal) and mask is None and N > 1
     if is_causal and key.shape[2] > N:
         # Prefill into an empty static cache: the rest of it lies in the future.
         key, value = key[:, :, :N], value[:, :, :N]
@@ -138,7 +146,8 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
     if bias is not None:
         logits = logits + bias[..., :M]
     if is_causal:
-        mask = torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
+        past = torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
+        mask = past if mask is None else mask & past
     if mask is not None and mask.dtype == torch.bool:
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     elif mask is not None:

@@ -122,8 +122,7 @@ CASES = {
     "modernbert, padded": (modernbert, padded_text, {"mra": 2, "exact: 4-D mask": 2}),
     "vit": (vit, pictures, {"mra": 2}),
     "clip text": (clip_text, text, {"mra": 2}),
-    # Causal and padded at once has no form as a key mask.
-    "clip text, padded": (clip_text, padded_text, {"exact: 4-D mask": 2}),
+    "clip text, padded": (clip_text, padded_text, {"mra": 2}),
     "clip vision": (clip_vision, pictures, {"mra": 2}),
     # T5 adds a learned bias to each score.
     "t5 encoder, padded": (t5_encoder, padded_text, {"exact: position_bias": 2}),
@@ -133,11 +132,10 @@ CASES = {
     # Two layers of an encoder; two of a decoder, each with itself and with the encoder.
     "bart, padded": (bart, translated, {"mra": 6}),
     "bart, both padded": (
-        bart, lambda: translated(decoder_attention_mask=padding()[:, :70]),
-        {"mra": 4, "exact: 4-D mask": 2},
+        bart, lambda: translated(decoder_attention_mask=padding()[:, :70]), {"mra": 6},
     ),
     "llama, grouped heads": (llama, lambda: text(use_cache=False), {"mra": 2}),
-    "llama, padded": (llama, lambda: padded_text(use_cache=False), {"exact: 4-D mask": 2}),
+    "llama, padded": (llama, lambda: padded_text(use_cache=False), {"mra": 2}),
     "bert decoder": (bert_decoder, crossed, {"mra": 4}),
     "bert decoder, nothing padded": (bert_decoder, lambda: crossed(mask=False), {"mra": 4}),
 }  # fmt: skip

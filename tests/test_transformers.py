@@ -75,10 +75,20 @@ def test_llama_causal_with_grouped_heads():
     assert mra.transformers.stats() == {"mra": 2}
 
 
-def test_llama_padded_is_exact_and_counted():
-    """Causal with padding comes as a 4-D mask; nothing is dropped."""
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_llama_padded(side):
+    """Causal and padded at once; what isn't padding stays as it was."""
     ids, mask = batch()
+    mask = mask if side == "right" else mask.flip(1)
     check_same(llama(), mask.bool(), input_ids=ids, attention_mask=mask, use_cache=False)
+    assert mra.transformers.stats() == {"mra": 2}
+
+
+def test_llama_packed_is_exact_and_counted():
+    """Several texts in a row, told apart by their positions, come as a 4-D mask."""
+    ids, _ = batch()
+    positions = torch.cat([torch.arange(50), torch.arange(N - 50)]).expand(B, N)
+    check_same(llama(), input_ids=ids, position_ids=positions, use_cache=False)
     assert mra.transformers.stats() == {"exact: 4-D mask": 2}
 
 
