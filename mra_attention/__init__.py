@@ -3,6 +3,7 @@
 # _load registers the operators; flops, sharding and transforms what torch asks about them.
 # transformers imports Hugging Face's package only when it is used.
 from . import _load, crossover, flops, sdpa, sharding, transformers  # noqa: F401
+from .calibration import calibrate
 from .config import MRAConfig
 from .functional import make_plan, mra_attention
 from .info import info
@@ -15,6 +16,7 @@ __all__ = [
     "MRAConfig",
     "MRAMultiheadAttention",
     "Plan",
+    "calibrate",
     "info",
     "make_plan",
     "mra_attention",

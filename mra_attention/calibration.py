@@ -1,0 +1,245 @@
+"""How well MRA attention does in a model, layer by layer and head by head, and what density it
+takes to do better."""
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .config import check_budget, check_number
+
+__all__ = ["Calibration", "Layer", "calibrate"]
+
+DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+ROWS = 2**24  # scores that exact attention holds at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """Attention calls of one module.
+
+    name: of the module in the model; "" where the model's own forward attends. calls: how many.
+    N, M: queries and keys of the last one. block_size, coarse, order: options of the last one.
+    as_is: float64 (H,), error of each head with the options as they are.
+    errors: float64 (len(densities), H), with each density in place of the budget.
+    density: the smallest of the densities whose mean error over heads meets the target; 1.0 when
+        none does.
+
+    The error of a head is ‖o − exact‖ / ‖exact‖ over the queries that take part, averaged over
+    batch entries and calls."""
+
+    name: str
+    calls: int
+    N: int
+    M: int
+    block_size: tuple[int, int]
+    coarse: str
+    order: int
+    as_is: torch.Tensor
+    errors: torch.Tensor
+    density: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What :func:`calibrate` found; prints as a table.
+
+    layers: a :class:`Layer` for each module that attended. density: the smallest of ``densities``
+    whose mean error over layers and heads meets ``target_error``; 1.0 when none does, None when no
+    call was seen."""
+
+    target_error: float
+    densities: tuple[float, ...]
+    layers: tuple[Layer, ...]
+    density: float | None
+
+    def __str__(self):
+        if not self.layers:
+            return "no MRA attention ran"
+        head = ["module", "heads", "N", "M", "as it is", *map(_share, self.densities), "proposed"]
+        rows = [head]
+        for layer in self.layers:
+            errors = [_errors(e) for e in (layer.as_is, *layer.errors)]
+            sizes = [len(layer.as_is), layer.N, layer.M]
+            rows.append([layer.name or "(model)", *map(str, sizes), *errors, _share(layer.density)])
+        means = [
+            f"{torch.stack([e.mean() for e in column]).mean():.3f}"
+            for column in zip(*((x.as_is, *x.errors) for x in self.layers), strict=True)
+        ]
+        rows.append(["mean of layers", "", "", "", *means, _share(self.density)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
+        note = f"|o - exact| / |exact|, mean over heads (worst head); target {self.target_error:g}"
+        return "\n".join([*lines, note])
+
+
+def calibrate(model, batch, target_error=0.1, densities=DENSITIES):
+    """Measures the MRA attention of ``model`` against exact attention on a batch of real inputs.
+
+    Runs the model once, in eval mode without gradients. Every call of MRA attention inside, by
+    :class:`MRAMultiheadAttention`, ``attn_implementation="mra"``, :func:`mra_sdpa` or the function
+    itself, is computed with its options as they are, with each density in place of its budget, and
+    exactly. The model goes on with the exact result, so that each layer is measured on what it
+    would read from exact ones. Nothing in the model is changed; calls that run as exact attention
+    anyway aren't seen.
+
+    model: an nn.Module, not compiled. batch: its input: a dict of keyword arguments, a tuple or
+        list of positional ones, or one object.
+    target_error: mean of ‖o − exact‖ / ‖exact‖ to meet, in (0, 1). What a task bears differs from
+        task to task: measure its own figure with the proposal.
+    densities: what to try, each in (0, 1].
+
+    Returns a :class:`Calibration`; ``print`` shows it. To use its proposal::
+
+        report = calibrate(model, batch)
+        replace_attention(model, config.replace(density=report.density))
+
+    Takes the time of exact attention and of as many MRA forwards as there are densities, and
+    memory beyond the model's own for a few outputs. Waits for the device.
+
+    Raises TypeError or ValueError that names the argument."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    check_number("target_error", target_error)
+    if not 0 < target_error < 1:
+        raise ValueError(f"target_error: got {target_error!r}, expected a number in (0, 1)")
+    densities = tuple(densities)
+    for density in densities:
+        check_budget(density, None)
+    if None in densities or not densities:
+        raise ValueError(f"densities: got {densities!r}, expected numbers in (0, 1]")
+    densities = tuple(sorted(set(densities)))
+    with _evaluated(model), _named(model) as names, torch.no_grad():
+        with _Measure(densities, names) as measured:
+            if isinstance(batch, dict):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+    layers = tuple(
+        _layer(name, calls, densities, target_error) for name, calls in measured.calls.items()
+    )
+    proposed = None
+    if layers:
+        errors = torch.stack([layer.errors.mean(-1) for layer in layers]).mean(0)
+        proposed = _smallest(densities, errors, target_error)
+    return Calibration(target_error, densities, layers, proposed)
+
+
+class _Measure(TorchDispatchMode):
+    """Sees every call of the operator, and answers with exact attention."""
+
+    def __init__(self, densities, names):
+        super().__init__()
+        self.densities, self.names, self.calls = densities, names, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.mra_attention.forward.default:
+            return func(*args, **(kwargs or {}))
+        fields = [argument.name for argument in func._schema.arguments]
+        call = {**dict(zip(fields, args, strict=False)), **(kwargs or {})}
+        result = list(func(**call))
+        exact, lse = _exact(call)
+        errors = [_error(result[0], exact, call["query_mask"])]
+        free = {**call, "row_start": None, "row_count": None, "row_index": None}
+        for density in self.densities:
+            out = func(**{**free, "blocks_per_row": None, "density": density})[0]
+            errors.append(_error(out, exact, call["query_mask"]))
+        self.calls.setdefault(self.names[-1], []).append((call, torch.stack(errors)))
+        result[0], result[1] = result[0].copy_(exact), lse.to(result[1].dtype)
+        return tuple(result)
+
+
+def _exact(call):
+    """Softmax attention of a call: out (B, H, N, D) and lse (B, H, N), float32 or float64."""
+    wide = torch.promote_types(call["query"].dtype, torch.float32)
+    q, k, v = (call[name].to(wide) for name in ("query", "key", "value"))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if call["scale"] is None else call["scale"]
+    (B, H, N, _), M = q.shape, k.shape[2]
+    step = max(1, ROWS // max(1, B * H * M))
+    outs, lses = [], []
+    for first in range(0, N, step):
+        logits = scale * q[:, :, first : first + step] @ k.mT
+        row = torch.arange(first, first + logits.shape[2], device=q.device)[:, None]
+        dead = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        if call["is_causal"]:
+            dead = dead | (torch.arange(M, device=q.device) > row)
+        if call["key_mask"] is not None:
+            dead = dead | ~call["key_mask"][:, None, None, :]
+        if call["query_mask"] is not None:
+            dead = dead | ~call["query_mask"][:, None, first : first + step, None]
+        logits = logits.masked_fill(dead, -math.inf)
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse.masked_fill(lse == -math.inf, 0).unsqueeze(-1)).exp()
+        outs.append(weights @ v)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _error(out, exact, query_mask):
+    """float64 (H,): mean over batch entries of ‖out − exact‖ / ‖exact‖, 0 where exact is 0."""
+    out, exact = out.double(), exact.double()
+    if query_mask is not None:
+        out, exact = (x.masked_fill(~query_mask[:, None, :, None], 0) for x in (out, exact))
+    difference, size = (x.flatten(2).norm(dim=-1) for x in (out - exact, exact))
+    return torch.where(size > 0, difference / size, 0).mean(0).cpu()
+
+
+def _layer(name, calls, densities, target_error):
+    call = calls[-1][0]
+    errors = torch.stack([errors for _, errors in calls]).mean(0)
+    return Layer(
+        name, len(calls), call["query"].shape[2], call["key"].shape[2],
+        (call["block_q"], call["block_k"]), call["coarse"], call["order"], errors[0], errors[1:],
+        _smallest(densities, errors[1:].mean(-1), target_error),
+    )  # fmt: skip
+
+
+def _smallest(densities, errors, target_error):
+    met = [d for d, error in zip(densities, errors.tolist(), strict=True) if error <= target_error]
+    return min(met, default=1.0)
+
+
+@contextlib.contextmanager
+def _evaluated(model):
+    """The model in eval mode, each module as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _named(model):
+    """A list whose last entry is the name of the module that runs."""
+    names, handles = [""], []
+    for name, module in model.named_modules():
+        if module is not model:
+            handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: names.append(name)),
+                module.register_forward_hook(lambda *_: names.pop() and None, always_call=True),
+            ]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _errors(errors):
+    return f"{errors.mean():.3f} ({errors.max():.3f})"
+
+
+def _share(density):
+    inverse = 1 / density
+    return f"1/{round(inverse)}" if abs(inverse - round(inverse)) < 1e-9 else f"{density:g}"
