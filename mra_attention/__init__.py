@@ -9,6 +9,7 @@ from .functional import make_plan, mra_attention
 from .info import info
 from .modules import MRAMultiheadAttention
 from .plan import Plan
+from .points import order_points
 from .replace import replace_attention
 from .sdpa import mra_sdpa, replace_sdpa
 
@@ -21,6 +22,7 @@ __all__ = [
     "make_plan",
     "mra_attention",
     "mra_sdpa",
+    "order_points",
     "replace_attention",
     "replace_sdpa",
 ]
