@@ -27,6 +27,9 @@ class MRAConfig:
     order: 1 adds the damped first-order term of the coarse part, 0 leaves it out.
     selection: "row" gives every query block its own budget, "global" ranks the head's whole map.
     diagonal_blocks, first_blocks: blocks taken first, inside the budget.
+    layout: (H, W) or (T, H, W) of a picture's or a video's tokens in raster order: blocks are then
+        patches of it (:mod:`mra_attention.layout`). Tokens beyond H * W come first (a class token,
+        registers) and have blocks of their own. None: blocks are runs of the sequence.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """
@@ -39,10 +42,13 @@ class MRAConfig:
     selection: str = "row"
     diagonal_blocks: int = 0
     first_blocks: int = 0
+    layout: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if isinstance(self.block_size, list):
             object.__setattr__(self, "block_size", tuple(self.block_size))
+        if isinstance(self.layout, (list, torch.Size)):
+            object.__setattr__(self, "layout", tuple(self.layout))
         check_budget(self.density, self.blocks_per_row)
         check_block_size(self.block_size)
         check_choice("coarse", self.coarse, COARSE)
@@ -50,6 +56,7 @@ class MRAConfig:
         check_choice("selection", self.selection, SELECTION)
         check_int("diagonal_blocks", self.diagonal_blocks, 0)
         check_int("first_blocks", self.first_blocks, 0)
+        check_layout(self.layout)
 
     @classmethod
     def mra2(cls, blocks_per_row=4, **options):
@@ -110,6 +117,19 @@ def check_block_size(block_size):
         raise TypeError(f"block_size: got {block_size!r}, {accepted}")
     if len(pair) != 2 or not all(b in BLOCK_SIZES for b in pair):
         raise ValueError(f"block_size: got {block_size!r}, {accepted}")
+
+
+def check_layout(layout):
+    """None, or two or three positive ints."""
+    if layout is None:
+        return
+    accepted = "expected None, (H, W) or (T, H, W)"
+    if not isinstance(layout, tuple) or not all(
+        isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in layout
+    ):
+        raise TypeError(f"layout: got {layout!r}, {accepted} with ints")
+    if len(layout) not in (2, 3) or not all(n > 0 for n in layout):
+        raise ValueError(f"layout: got {layout!r}, {accepted} with ints of at least 1")
 
 
 def check_choice(name, value, accepted):

@@ -56,13 +56,14 @@ def tokens(device, dtype, head_dim, config):
 
     Measured once in a process for each device, dtype (half types count as one), head_dim and
     config; call it before ``torch.compile`` so that programs with "auto" know. The first of
-    ``LENGTHS`` at which the forward pass of MRA attention, without masks, takes less time than
-    exact attention; twice the last one if it never does. Takes a fraction of a second on a GPU, up
-    to some seconds on a CPU.
+    ``LENGTHS`` at which the forward pass of MRA attention, without masks or a layout, takes less
+    time than exact attention; twice the last one if it never does. Takes a fraction of a second on
+    a GPU, up to some seconds on a CPU.
 
     Raises what :func:`mra_attention.mra_attention` does for a device, dtype or head_dim that it
     doesn't serve."""
     device = torch.empty(0, device=device).device  # with its index
+    config = config.replace(layout=None)  # of pictures: the lengths here are not theirs
     key = (device, _class(dtype), head_dim, *_options(config))
     with _measuring:
         if key not in _measured:

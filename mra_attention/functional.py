@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import _load, sharding, transforms
 from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
+from .layout import Tiles, check_call
 from .plan import Plan, as_pair
 
 __all__ = ["mra_attention", "make_plan"]
@@ -27,7 +28,7 @@ class _Default:
         return repr(self.value)
 
 
-_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS = (
+_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYOUT = (
     _Default(field.default) for field in dataclasses.fields(MRAConfig)[2:]
 )
 
@@ -35,8 +36,8 @@ _BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS = (
 def mra_attention(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
-    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, is_causal=False, scale=None,
-    plan=None, return_lse=False, config=None,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, is_causal=False,
+    scale=None, plan=None, return_lse=False, config=None,
 ):  # fmt: skip
     """Multi-resolution attention: exact on the selected pairs of blocks, coarse on the rest.
 
@@ -52,15 +53,18 @@ def mra_attention(
         float64 (CPU only), float32, bfloat16 or float16; D a multiple of 8, at most 256.
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
-    density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks:
-        see :class:`MRAConfig`. Neither budget given: density 1/8.
+    density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks,
+        layout: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs N == M
+        tokens, as many as it has or more, and no is_causal; input and results stay in the order of
+        the sequence, and the shares and numbers of blocks are those of its tiles.
     config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; for a
         variant, ``config.replace(...)``.
     is_causal: query i sees keys j <= i; needs N == M.
     scale: factor of q.k, 1/sqrt(D) when None.
     plan: a :class:`Plan` to use instead of selecting. Budget and selection options beside it are a
-        ValueError; ``block_size`` (its own when left out) and ``is_causal`` must be the plan's. A
-        ``config`` beside it gives ``coarse`` and ``order``; its selection was spent on the plan.
+        ValueError; ``block_size`` and ``layout`` (its own when left out) and ``is_causal`` must be
+        the plan's. A ``config`` beside it gives ``coarse`` and ``order``; its selection was spent
+        on the plan.
     return_lse: also return the natural log of each row's whole mass, (B, H, N), float32 (float64
         for float64); -inf for a row of zeros.
 
@@ -75,31 +79,42 @@ def mra_attention(
     options = _resolve(
         config, plan, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
-        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout,
     )  # fmt: skip
     if plan is None:
         row_start = row_count = row_index = None
         budget = _budget(options)
         block_q, block_k = as_pair(options.block_size)
+        layout = options.layout
     else:
         _check_plan(plan, query, key)
         row_start, row_count, row_index = plan.row_start, plan.row_count, plan.row_index
         budget = (None, None)
         block_q, block_k = plan.block_size
+        layout = plan.layout
+    tiles = None
+    if layout is not None:
+        check_call(layout, query, key, value, key_mask, query_mask)
+        tiles = Tiles.of(layout, query.shape[2], (block_q, block_k))
+        key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
+        query, key, value = (tiles.heads(x) for x in (query, key, value))
     forward = transforms.forward if transforms.active() else torch.ops.mra_attention.forward
     out, lse, *_ = forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
     )  # fmt: skip
+    if tiles is not None:
+        out = tiles.to_tokens(out.transpose(1, 2), 1).transpose(1, 2)
+        lse = tiles.to_tokens(lse, 2) if return_lse else None
     return (out, lse) if return_lse else out
 
 
 def make_plan(
     query, key, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
-    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, is_causal=False, scale=None,
-    config=None,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, is_causal=False,
+    scale=None, config=None,
 ):  # fmt: skip
     """The plan that :func:`mra_attention` would make of these arguments.
 
@@ -112,14 +127,21 @@ def make_plan(
     options = _resolve(
         config, None, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
-        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout,
     )  # fmt: skip
     block_q, block_k = as_pair(options.block_size)
+    layout, given = options.layout, (query, key)
+    if layout is not None:
+        check_call(layout, query, key, None, key_mask, query_mask)
+        tiles = Tiles.of(layout, query.shape[2], (block_q, block_k))
+        key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
+        query, key = tiles.heads(query), tiles.heads(key)
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
     )  # fmt: skip
-    return Plan(*lists, query.shape[2], key.shape[2], (block_q, block_k), is_causal)
+    N, M = (x.shape[2] for x in given)
+    return Plan(*lists, N, M, (block_q, block_k), is_causal, layout)
 
 
 def pad_head_dim(*tensors):
@@ -154,7 +176,7 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise TypeError(
                 f"plan: got {type(plan).__name__}, expected a Plan (make_plan or Plan.from_dense)"
             )
-        spent = [name for name in given if name not in ("block_size", "coarse", "order")]
+        spent = [n for n in given if n not in ("block_size", "coarse", "order", "layout")]
         if spent:
             raise ValueError(
                 f"plan: got together with {', '.join(spent)}, expected no budget and no selection "
@@ -169,7 +191,18 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with block_size={plan.block_size}, the call has block_size={wanted}"
             )
-    return MRAConfig(**given) if config is None else config
+    options = MRAConfig(**given) if config is None else config
+    if plan is not None and (config is not None or "layout" in given):
+        if plan.layout != options.layout:
+            raise ValueError(
+                f"plan: made with layout={plan.layout}, the call has layout={options.layout}"
+            )
+    if options.layout is not None and is_causal:
+        raise ValueError(
+            f"layout: got {options.layout} with is_causal=True, expected is_causal=False: the "
+            "order of a picture's tokens is not one of time"
+        )
+    return options
 
 
 def _budget(options):

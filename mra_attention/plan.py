@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from torch.utils import _pytree as pytree
 
-from .config import check_block_size, check_flag, check_int
+from .config import check_block_size, check_flag, check_int, check_layout
+from .layout import Tiles, check_length
 
 __all__ = ["Plan"]
 
@@ -21,6 +22,8 @@ class Plan:
 
     row_start, row_count: int32 (B, H, nq). row_index: int32 (B, H, capacity).
     N, M: numbers of queries and keys. block_size: (bq, bk). nq = ceil(N / bq), nk = ceil(M / bk).
+    layout: None, or (H, W) or (T, H, W): blocks are then those of :class:`layout.Tiles`, patches of
+        a picture, and nq and nk count them with the tokens that fill them up.
     """
 
     row_start: torch.Tensor
@@ -30,13 +33,14 @@ class Plan:
     M: int
     block_size: tuple[int, int]
     is_causal: bool = False
+    layout: tuple[int, ...] | None = None
 
     @classmethod
-    def from_dense(cls, mask, N, M, block_size=64, is_causal=False):
+    def from_dense(cls, mask, N, M, block_size=64, is_causal=False, layout=None):
         """Plan of a block mask: bool (B, H, nq, nk), True = exact. block_size: int or (bq, bk).
 
         With ``is_causal``, pairs that the diagonal crosses are added and pairs wholly in the future
-        left out: the first are always exact, the second don't exist.
+        left out: the first are always exact, the second don't exist. layout: see the class.
 
         Raises TypeError or ValueError that names the argument."""
         block_size = as_pair(block_size)
@@ -46,11 +50,19 @@ class Plan:
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             kind = getattr(mask, "dtype", type(mask).__name__)
             raise TypeError(f"mask: got {kind}, expected a bool tensor (B, H, nq, nk)")
-        nq, nk = blocks(N, block_size[0]), blocks(M, block_size[1])
+        layout = tuple(layout) if isinstance(layout, (list, torch.Size)) else layout
+        check_layout(layout)
+        if layout is not None:
+            check_length(layout, N, M)
+            if is_causal:
+                raise ValueError(f"is_causal: got True with layout={layout}, expected False")
+        nq, nk = (
+            _blocks(n, b, layout, block_size) for n, b in zip((N, M), block_size, strict=True)
+        )
         if mask.dim() != 4 or mask.shape[2] != nq or mask.shape[3] != nk:
             raise ValueError(
                 f"mask: got shape {tuple(mask.shape)}, expected (B, H, {nq}, {nk}) for N={N}, "
-                f"M={M} and block_size={block_size}"
+                f"M={M} and block_size={block_size}{_of(layout)}"
             )
         y = torch.arange(nk, dtype=torch.int32, device=mask.device)
         if is_causal:
@@ -65,7 +77,7 @@ class Plan:
         index = torch.where(mask, y, nk).sort(-1).values.flatten(2)
         start = torch.arange(0, nq * nk, nk, dtype=torch.int32, device=mask.device)
         start = start.expand(count.shape).contiguous()
-        return cls(start, count, index, N, M, block_size, is_causal)
+        return cls(start, count, index, N, M, block_size, is_causal, layout)
 
     @property
     def B(self):
@@ -77,11 +89,11 @@ class Plan:
 
     @property
     def nq(self):
-        return blocks(self.N, self.block_size[0])
+        return _blocks(self.N, self.block_size[0], self.layout, self.block_size)
 
     @property
     def nk(self):
-        return blocks(self.M, self.block_size[1])
+        return _blocks(self.M, self.block_size[1], self.layout, self.block_size)
 
     @property
     def shape(self):
@@ -128,8 +140,8 @@ class Plan:
 
     def __repr__(self):
         return (
-            f"Plan(shape={self.shape}, block_size={self.block_size}, is_causal={self.is_causal}, "
-            f"blocks=({self.nq}, {self.nk}))"
+            f"Plan(shape={self.shape}, block_size={self.block_size}, is_causal={self.is_causal}"
+            f"{_of(self.layout)}, blocks=({self.nq}, {self.nk}))"
         )
 
     def __str__(self):
@@ -153,6 +165,15 @@ def blocks(length, block):
     return -(-length // block)
 
 
+def _blocks(length, block, layout, block_size):
+    """Blocks of ``length`` tokens, in the tiles of a layout where there is one."""
+    return blocks(length if layout is None else Tiles.of(layout, length, block_size).length, block)
+
+
+def _of(layout):
+    return "" if layout is None else f", layout={layout}"
+
+
 def as_pair(block_size):
     """block_size as (block_q, block_k), checked."""
     if isinstance(block_size, list):
@@ -163,7 +184,7 @@ def as_pair(block_size):
 
 def _flatten(plan):
     lists = [plan.row_start, plan.row_count, plan.row_index]
-    return lists, (plan.N, plan.M, plan.block_size, plan.is_causal)
+    return lists, (plan.N, plan.M, plan.block_size, plan.is_causal, plan.layout)
 
 
 pytree.register_pytree_node(

@@ -12,17 +12,24 @@ import math
 import torch
 from torch.nn.functional import pad
 
-__all__ = ["mra_attention_reference", "pool", "plan", "coarse", "fine", "row_budgets"]
+from .layout import halvings, tile_shape
+
+__all__ = ["mra_attention_reference", "patches", "pool", "plan", "coarse", "fine", "row_budgets"]
 
 
 def mra_attention_reference(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=64, coarse="row", order=1, selection="row", diagonal_blocks=0, first_blocks=0,
-    is_causal=False, scale=None, plan=None, return_lse=False,
+    layout=None, is_causal=False, scale=None, plan=None, return_lse=False,
 ):  # fmt: skip
     """MRA attention, dense. Arguments and result as :func:`mra_attention.mra_attention`, except
     that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact."""
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if layout is not None:
+        key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
+        at, length = patches(layout, query.shape[2], max(bq, bk), query.device)
+        query, key, value = (_put(x, 2, at, length) for x in (query, key, value))
+        key_mask, query_mask = (_put(mask, 1, at, length) for mask in (key_mask, query_mask))
     N, D, M, G = query.shape[2], query.shape[3], key.shape[2], query.shape[1] // key.shape[1]
     s = D**-0.5 if scale is None else scale
     key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
@@ -58,7 +65,31 @@ def mra_attention_reference(
         u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
         t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
         out = out + ((share / (1 + t / 4)).unsqueeze(-1) * u).to(out.dtype)
+    if layout is not None:
+        out, lse = out[:, :, at], lse[:, :, at]
     return (out, lse) if return_lse else out
+
+
+def patches(layout, N, block, device=None):
+    """Where each of N tokens of a layout stands when blocks are patches: the place of each, (N,),
+    and the number of places. Places without a token are masked. See :mod:`mra_attention.layout`."""
+    tile, coordinates = tile_shape(layout, block), [torch.arange(n) for n in layout]
+    coordinates = torch.cartesian_prod(*coordinates).unbind(-1)  # of each token, in raster order
+    at, tiles = 0, 1
+    for c, n, edge in zip(coordinates, layout, tile, strict=True):
+        at, tiles = at * -(-n // edge) + c // edge, tiles * -(-n // edge)
+    edges = list(tile)
+    for axis in halvings(tile):
+        edges[axis] //= 2
+        at = 2 * at + coordinates[axis] // edges[axis] % 2
+    lead = N - len(at)
+    front = -(-lead // block) * block
+    return torch.cat([torch.arange(lead), front + at]).to(device), front + tiles * block
+
+
+def _put(x, dim, at, length):
+    size = [*x.shape[:dim], length, *x.shape[dim + 1 :]]
+    return x.new_zeros(size).index_copy(dim, at, x)
 
 
 def pool(x, mask, block):

@@ -19,7 +19,9 @@ def replace_attention(model, config=MRAConfig(), filter=None, exact_below=None):
 
     filter: None, or a function of a module's name in ``model`` ("encoder.layers.0.self_attn") and
         the module that says which to change. A module with several names is asked for by each.
-    exact_below: see :class:`MRAMultiheadAttention`.
+    exact_below: see :class:`MRAMultiheadAttention`; so are calls that don't fit ``config.layout``.
+        Where layers see pictures of several sizes, give each its config: a call with a filter for
+        each size.
 
     Returns how many modules now attend with ``config``. Raises TypeError for a wrong model, config
     or filter, ValueError when ``model`` is itself an ``nn.MultiheadAttention``, either for a wrong

@@ -17,6 +17,7 @@ from .config import MRAConfig, check_config, check_exact_below
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
+from .layout import LAYOUT, fits
 
 __all__ = ["mra_sdpa", "replace_sdpa", "stats"]
 
@@ -32,9 +33,10 @@ def mra_sdpa(
     :func:`mra_attention.crossover.below`). So do these: a mask that differs from query to query or
     from head to head, a float mask, ``is_causal`` with N != M, a single query, head dims above 256
     or of another size for the values, float64 on a GPU, more than one batch dimension, nested
-    tensors, devices other than CPU and CUDA, and whatever torch refuses. :func:`stats` counts them
-    with the reason. A bool mask with one row of keys for all queries and heads, (B, 1, 1, M) for
-    example, is a key mask.
+    tensors, devices other than CPU and CUDA, whatever isn't self-attention of as many tokens as
+    ``config.layout`` has or more, and whatever torch refuses. :func:`stats` counts them with the
+    reason. A bool mask with one row of keys for all queries and heads, (B, 1, 1, M) for example, is
+    a key mask.
 
     ``dropout_p`` isn't applied to the weights of MRA attention; a nonzero value warns once. (Exact
     calls apply it.) A row without a key gives zeros."""
@@ -44,10 +46,12 @@ def mra_sdpa(
     if reason is None and attn_mask is not None:
         mask = _key_mask(query, key, attn_mask)
         reason = "mask of single queries or heads" if mask is None else None
+    if reason is None and config.layout is not None:
+        reason = None if fits(config.layout, query, key, is_causal) else LAYOUT
     if reason is None and below(exact_below, query, key, config):
         reason = BELOW
     calls.count("sdpa", reason)
-    if reason == BELOW:
+    if reason in (BELOW, LAYOUT):
         mask = take_part(mask)
         mask = mask if mask is None or query.dim() == 4 else mask.squeeze(1)
         return exact_attention(

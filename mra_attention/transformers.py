@@ -19,6 +19,7 @@ from .coverage import coverage
 from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
+from .layout import LAYOUT, fits
 
 __all__ = ["coverage", "patch_mra_model", "register", "stats"]
 
@@ -33,6 +34,12 @@ def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
     of them isn't applied (exact calls apply it); a model that trains with it warns once.
     ``exact_below`` (None, an int or "auto") adds calls with fewer keys than that, see
     :func:`mra_attention.crossover.below`. Registering a name again replaces both options.
+
+    ``config.layout`` is for models of pictures of one size, (14, 14) for ViT's 197 tokens. Calls
+    that aren't self-attention of so many tokens or more (text, smaller pictures, cross-attention,
+    causal attention) run as exact attention, counted as "layout". A larger picture's first tokens
+    would count as leading ones: give each size a name of its own, which
+    ``model.set_attn_implementation(name)`` changes between calls.
 
     Raises TypeError or ValueError for a wrong name, config or exact_below, ImportError without
     transformers 4.54 or newer."""
@@ -114,6 +121,12 @@ def _attention(
         for name in _SCORE_ARGUMENTS:
             if kwargs.get(name) is not None:
                 reason = name
+    if (
+        reason is None
+        and config.layout is not None
+        and not fits(config.layout, query, key, is_causal)
+    ):
+        reason = LAYOUT
     if reason is None and below(exact_below, query, key, config):
         reason = BELOW
     calls.count("transformers", reason)

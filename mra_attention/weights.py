@@ -1,8 +1,11 @@
 """The dense matrix that MRA attention stands for: what ``need_weights=True`` returns."""
 
+import dataclasses
+
 import torch
 
 from . import reference
+from .layout import Tiles
 
 __all__ = ["dense_weights"]
 
@@ -14,6 +17,15 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     share of the block. Order 1 adds P_i gamma_i s q_i.(k_j - k~_y) / n to every key that the
     coarse part may see, which moves weight inside blocks and sums to zero.
     """
+    if plan.layout is not None:
+        tiles = Tiles.of(plan.layout, plan.N, plan.block_size)
+        plan = dataclasses.replace(plan, N=tiles.length, M=tiles.length, layout=None)
+        key_mask, query_mask = tiles.masks(key_mask, query_mask, q)
+        weights = dense_weights(
+            tiles.heads(q), tiles.heads(k), key_mask, query_mask, config=config,
+            is_causal=is_causal, scale=scale, plan=plan,
+        )  # fmt: skip
+        return tiles.to_tokens(tiles.to_tokens(weights, 3), 2)
     N, M = q.shape[2], k.shape[2]
     bq, bk = plan.block_size
     x, y = torch.arange(N, device=q.device) // bq, torch.arange(M, device=q.device) // bk

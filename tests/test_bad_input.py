@@ -33,6 +33,13 @@ class Inputs:
         )
         return mra.mra_attention(*given, **kwargs)
 
+    def square(self, **kwargs):
+        """Self-attention of the N = 80 tokens."""
+        return mra.mra_attention(self.q, self.q, self.q, **kwargs)
+
+    def squares(self, **options):
+        return mra.make_plan(self.q, self.q, **options)
+
 
 def heads(x, n):
     return x[:, :1].expand(-1, n, -1, -1)
@@ -133,6 +140,38 @@ WRONG = [
     ("is_causal with N != M", "is_causal", ValueError, lambda i: i.call(is_causal=True)),
     ("return_lse int", "return_lse", TypeError, lambda i: i.call(return_lse=1)),
     ("unknown option", "dropout", TypeError, lambda i: i.call(dropout=0.1)),
+    # layout
+    ("layout int", "layout", TypeError, lambda i: i.square(layout=80)),
+    ("layout floats", "layout", TypeError, lambda i: i.square(layout=(8.0, 10))),
+    ("layout bool", "layout", TypeError, lambda i: i.square(layout=(True, 80))),
+    ("layout str", "layout", TypeError, lambda i: i.square(layout="8x10")),
+    ("layout of one side", "layout", ValueError, lambda i: i.square(layout=(80,))),
+    ("layout of four sides", "layout", ValueError, lambda i: i.square(layout=(2, 2, 2, 10))),
+    ("layout 0", "layout", ValueError, lambda i: i.square(layout=(0, 80))),
+    ("layout too large", "layout", ValueError, lambda i: i.square(layout=(9, 9))),
+    ("layout with N != M", "layout", ValueError, lambda i: i.call(layout=(8, 10))),
+    ("layout and causal", "layout", ValueError,
+     lambda i: i.square(layout=(8, 10), is_causal=True)),
+    ("layout and config", "layout", ValueError,
+     lambda i: i.square(layout=(8, 10), config=mra.MRAConfig())),
+    ("layout and query 3-D", "query", ValueError,
+     lambda i: mra.mra_attention(i.q[0], i.q, i.q, layout=(8, 10))),
+    ("layout and value length", "value", ValueError,
+     lambda i: mra.mra_attention(i.q, i.q, i.q[:, :, 1:], layout=(8, 10))),
+    ("layout and no heads", "query", ValueError,
+     lambda i: mra.mra_attention(i.q[:, :0], i.q, i.q, layout=(8, 10))),
+    ("layout and key_mask", "key_mask", ValueError,
+     lambda i: i.square(layout=(8, 10), key_mask=i.query_mask[:, 1:])),
+    ("layout and float query_mask", "query_mask", TypeError,
+     lambda i: i.square(layout=(8, 10), query_mask=i.query_mask.float())),
+    ("plan without the layout", "layout", ValueError,
+     lambda i: i.square(plan=i.squares(), layout=(8, 10))),
+    ("plan of a layout", "layout", ValueError,
+     lambda i: i.square(plan=i.squares(layout=(8, 10)), layout=None)),
+    ("plan of another layout", "layout", ValueError,
+     lambda i: i.square(plan=i.squares(layout=(8, 10)), layout=(10, 8))),
+    ("plan of a config's layout", "layout", ValueError,
+     lambda i: i.square(plan=i.squares(layout=(8, 10)), config=mra.MRAConfig())),
     # config
     ("config dict", "config", TypeError, lambda i: i.call(config={"density": 0.5})),
     ("config and option", "density", ValueError,
@@ -167,6 +206,9 @@ WRONG = [
     ("make_plan density", "density", ValueError, lambda i: i.plan(density=2)),
     ("make_plan coarse", "coarse", ValueError, lambda i: i.plan(coarse="no")),
     ("make_plan key_mask", "key_mask", ValueError, lambda i: i.plan(key_mask=i.key_mask[0])),
+    ("make_plan layout", "layout", ValueError, lambda i: i.squares(layout=(9, 9))),
+    ("make_plan layout causal", "layout", ValueError,
+     lambda i: i.squares(layout=(8, 10), is_causal=True)),
     ("make_plan causal", "is_causal", ValueError, lambda i: i.plan(is_causal=True)),
 ]  # fmt: skip
 
@@ -188,6 +230,8 @@ def test_good_call_passes():
     i = Inputs("cpu")
     out = i.call(key_mask=i.key_mask, query_mask=i.query_mask)
     assert out.shape == i.q.shape
+    plan = i.squares(layout=(8, 10))
+    assert i.square(plan=plan, layout=[8, 10], query_mask=i.query_mask).shape == i.q.shape
 
 
 @pytest.mark.parametrize("device", [CUDA])

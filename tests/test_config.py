@@ -41,12 +41,13 @@ def test_presets_are_the_papers(preset):
 
 
 def test_frozen_hashable_copyable():
-    config = MRAConfig(density=0.25, block_size=[64, 32])
-    assert config.block_size == (64, 32)
+    config = MRAConfig(density=0.25, block_size=[64, 32], layout=[14, 14])
+    assert config.block_size == (64, 32) and config.layout == (14, 14)
+    assert type(MRAConfig(layout=torch.empty(3, 4, 5).shape).layout) is tuple
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.density = 0.5
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
-    assert len({config, MRAConfig(density=0.25, block_size=(64, 32))}) == 1
+    assert len({config, MRAConfig(density=0.25, block_size=(64, 32), layout=(14, 14))}) == 1
 
 
 def test_replace():
@@ -65,6 +66,7 @@ def test_replace():
         dict(density=0.5, block_size=(32, 16), coarse="none"),
         dict(blocks_per_row=2, block_size=16, coarse="block", order=0, selection="global"),
         dict(density=0.3, block_size=16, diagonal_blocks=3, first_blocks=1),
+        dict(density=0.3, block_size=16, layout=(9, 14)),
     ],
 )
 def test_config_is_the_options(options):
@@ -114,7 +116,7 @@ def test_config_names_the_bad_option():
     good = dict.fromkeys(OPTIONS)
     assert set(good) == {
         "density", "blocks_per_row", "block_size", "coarse", "order", "selection",
-        "diagonal_blocks", "first_blocks",
+        "diagonal_blocks", "first_blocks", "layout",
     }  # fmt: skip
     for name in OPTIONS:
         with pytest.raises((TypeError, ValueError), match=name):

@@ -89,6 +89,10 @@ def test_from_dense_causal():
         ("M", ValueError, dict(M=0)),
         ("is_causal", TypeError, dict(is_causal=None)),
         ("is_causal", ValueError, dict(is_causal=True, M=63)),
+        ("layout", TypeError, dict(layout=8)),
+        ("layout", ValueError, dict(layout=(9, 9))),
+        ("layout", ValueError, dict(layout=(8, 8), M=63)),
+        ("is_causal", ValueError, dict(layout=(8, 8), is_causal=True)),
     ],
 )
 def test_from_dense_refuses(name, error, arguments):
