@@ -84,7 +84,7 @@ def speed_parser():
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
         "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "growth, accuracy, minilm, table (each has --help).",
+        "growth, accuracy, layout, minilm, table (each has --help).",
     )
     add = parser.add_argument
     add_common(parser)

@@ -45,7 +45,7 @@ def replaced(readme, name, text):
 
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
-    kinds = {"speed": _speed, "memory": _memory, "growth": _growth}
+    kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -137,6 +137,32 @@ def _growth(report):
     for row in report["rows"]:
         if row["status"] != "ok":
             notes += f" {row['form']}, {row['pass']}, from N {row['N']}: {row['reason']}."
+    return _table(lines) + "\n" + notes + "\n"
+
+
+def _layout(report):
+    """One line for each input and density; "a → b" is as it comes → in patches or along a curve."""
+    ran = [row for row in report["rows"] if row["status"] == "ok"]
+    forms = list(dict.fromkeys(form for row in ran for form in row["errors"]))
+    heads = ["input", "N", "density", "exact pairs", "overlap", *forms]
+    lines = [heads, ["---"] * len(heads)]
+    for name, density in dict.fromkeys((row["input"], row["density"]) for row in ran):
+        rows = [row for row in ran if (row["input"], row["density"]) == (name, density)]
+
+        def arrow(form, value, rows=rows):
+            return " → ".join(form.format(value(row)) for row in rows)
+
+        cells = [arrow("{:.3f}", lambda row: row["exact_pairs"])]
+        cells.append(arrow("{:.2f}", lambda row: row["overlap"]))
+        cells += [arrow("{:.3f}", lambda row, form=form: row["errors"][form]) for form in forms]
+        lines.append([name, str(rows[0]["N"]), f"1/{1 / density:g}", *cells])
+    notes = (
+        "‖o − exact‖ / ‖exact‖, mean over heads: tokens as they come → in patches (pictures, "
+        "videos) or along a Hilbert curve (points). Exact pairs is the share of pairs of tokens."
+    )
+    for row in report["rows"]:
+        if row["status"] != "ok":
+            notes += f" {row['input']}: {row['reason']}."
     return _table(lines) + "\n" + notes + "\n"
 
 

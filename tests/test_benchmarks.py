@@ -265,6 +265,40 @@ def test_accuracy(tmp_path):
     assert all(whole[form.name] < 1e-5 for form in FORMS)
 
 
+def test_layout(tmp_path, monkeypatch):
+    from benchmarks import layout
+
+    monkeypatch.setitem(layout.INPUTS, "field 20x24 + 1", (20, 24))
+    monkeypatch.setattr(layout, "POINTS", 300)
+    file = tmp_path / "layout.json"
+    main(["layout", "--device", "cpu", "--input", "field 20x24 + 1,points 2-D", "--heads", "2",
+          "--density", "1/4", "--block-size", "32", "--json", str(file)])  # fmt: skip
+    report = json.loads(file.read_text())
+    orders = [("as it comes", None), ("patches", [20, 24]), ("as it comes", None), ("curve", None)]
+    assert [(row["order"], row["layout"]) for row in report["rows"]] == orders
+    assert [row["blocks"] for row in report["rows"]] == [16, 16, 10, 10]  # 15 tiles, one in front
+    for first, local in (report["rows"][:2], report["rows"][2:]):
+        assert local["errors"]["row"] < 0.8 * first["errors"]["row"]
+        assert all(0.2 < row["exact_pairs"] < 0.32 for row in (first, local))
+    assert "| field 20x24 + 1 | 481 | 1/4 | " in markdown(report)
+
+
+def test_layout_inputs():
+    from benchmarks import layout
+
+    generator = torch.Generator().manual_seed(1)
+    x = layout.field((2, 3), (9, 14), 2.0, generator).view(2, 3, 9, 14)
+    assert x.std().item() == pytest.approx(1, abs=1e-5)
+    assert (x[..., 1:] - x[..., :-1]).std() < 0.5 and (x[..., 0] - x[..., -1]).std() > 0.8
+    qk = layout.scaled(torch.randn(2, 1, 2, 50, 8, generator=generator), 2.0)
+    logits = qk[0] @ qk[1].mT / 8**0.5
+    torch.testing.assert_close(logits.std((-2, -1)), torch.full((1, 2), 2.0))
+    points = torch.rand(1, 40, 3, generator=generator)
+    q, k, _ = layout.nearby(points, 1, 16, generator)
+    exact = (-torch.cdist(points, points).square() / (2 * layout.WIDTHS[0] ** 2)).softmax(-1)
+    torch.testing.assert_close((q @ k.mT / 4).softmax(-1)[0], exact, rtol=1e-3, atol=1e-4)
+
+
 def cuda_report():
     """A hand-made file of one case with two exact kernels, one of which refuses the backward."""
 

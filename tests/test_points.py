@@ -98,7 +98,7 @@ def test_points_in_order_are_approximated_better():
     ordered = mra_attention(*(x.take_along_dim(index, 2) for x in (q, k, v)), **options)
     ordered = ordered.take_along_dim(index.argsort(2), 2)
     plain = mra_attention(q, k, v, **options)
-    assert (ordered - exact).norm() < 0.25 * (plain - exact).norm()
+    assert (ordered - exact).norm() < 0.5 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize(
