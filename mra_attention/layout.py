@@ -23,6 +23,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from . import sharding
+
 __all__ = ["LAYOUT", "Tiles", "check_call", "check_length", "fits", "halvings", "tile_shape"]
 
 LAYOUT = "layout"  # the reason under which calls are counted that don't fit one
@@ -140,11 +142,8 @@ class Tiles:
         after = x.dim() - dim - 1  # dimensions behind
         lead, picture = x.split([self.lead, x.shape[dim] - self.lead], dim)
         picture = picture.unflatten(dim, self.layout)
-        fill = [0, 0] * after
-        for side, full in zip(reversed(self.layout), reversed(self._full), strict=True):
-            fill += [0, full - side]
         if self._full != self.layout:
-            picture = F.pad(picture, fill)
+            picture = _zeros_behind(picture, dim, self._full)
         for axis in reversed(range(len(self.tile))):
             picture = picture.unflatten(dim + axis, (self.grid[axis], *self._bits(axis)))
         permuted = picture.permute(_around(dim, self._order(), after))
@@ -152,7 +151,7 @@ class Tiles:
         if self.lead == 0:
             return blocks
         if self.front != self.lead:
-            lead = F.pad(lead, [0, 0] * after + [0, self.front - self.lead])
+            lead = _zeros_behind(lead, dim, (self.front,))
         return torch.cat([lead, blocks], dim)
 
     def to_tokens(self, x, dim):
@@ -219,6 +218,19 @@ def _boxes(dims, bits):
 
 def _filled(layout, tile):
     return tuple(-(-n // edge) * edge for n, edge in zip(layout, tile, strict=True))
+
+
+def _zeros_behind(x, dim, sizes):
+    """x with zeros behind it, up to ``sizes`` of the dimensions from ``dim`` on."""
+    if type(x) is not torch.Tensor and sharding.is_dtensor(x):  # whose pad gathers it
+        for at, size in enumerate(sizes, dim):
+            missing = [*x.shape[:at], size - x.shape[at], *x.shape[at + 1 :]]
+            x = torch.cat([x, x.new_zeros(missing)], at)
+        return x
+    more = [0, 0] * (x.dim() - dim - len(sizes))
+    for at in reversed(range(len(sizes))):
+        more += [0, sizes[at] - x.shape[dim + at]]
+    return F.pad(x, more)
 
 
 def _around(dim, order, after):

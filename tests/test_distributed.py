@@ -32,6 +32,7 @@ def cases(seed):
     ):
         yield 4, masked, dict(coarse=coarse, order=order, is_causal=is_causal)
     yield from ((Hk, True, dict(selection="global")) for Hk in (1, 2))
+    yield from ((2, masked, dict(layout=(8, 16))) for masked in (False, True))
 
 
 def draw(seed, Hk, masked, device):

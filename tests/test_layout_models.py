@@ -139,7 +139,6 @@ def test_compiles_whole_for_pictures_with_and_without_a_class_token():
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for n in (N, N + 3, N - 1):
-        for batch in (2, 3):
-            x = torch.randn(batch, n, E, dtype=torch.float64)
-            torch.testing.assert_close(compiled(x), model(x))
+    for n in (N, N - 1, N - 2):  # the last one runs as exact attention
+        x = tokens(n)
+        torch.testing.assert_close(compiled(x), model(x))

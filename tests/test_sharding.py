@@ -31,6 +31,8 @@ def cases():
         yield place, Hk, True, options, place
     yield batch, 1, False, dict(selection="global"), batch
     yield heads, 4, False, dict(selection="global"), heads
+    for place, masked in itertools.product((batch, heads), (False, True)):
+        yield place, 2, masked, dict(layout=(9, 14)), place
     yield whole, 2, True, {}, whole
     yield heads, 1, True, {}, None  # one key head for both processes: anything but heads
     yield sequence, 1, True, {}, None
