@@ -6,15 +6,17 @@ Tokens come in raster order: along W first, then H, then T. They are put into *t
 - The edges of a tile are powers of two with the product b (:func:`tile_shape`): 8 x 8 for 64, 4 x 8
   for 32, 4 x 4 x 4 for 64 of a video; others where the sides of the picture would leave many
   places of those empty.
-- Tiles follow each other in raster order. Inside of a tile the order is that of halving its longest
-  edge again and again (:func:`halvings`), a Morton order: every aligned run of 2^n tokens is a box,
-  so the smaller of two block sizes has patches too.
+- Tiles follow each other in raster order. A tile is halved across its longest edge again and again
+  (:func:`halvings`), one half after the other as in a Morton order, until its parts have as many
+  tokens as the smaller block, ``min(bq, bk)``: so those are patches too. Inside of such a part the
+  order is that of the raster, which no result depends on, and which makes for long copies.
 - A side that the tile's edge doesn't divide is filled up with tokens that take no part.
 - Of N tokens the first ``N - H * W`` are *leading* ones (a class token, registers): blocks of their
   own in front of the tiles, filled up to a multiple of b in the same way.
 
 The reordering is made of views and copies (pad, unflatten, permute, flatten, cat), nothing is
-looked up by index: its gradient is the reordering back, exact and deterministic.
+looked up by index: its gradient is the reordering back, exact and deterministic. It costs a copy
+each of query, key, value and the result, one more where tiles are filled up or tokens lead.
 """
 
 import dataclasses
@@ -50,12 +52,12 @@ def tile_shape(layout, block):
     return best
 
 
-def halvings(tile):
-    """Which dimension each halving of a tile cuts, from the whole tile to single tokens.
+def halvings(tile, size=1):
+    """Which dimension each halving of a tile cuts, from the whole tile to parts of ``size`` tokens.
 
     Always the longest edge, the first of several: (4, 8) gives [1, 0, 1, 0, 1]."""
     edges, order = list(tile), []
-    while max(edges) > 1:
+    while math.prod(edges) > size:
         axis = edges.index(max(edges))
         edges[axis] //= 2
         order.append(axis)
@@ -104,17 +106,19 @@ class Tiles:
     """How N tokens of a layout lie in blocks. Made by :meth:`of`.
 
     layout: the sides, (H, W) or (T, H, W). tile: its edges, as many. lead: leading tokens.
+    size: tokens in the parts to which a tile is halved.
     """
 
     layout: tuple[int, ...]
     tile: tuple[int, ...]
     lead: int
+    size: int
 
     @classmethod
     def of(cls, layout, N, block_size):
         """For N >= H * W tokens and block_size (bq, bk)."""
         tile = tile_shape(layout, max(block_size))
-        return cls(layout, tile, N - math.prod(layout))
+        return cls(layout, tile, N - math.prod(layout), min(block_size))
 
     @property
     def grid(self):
@@ -145,9 +149,9 @@ class Tiles:
         if self._full != self.layout:
             picture = _zeros_behind(picture, dim, self._full)
         for axis in reversed(range(len(self.tile))):
-            picture = picture.unflatten(dim + axis, (self.grid[axis], *self._bits(axis)))
-        permuted = picture.permute(_around(dim, self._order(), after))
-        blocks = permuted.flatten(dim, dim + len(self._order()) - 1)
+            picture = picture.unflatten(dim + axis, self._cuts(axis))
+        order, _ = self._order()
+        blocks = picture.permute(_around(dim, order, after)).flatten(dim, dim + len(order) - 1)
         if self.lead == 0:
             return blocks
         if self.front != self.lead:
@@ -159,8 +163,7 @@ class Tiles:
         contiguous."""
         after = x.dim() - dim - 1
         lead, blocks = x.split([self.front, x.shape[dim] - self.front], dim)
-        order = self._order()
-        sizes = [*self.grid, *[2] * (len(order) - len(self.grid))]
+        order, sizes = self._order()
         back = sorted(range(len(order)), key=order.__getitem__)
         picture = blocks.unflatten(dim, sizes).permute(_around(dim, back, after))
         picture = picture.reshape(*x.shape[:dim], *self._full, *x.shape[dim + 1 :])
@@ -192,20 +195,23 @@ class Tiles:
     def _full(self):
         return _filled(self.layout, self.tile)
 
-    def _bits(self, axis):
-        return [2] * (self.tile[axis].bit_length() - 1)
+    def _cuts(self, axis):
+        """The factors of a side: tiles, a 2 for each halving, the edge of what is not halved."""
+        halved = halvings(self.tile, self.size).count(axis)
+        return [self.grid[axis], *[2] * halved, self.tile[axis] >> halved]
 
     def _order(self):
-        """Where each dimension of the blocks' order stands among (grid, bits...) of every side."""
-        starts, at = [], 0
-        for axis in range(len(self.tile)):
-            starts.append(at)
-            at += 1 + len(self._bits(axis))
-        order, used = list(starts), list(starts)
-        for axis in halvings(self.tile):
+        """The order of blocks as one of the factors of all sides, one side's behind the other's:
+        where each dimension of it stands among them, and its size."""
+        cuts = [self._cuts(axis) for axis in range(len(self.tile))]
+        starts = [sum(map(len, cuts[:axis])) for axis in range(len(cuts))]
+        used = [0] * len(cuts)
+        order, axes = [], range(len(cuts))
+        for axis in [*axes, *halvings(self.tile, self.size), *axes]:
+            order.append(starts[axis] + used[axis])
             used[axis] += 1
-            order.append(used[axis])
-        return order
+        sizes = [n for side in cuts for n in side]
+        return order, [sizes[at] for at in order]
 
 
 def _boxes(dims, bits):

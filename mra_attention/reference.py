@@ -27,7 +27,7 @@ def mra_attention_reference(
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
     if layout is not None:
         key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
-        at, length = patches(layout, query.shape[2], max(bq, bk), query.device)
+        at, length = patches(layout, query.shape[2], (bq, bk), query.device)
         query, key, value = (_put(x, 2, at, length) for x in (query, key, value))
         key_mask, query_mask = (_put(mask, 1, at, length) for mask in (key_mask, query_mask))
     N, D, M, G = query.shape[2], query.shape[3], key.shape[2], query.shape[1] // key.shape[1]
@@ -70,18 +70,21 @@ def mra_attention_reference(
     return (out, lse) if return_lse else out
 
 
-def patches(layout, N, block, device=None):
+def patches(layout, N, block_size, device=None):
     """Where each of N tokens of a layout stands when blocks are patches: the place of each, (N,),
     and the number of places. Places without a token are masked. See :mod:`mra_attention.layout`."""
-    tile, coordinates = tile_shape(layout, block), [torch.arange(n) for n in layout]
+    block, coordinates = max(block_size), [torch.arange(n) for n in layout]
+    tile = tile_shape(layout, block)
     coordinates = torch.cartesian_prod(*coordinates).unbind(-1)  # of each token, in raster order
     at, tiles = 0, 1
     for c, n, edge in zip(coordinates, layout, tile, strict=True):
         at, tiles = at * -(-n // edge) + c // edge, tiles * -(-n // edge)
     edges = list(tile)
-    for axis in halvings(tile):
+    for axis in halvings(tile, min(block_size)):
         edges[axis] //= 2
         at = 2 * at + coordinates[axis] // edges[axis] % 2
+    for c, edge in zip(coordinates, edges, strict=True):
+        at = edge * at + c % edge
     lead = N - len(at)
     front = -(-lead // block) * block
     return torch.cat([torch.arange(lead), front + at]).to(device), front + tiles * block

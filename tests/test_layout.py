@@ -141,13 +141,16 @@ def test_tiles_fill_up_little(layout, block):
 
 
 @pytest.mark.parametrize("tile", [(4, 8), (8, 8), (8, 16), (1, 64), (64, 1), (4, 4, 4), (2, 4, 8)])
-def test_every_aligned_run_of_a_tile_is_a_patch(tile):
+@pytest.mark.parametrize("size", [1, 16, "tile"])
+def test_every_aligned_run_of_a_tile_is_a_patch(tile, size):
+    """Of 2^n tokens, from the smaller block on. (The half of a square is the next tile's shape.)"""
+    size = math.prod(tile) if size == "tile" else size
     layout = [2 * edge for edge in tile]  # more tiles than one
     N = math.prod(layout)
     coordinates = torch.cartesian_prod(*map(torch.arange, layout))
-    order = Tiles(tuple(layout), tile, 0).to_blocks(coordinates, 0)
+    order = Tiles(tuple(layout), tile, 0, size).to_blocks(coordinates, 0)
     assert order.unique(dim=0).shape == coordinates.shape
-    run = 2
+    run = size
     while run <= math.prod(tile):
         runs = order.view(N // run, run, len(tile))
         edges = runs.amax(1) - runs.amin(1) + 1
@@ -159,16 +162,24 @@ def test_every_aligned_run_of_a_tile_is_a_patch(tile):
 
 
 def test_order_by_hand():
-    """4 x 6 with tiles of 2 x 4 (blocks of 8, smaller than any that attention takes)."""
-    assert halvings((2, 4)) == [1, 0, 1]
-    order = Tiles((4, 6), (2, 4), 1).to_blocks(torch.arange(1, 26), 0)
-    _ = 0
-    assert order.tolist() == [
+    """4 x 6 with tiles of 2 x 4 (blocks of 8 and less, smaller than any that attention takes)."""
+    assert halvings((2, 4)) == [1, 0, 1] and halvings((2, 4), 4) == [1] and not halvings((2, 4), 8)
+    _, x = 0, torch.arange(1, 26)
+    for size in (4, 2):  # the first halves of 2 x 2 are its rows
+        order = Tiles((4, 6), (2, 4), 1, size).to_blocks(x, 0)
+        assert order.tolist() == [
         1, _, _, _, _, _, _, _,
         2, 3, 8, 9, 4, 5, 10, 11,
         6, 7, 12, 13, _, _, _, _,
         14, 15, 20, 21, 16, 17, 22, 23,
         18, 19, 24, 25, _, _, _, _,
+        ]  # fmt: skip
+    assert Tiles((4, 6), (2, 4), 1, 8).to_blocks(x, 0).tolist() == [
+        1, _, _, _, _, _, _, _,
+        2, 3, 4, 5, 8, 9, 10, 11,
+        6, 7, _, _, 12, 13, _, _,
+        14, 15, 16, 17, 20, 21, 22, 23,
+        18, 19, _, _, 24, 25, _, _,
     ]  # fmt: skip
 
 
@@ -177,7 +188,7 @@ def test_order_and_back(layout, lead, block_size):
     """Views and copies give what the reference looks up by index; any dimension, any strides."""
     N = lead + math.prod(layout)
     tiles = Tiles.of(layout, N, block_size)
-    at, length = patches(layout, N, max(block_size))
+    at, length = patches(layout, N, block_size)
     assert length == tiles.length and tiles.filled == (length != N)
     x = torch.randn(2, 3, N, 5).transpose(0, 3)
     blocks = tiles.to_blocks(x, 2)
