@@ -9,7 +9,7 @@ Tokens come in raster order: along W first, then H, then T. They are put into *t
 - Tiles follow each other in raster order. A tile is halved across its longest edge again and again
   (:func:`halvings`), one half after the other as in a Morton order, until its parts have as many
   tokens as the smaller block, ``min(bq, bk)``: so those are patches too. Inside of such a part the
-  order is that of the raster, which no result depends on, and which makes for long copies.
+  order is that of the raster: results depend on it by rounding alone, and copies are long.
 - A side that the tile's edge doesn't divide is filled up with tokens that take no part.
 - Of N tokens the first ``N - H * W`` are *leading* ones (a class token, registers): blocks of their
   own in front of the tiles, filled up to a multiple of b in the same way.
