@@ -20,16 +20,36 @@ __all__ = ["mra_attention_reference", "patches", "pool", "plan", "coarse", "fine
 def mra_attention_reference(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=64, coarse="row", order=1, selection="row", diagonal_blocks=0, first_blocks=0,
-    layout=None, is_causal=False, scale=None, plan=None, return_lse=False,
+    layout=None, is_causal=False, scale=None, plan=None, return_lse=False, levels=(),
 ):  # fmt: skip
     """MRA attention, dense. Arguments and result as :func:`mra_attention.mra_attention`, except
-    that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact."""
+    that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact. With
+    ``levels`` see reference_levels.py, where ``plan`` is a list of them."""
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
     if layout is not None:
         key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
-        at, length = patches(layout, query.shape[2], (bq, bk), query.device)
-        query, key, value = (_put(x, 2, at, length) for x in (query, key, value))
-        key_mask, query_mask = (_put(mask, 1, at, length) for mask in (key_mask, query_mask))
+        sizes = (max(bq, bk, *(block for block, _ in levels)), min(bq, bk))
+        at, length = patches(layout, query.shape[2], sizes, query.device)
+        out, lse = mra_attention_reference(
+            *(_put(x, 2, at, length) for x in (query, key, value)),
+            *(_put(mask, 1, at, length) for mask in (key_mask, query_mask)),
+            density=density, blocks_per_row=blocks_per_row, block_size=block_size, coarse=coarse,
+            order=order, selection=selection, diagonal_blocks=diagonal_blocks,
+            first_blocks=first_blocks, scale=scale, plan=plan, return_lse=True, levels=levels,
+        )  # fmt: skip
+        out, lse = out[:, :, at], lse[:, :, at]
+        return (out, lse) if return_lse else out
+    if levels:
+        if selection != "row":
+            raise ValueError(f"levels: got selection={selection!r}, expected 'row' beside levels")
+        from .reference_levels import mra_attention_levels
+
+        return mra_attention_levels(
+            query, key, value, key_mask, query_mask, levels=levels, density=density,
+            blocks_per_row=blocks_per_row, block_size=block_size, coarse=coarse, order=order,
+            diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, is_causal=is_causal,
+            scale=scale, plan=plan, return_lse=return_lse,
+        )  # fmt: skip
     N, D, M, G = query.shape[2], query.shape[3], key.shape[2], query.shape[1] // key.shape[1]
     s = D**-0.5 if scale is None else scale
     key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
@@ -65,14 +85,14 @@ def mra_attention_reference(
         u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
         t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
         out = out + ((share / (1 + t / 4)).unsqueeze(-1) * u).to(out.dtype)
-    if layout is not None:
-        out, lse = out[:, :, at], lse[:, :, at]
     return (out, lse) if return_lse else out
 
 
 def patches(layout, N, block_size, device=None):
     """Where each of N tokens of a layout stands when blocks are patches: the place of each, (N,),
-    and the number of places. Places without a token are masked. See :mod:`mra_attention.layout`."""
+    and the number of places. Places without a token are masked. See :mod:`mra_attention.layout`.
+
+    block_size: those of the largest blocks and of the smallest."""
     block, coordinates = max(block_size), [torch.arange(n) for n in layout]
     tile = tile_shape(layout, block)
     coordinates = torch.cartesian_prod(*coordinates).unbind(-1)  # of each token, in raster order
@@ -144,6 +164,12 @@ def plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_bl
         best = L.masked_fill(~exists, -math.inf).amax(-1, keepdim=True)
         L = L - best.clamp(min=torch.finfo(L.dtype).min)
         L, tier, m, crossing = L.flatten(2), tier.flatten(2), m.sum(), crossing.flatten(2)
+    return take_best(L, tier, torch.maximum(m, crossing.sum(-1))).view(B, H, nq, nk)
+
+
+def take_best(L, tier, budget):
+    """bool, shaped as L (..., n): of the entries with tier >= 0 the first ``budget`` (...), by
+    higher tier, then higher score L, then lower index."""
     order = L.sort(dim=-1, descending=True, stable=True).indices
     order = order.gather(
         -1, tier.gather(-1, order).sort(dim=-1, descending=True, stable=True).indices
@@ -151,8 +177,7 @@ def plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_bl
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(L.shape[-1], device=L.device).expand_as(order)
     )
-    budget = torch.maximum(m, crossing.sum(-1)).unsqueeze(-1)
-    return ((rank < budget) & (tier >= 0)).view(B, H, nq, nk)
+    return (rank < budget.unsqueeze(-1)) & (tier >= 0)
 
 
 def coarse(form, s, query, k_mean, L, k_count, unselected, x):
