@@ -13,6 +13,8 @@
 
 #include "common/budget.h"
 #include "common/checks.h"
+#include "common/levels.h"
+#include "common/order1.h"
 
 namespace mra {
 namespace {
@@ -55,13 +57,27 @@ BlockList given_plan(const PlanTensors& plan) {
   return rows;
 }
 
+// Room for the row lists of a head.
+int64_t head_capacity(const Options& o, int64_t N, int64_t nk) {
+  if (!o.levels.empty()) return plan_capacity(o, o.resolutions);
+  return ceil_div(N, o.block_q) * row_capacity(o, nk);
+}
+
+// Of the row lists of all resolutions, those of block_q: the exact ones.
+BlockList exact_rows(const BlockList& rows, const Options& o) {
+  if (o.levels.empty()) return rows;
+  const int64_t nq = o.resolutions[0].nq;
+  return {rows.start.narrow(2, 0, nq), rows.count.narrow(2, 0, nq), rows.index};
+}
+
 // `coarse`: the pooled inputs for coarse = block.
 Planned make_plan(const Stages& stages, const PooledInputs& means,
                   const std::optional<PooledInputs>& coarse, int64_t N, const Options& o) {
-  const int64_t nq = ceil_div(N, o.block_q), nk = means.key.size(2);
-  TORCH_CHECK_VALUE(nq * row_capacity(o, nk) <= std::numeric_limits<int32_t>::max(),
-                    "density, blocks_per_row, block_q, block_k: got a plan of up to ",
-                    nq * row_capacity(o, nk), " pairs of blocks for each head, expected at most ",
+  const int64_t nk = o.levels.empty() ? means.key.size(2) : o.resolutions[0].nk;
+  const int64_t pairs = head_capacity(o, N, nk);
+  TORCH_CHECK_VALUE(pairs <= std::numeric_limits<int32_t>::max(),
+                    "density, blocks_per_row, block_q, block_k: got a plan of up to ", pairs,
+                    " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
   return stages.plan({means.query, means.query_count}, {means.key, means.key_count}, coarse, N, o);
 }
@@ -97,7 +113,7 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
 
   // short heads: all that follows at once
-  if (!has_plan && stages.forward_head != nullptr) {
+  if (!has_plan && o.levels.empty() && stages.forward_head != nullptr) {
     if (const auto head = stages.forward_head(in, o)) {
       return forward_result(head->fine.out, head->fine.lse, {}, head->rows, head->pooled, o);
     }
@@ -124,7 +140,7 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   FineResult result = stages.fine(in, rows, state, coarse_keys, pooled.moments, o);
 
   // order 1: what a block mean throws away
-  if (has_order1(o) && !result.order1) stages.order1(result, in, pooled, o);
+  if (has_order1(o) && !result.order1) add_order1(stages, result, in, pooled, o);
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
   return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows,
@@ -137,14 +153,14 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
                             const Options& o) {
   const int64_t nk = ceil_div(in.key.size(2), o.block_k);
   // plan, seen from the keys; on a GPU delta is computed meanwhile
-  const BlockList columns = stages.transpose(rows, nk);
+  const BlockList columns = stages.transpose(exact_rows(rows, o), nk);
 
   FineBackward grads;
   grads.grad_out = grad_out;
   grads.lse = lse;
   // Order 1 changes what block rows are summed from.
   std::optional<BlockRows> block_rows;
-  if (o.coarse == Coarse::block && !has_order1(o)) {
+  if (o.coarse == Coarse::block && !has_order1(o) && o.levels.empty()) {
     std::tie(grads.delta, block_rows) =
         stages.delta_and_block_rows(grad_out, out, grad_lse, lse, o.block_q);
   } else {
@@ -166,7 +182,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // order 1
   if (has_order1(o)) {
-    const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
+    const Order1Grads first = order1_grads(stages, grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;
@@ -177,7 +193,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   std::optional<PooledInputs> coarse_keys;
   if (o.coarse == Coarse::row) coarse_keys = pooled;  // inside fine_backward
   if (o.coarse == Coarse::block) {
-    if (!block_rows) block_rows = stages.block_rows(grad_out, lse, grads.coarse_delta, o.block_q);
+    if (!block_rows) block_rows = all_block_rows(stages, grad_out, lse, grads.coarse_delta, o);
     const Grads shares = stages.coarse_backward(pooled, rows, columns, *block_rows, o);
     grads.query_block = shares.query;
     grads.key_block = shares.key;
@@ -191,10 +207,11 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
 // Lists of a plan without a row: no batch, or no query.
 BlockList empty_plan(const Tensor& query, int64_t nk, const Options& o) {
-  const int64_t B = query.size(0), H = query.size(1), nq = ceil_div(query.size(2), o.block_q);
+  const int64_t B = query.size(0), H = query.size(1), N = query.size(2);
+  const int64_t nq = o.levels.empty() ? ceil_div(N, o.block_q) : all_query_blocks(o.resolutions);
   const auto ints = query.options().dtype(at::kInt);
   const Tensor rows = at::zeros({B, H, nq}, ints);
-  return {rows, rows.clone(), at::zeros({B, H, nq * row_capacity(o, nk)}, ints)};
+  return {rows, rows.clone(), at::zeros({B, H, head_capacity(o, N, nk)}, ints)};
 }
 
 ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Options& o) {
@@ -202,8 +219,12 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
   const auto acc = in.query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor out = at::zeros({B, N, H, in.query.size(3)}, in.query.options()).transpose(1, 2);
   const Tensor lse = at::zeros({B, H, N}, in.query.options().dtype(acc));
-  const Tensor share = has_order1(o) ? lse.clone() : Tensor();
-  const int64_t nq = ceil_div(N, o.block_q), nk = ceil_div(in.key.size(2), o.block_k);
+  const int64_t levels = o.levels.empty() ? 0 : o.levels.size() + 1;
+  Tensor share = has_order1(o) ? lse.clone() : Tensor();
+  if (has_order1(o) && levels > 0) share = at::zeros({B, H, levels, N}, lse.options());
+  const int64_t finest_k = ceil_div(in.key.size(2), o.block_k);
+  const int64_t nq = levels > 0 ? all_query_blocks(o.resolutions) : ceil_div(N, o.block_q);
+  const int64_t nk = levels > 0 ? all_key_blocks(o.resolutions) : finest_k;
   const auto zeros = [&](int64_t heads, int64_t n) {
     return at::zeros({B, heads, n, in.query.size(3)}, lse.options());
   };
@@ -218,8 +239,8 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
           at::zeros({B, Hk, 2, P, P}, lse.options().dtype(moments_type(in.query.scalar_type())));
     }
   }
-  return forward_result(out, lse, share, plan.given() ? BlockList{} : empty_plan(in.query, nk, o),
-                        means, o);
+  return forward_result(out, lse, share,
+                        plan.given() ? BlockList{} : empty_plan(in.query, finest_k, o), means, o);
 }
 
 // The operators of registration.cpp, for the device of `device_stages`.
@@ -243,10 +264,12 @@ struct Operators {
       const Tensor& query, const Tensor& key, const OptTensor& key_mask,
       const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
       std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
-      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale) {
-    const Options o = check_plan(query, key, key_mask, query_mask,
-                                 {blocks_per_row, density, block_q, block_k, "none", 0, selection,
-                                  diagonal_blocks, first_blocks, is_causal, scale});
+      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale,
+      at::IntArrayRef levels) {
+    Options o = check_plan(query, key, key_mask, query_mask,
+                           {blocks_per_row, density, block_q, block_k, "none", 0, selection,
+                            diagonal_blocks, first_blocks, is_causal, scale, levels});
+    o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     const Stages& stages = device_stages();
     BlockList rows;
@@ -268,31 +291,36 @@ struct Operators {
                                std::optional<double> density, int64_t block_q, int64_t block_k,
                                std::string_view coarse, int64_t order, std::string_view selection,
                                int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                               std::optional<double> scale) {
+                               std::optional<double> scale, at::IntArrayRef levels) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
-    const Options o = check_forward(in, plan,
-                                    {blocks_per_row, density, block_q, block_k, coarse, order,
-                                     selection, diagonal_blocks, first_blocks, is_causal, scale});
+    Options o = check_forward(in, plan,
+                              {blocks_per_row, density, block_q, block_k, coarse, order, selection,
+                               diagonal_blocks, first_blocks, is_causal, scale, levels});
+    o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) return empty_forward(in, plan, o);
     return run_forward(device_stages(), readable(in), plan, o);
   }
 
-  static BackwardResult backward(
-      const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
-      const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask,
-      const Tensor& out, const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
-      const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
-      std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
-      const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
-      const OptTensor& query_count, const OptTensor& key_count, const OptTensor& moments) {
+  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse,
+                                 const Tensor& query, const Tensor& key, const Tensor& value,
+                                 const OptTensor& key_mask, const OptTensor& query_mask,
+                                 const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
+                                 const Tensor& row_start, const Tensor& row_count,
+                                 const Tensor& row_index, int64_t block_q, int64_t block_k,
+                                 std::string_view coarse, int64_t order, bool is_causal,
+                                 std::optional<double> scale, const OptTensor& query_mean,
+                                 const OptTensor& key_mean, const OptTensor& value_mean,
+                                 const OptTensor& query_count, const OptTensor& key_count,
+                                 const OptTensor& moments, at::IntArrayRef levels) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};
-    const Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
-                                     {std::nullopt, std::nullopt, block_q, block_k, coarse, order,
-                                      "row", 0, 0, is_causal, scale});
+    Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
+                               {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row",
+                                0, 0, is_causal, scale, levels});
+    o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) {
       const auto zeros = [](const Tensor& x) {

@@ -22,20 +22,18 @@ c10::DispatchKeySet autocast_keys(c10::DeviceType device) {
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
-                                        const OptTensor& key_mask, const OptTensor& query_mask,
-                                        std::optional<SymInt> blocks_per_row,
-                                        std::optional<double> density, int64_t block_q,
-                                        int64_t block_k, std::string_view selection,
-                                        int64_t diagonal_blocks, int64_t first_blocks,
-                                        bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
+    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
+    bool is_causal, std::optional<double> scale, at::IntArrayRef levels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::plan", "")
                              .typed<decltype(plan<device>)>();
   return op.call(cast<device>(query), cast<device>(key), key_mask, query_mask, blocks_per_row,
                  density, block_q, block_k, selection, diagonal_blocks, first_blocks, is_causal,
-                 scale);
+                 scale, levels);
 }
 
 template <c10::DeviceType device>
@@ -46,14 +44,14 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale) {
+                      std::optional<double> scale, at::IntArrayRef levels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")
                              .typed<decltype(forward<device>)>();
   return op.call(cast<device>(query), cast<device>(key), cast<device>(value), key_mask, query_mask,
                  row_start, row_count, row_index, blocks_per_row, density, block_q, block_k, coarse,
-                 order, selection, diagonal_blocks, first_blocks, is_causal, scale);
+                 order, selection, diagonal_blocks, first_blocks, is_causal, scale, levels);
 }
 
 }  // namespace

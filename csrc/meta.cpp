@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "common/checks.h"
-#include "common/stages.h"
+#include "common/levels.h"
 
 namespace mra {
 namespace {
@@ -26,12 +26,36 @@ SymInt ceil_of(double factor, const SymInt& n) {
   return SymInt(product.toSymNodeImpl()->ceil());
 }
 
-// nq * row_capacity of common/budget.h. A density above 0 of one block or more is at least one:
+// row_capacity of common/budget.h. A density above 0 of one block or more is at least one:
 // said again here, by max(1), torch.export could not prove it.
-SymInt capacity(const CallOptions& call, const SymInt& nq, const SymInt& nk) {
+SymInt capacity(const CallOptions& call, const SymInt& nk) {
   SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*call.density, nk);
   if (call.is_causal) m = m.max(std::max<int64_t>(1, call.block_q / call.block_k));
-  return nq * nk.min(m);
+  return nk.min(m);
+}
+
+// Blocks of all resolutions: common/levels.h.
+SymInt all_blocks(const SymInt& length, int64_t block, const Options& o) {
+  SymInt n = ceil_div(length, block);
+  for (const Level& level : o.levels) n = n + ceil_div(length, level.block);
+  return n;
+}
+
+// plan_capacity of common/levels.h, or nq * row_capacity: entries of a head's row lists.
+SymInt all_capacity(const CallOptions& call, const Options& o, const SymInt& N, const SymInt& M) {
+  SymInt total = 0;
+  std::optional<SymInt> parents;  // room of a row one resolution up
+  int64_t above = 0;
+  const auto within = [&](const SymInt& room, int64_t block_k) {
+    return parents ? room.min(*parents * (above / block_k)) : room;
+  };
+  for (const Level& level : o.levels) {
+    parents = within(ceil_div(M, level.block).min(level_capacity(o, level)), level.block);
+    above = level.block;
+    total = total + ceil_div(N, level.block) * *parents;
+  }
+  const SymInt nk = ceil_div(M, call.block_k);
+  return ceil_div(N, call.block_q) * within(capacity(call, nk), call.block_k) + total;
 }
 
 Tensor empty(c10::SymIntArrayRef shape, const Tensor& like, c10::ScalarType dtype) {
@@ -43,12 +67,12 @@ c10::ScalarType acc_dtype(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> empty_plan(const Tensor& query, const Tensor& key,
-                                              const CallOptions& call) {
+                                              const CallOptions& call, const Options& o) {
   const SymInt B = query.sym_size(0), H = query.sym_size(1);
-  const SymInt nq = ceil_div(query.sym_size(2), call.block_q);
-  const SymInt nk = ceil_div(key.sym_size(2), call.block_k);
+  const SymInt nq = all_blocks(query.sym_size(2), o.block_q, o);
+  const SymInt capacity = all_capacity(call, o, query.sym_size(2), key.sym_size(2));
   return {empty({B, H, nq}, query, at::kInt), empty({B, H, nq}, query, at::kInt),
-          empty({B, H, capacity(call, nq, nk)}, query, at::kInt)};
+          empty({B, H, capacity}, query, at::kInt)};
 }
 
 std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int64_t block) {
@@ -59,17 +83,15 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
       empty({input.sym_size(0), n}, input, at::kInt)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
-                                        const OptTensor& key_mask, const OptTensor& query_mask,
-                                        std::optional<SymInt> blocks_per_row,
-                                        std::optional<double> density, int64_t block_q,
-                                        int64_t block_k, std::string_view selection,
-                                        int64_t diagonal_blocks, int64_t first_blocks,
-                                        bool is_causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
+    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
+    bool is_causal, std::optional<double> scale, at::IntArrayRef levels) {
   const CallOptions call{blocks_per_row, density,         block_q,      block_k,   "none", 0,
-                         selection,      diagonal_blocks, first_blocks, is_causal, scale};
-  check_plan(query, key, key_mask, query_mask, call);
-  return empty_plan(query, key, call);
+                         selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
+  const Options o = check_plan(query, key, key_mask, query_mask, call);
+  return empty_plan(query, key, call, o);
 }
 
 ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -79,9 +101,9 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale) {
+                      std::optional<double> scale, at::IntArrayRef levels) {
   const CallOptions call{blocks_per_row, density,         block_q,      block_k,   coarse, order,
-                         selection,      diagonal_blocks, first_blocks, is_causal, scale};
+                         selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
   const PlanTensors plan{row_start, row_count, row_index};
   const Options o = check_forward({query, key, value, key_mask, query_mask}, plan, call);
   const SymInt B = query.sym_size(0), H = query.sym_size(1), N = query.sym_size(2);
@@ -89,9 +111,13 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   const Tensor out =
       empty({B, N, H, query.sym_size(3)}, query, query.scalar_type()).transpose(1, 2);
   const Tensor lse = empty({B, H, N}, query, acc);
-  const Tensor share = has_order1(o) ? empty({B, H, N}, query, acc) : empty({0}, query, acc);
+  const auto shares = [&] {
+    if (!has_order1(o)) return empty({0}, query, acc);
+    if (o.levels.empty()) return empty({B, H, N}, query, acc);
+    return empty({B, H, SymInt(o.levels.size() + 1), N}, query, acc);
+  };
   const SymInt Hk = key.sym_size(1), D = query.sym_size(3);
-  const SymInt nq = ceil_div(N, o.block_q), nk = ceil_div(key.sym_size(2), o.block_k);
+  const SymInt nq = all_blocks(N, o.block_q, o), nk = all_blocks(key.sym_size(2), o.block_k, o);
   const auto ints = [&](bool there, SymInt n) {
     return there ? empty({B, n}, query, at::kInt) : empty({0}, query, at::kInt);
   };
@@ -106,10 +132,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
     return keeps_moments(o) ? empty({B, Hk, 2, P, P}, query, dtype) : empty({0}, query, dtype);
   };
   auto [start, count, index] =
-      plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call);
+      plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call, o);
   return {out,
           lse,
-          share,
+          shares(),
           start,
           count,
           index,
@@ -130,12 +156,12 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments) {
-  check_backward(
-      grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse, coarse_share,
-      {row_start, row_count, row_index},
-      {query_mean, key_mean, value_mean, query_count, key_count, moments},
-      {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0, is_causal, scale});
+                        const OptTensor& moments, at::IntArrayRef levels) {
+  check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
+                 coarse_share, {row_start, row_count, row_index},
+                 {query_mean, key_mean, value_mean, query_count, key_count, moments},
+                 {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
+                  is_causal, scale, levels});
   const auto like = [](const Tensor& x) {
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())
         .transpose(1, 2);

@@ -10,6 +10,7 @@ __all__ = ["MRAConfig"]
 BLOCK_SIZES = (16, 32, 64, 128)
 COARSE = ("none", "block", "row")
 SELECTION = ("row", "global")
+MAX_LEVEL_BLOCK = 2**30
 DEFAULT_DENSITY = 1 / 8  # when neither budget is given
 
 
@@ -30,6 +31,11 @@ class MRAConfig:
     layout: (H, W) or (T, H, W) of a picture's or a video's tokens in raster order: blocks are then
         patches of it (:mod:`mra_attention.layout`). Tokens beyond H * W come first (a class token,
         registers) and have blocks of their own. None: blocks are runs of the sequence.
+    levels: coarser resolutions above ``block_size``, coarsest first, each (block, cells per row):
+        ``((1024, 8), (256, 16))``. Blocks are powers of two, each at least twice the next. Cells
+        of the first one are the candidates; the best of each row are split into cells of the next,
+        those of ``block_size`` are exact within the budget, and a cell that isn't split is coarse
+        at its own size. Selection "row"; on the CPU. See docs/algorithm.md.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """
@@ -43,6 +49,7 @@ class MRAConfig:
     diagonal_blocks: int = 0
     first_blocks: int = 0
     layout: tuple[int, ...] | None = None
+    levels: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
         if isinstance(self.block_size, list):
@@ -57,6 +64,7 @@ class MRAConfig:
         check_int("diagonal_blocks", self.diagonal_blocks, 0)
         check_int("first_blocks", self.first_blocks, 0)
         check_layout(self.layout)
+        object.__setattr__(self, "levels", as_levels(self.levels, self.block_size, self.selection))
 
     @classmethod
     def mra2(cls, blocks_per_row=4, **options):
@@ -130,6 +138,36 @@ def check_layout(layout):
         raise TypeError(f"layout: got {layout!r}, {accepted} with ints")
     if len(layout) not in (2, 3) or not all(n > 0 for n in layout):
         raise ValueError(f"layout: got {layout!r}, {accepted} with ints of at least 1")
+
+
+def as_levels(levels, block_size, selection="row"):
+    """levels as a tuple of pairs of ints, checked beside block_size and selection."""
+    accepted = "expected pairs (block, cells per row), coarsest first"
+    if not isinstance(levels, (tuple, list)):
+        raise TypeError(f"levels: got {levels!r}, {accepted}")
+    pairs = [tuple(p) if isinstance(p, (tuple, list)) else p for p in levels]
+    plain = (int, torch.SymInt)
+    for p in pairs:
+        numbers = p if isinstance(p, tuple) else (p,)
+        if any(not isinstance(n, plain) or isinstance(n, bool) for n in numbers):
+            raise TypeError(f"levels: got {levels!r}, {accepted}")
+        if not isinstance(p, tuple) or len(p) != 2:
+            raise ValueError(f"levels: got {levels!r}, {accepted}")
+    below = max(block_size) if isinstance(block_size, tuple) else block_size
+    for block, cells in reversed(pairs):
+        if block < 2 * below or block > MAX_LEVEL_BLOCK or block & (block - 1):
+            raise ValueError(
+                f"levels: got block {block} above {below}, expected a power of two, at least twice "
+                f"what follows and at most {MAX_LEVEL_BLOCK}"
+            )
+        if cells < 1:
+            raise ValueError(
+                f"levels: got {cells} cells per row for block {block}, expected at least 1"
+            )
+        below = block
+    if pairs and selection != "row":
+        raise ValueError(f"levels: got selection {selection!r}, expected 'row' beside levels")
+    return tuple(pairs)
 
 
 def check_choice(name, value, accepted):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from . import _load, sharding, transforms
 from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
 from .layout import Tiles, check_call
-from .plan import Plan, as_pair
+from .plan import Plan, all_blocks, as_pair
 
 __all__ = ["mra_attention", "make_plan"]
 
@@ -28,7 +28,7 @@ class _Default:
         return repr(self.value)
 
 
-_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYOUT = (
+_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYOUT, _LEVELS = (
     _Default(field.default) for field in dataclasses.fields(MRAConfig)[2:]
 )
 
@@ -36,8 +36,8 @@ _BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYO
 def mra_attention(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
-    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, is_causal=False,
-    scale=None, plan=None, return_lse=False, config=None,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, levels=_LEVELS,
+    is_causal=False, scale=None, plan=None, return_lse=False, config=None,
 ):  # fmt: skip
     """Multi-resolution attention: exact on the selected pairs of blocks, coarse on the rest.
 
@@ -54,7 +54,7 @@ def mra_attention(
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
     density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks,
-        layout: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs N == M
+        layout, levels: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs N == M
         tokens, as many as it has or more, and no is_causal; input and results stay in the order of
         the sequence, and the shares and numbers of blocks are those of its tiles.
     config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; for a
@@ -79,30 +79,30 @@ def mra_attention(
     options = _resolve(
         config, plan, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
-        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout, levels=levels,
     )  # fmt: skip
     if plan is None:
         row_start = row_count = row_index = None
         budget = _budget(options)
         block_q, block_k = as_pair(options.block_size)
-        layout = options.layout
+        layout, levels = options.layout, options.levels
     else:
         _check_plan(plan, query, key)
         row_start, row_count, row_index = plan.row_start, plan.row_count, plan.row_index
         budget = (None, None)
         block_q, block_k = plan.block_size
-        layout = plan.layout
+        layout, levels = plan.layout, plan.levels
     tiles = None
     if layout is not None:
         check_call(layout, query, key, value, key_mask, query_mask)
-        tiles = Tiles.of(layout, query.shape[2], (block_q, block_k))
+        tiles = Tiles.of(layout, query.shape[2], all_blocks((block_q, block_k), levels))
         key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
         query, key, value = (tiles.heads(x) for x in (query, key, value))
     forward = transforms.forward if transforms.active() else torch.ops.mra_attention.forward
     out, lse, *_ = forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
-        options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
+        options.diagonal_blocks, options.first_blocks, is_causal, _float(scale), _flat(levels),
     )  # fmt: skip
     if tiles is not None:
         out = tiles.to_tokens(out.transpose(1, 2), 1).transpose(1, 2)
@@ -113,8 +113,8 @@ def mra_attention(
 def make_plan(
     query, key, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
-    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, is_causal=False,
-    scale=None, config=None,
+    diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, levels=_LEVELS,
+    is_causal=False, scale=None, config=None,
 ):  # fmt: skip
     """The plan that :func:`mra_attention` would make of these arguments.
 
@@ -127,21 +127,22 @@ def make_plan(
     options = _resolve(
         config, None, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
-        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout,
+        diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout, levels=levels,
     )  # fmt: skip
     block_q, block_k = as_pair(options.block_size)
     layout, given = options.layout, (query, key)
     if layout is not None:
         check_call(layout, query, key, None, key_mask, query_mask)
-        tiles = Tiles.of(layout, query.shape[2], (block_q, block_k))
+        tiles = Tiles.of(layout, query.shape[2], all_blocks((block_q, block_k), options.levels))
         key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
         query, key = tiles.heads(query), tiles.heads(key)
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
+        _flat(options.levels),
     )  # fmt: skip
     N, M = (x.shape[2] for x in given)
-    return Plan(*lists, N, M, (block_q, block_k), is_causal, layout)
+    return Plan(*lists, N, M, (block_q, block_k), is_causal, layout, options.levels)
 
 
 def pad_head_dim(*tensors):
@@ -186,6 +187,10 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with is_causal={plan.is_causal}, the call has is_causal={is_causal}"
             )
+        if config is not None and config.levels != plan.levels:
+            raise ValueError(
+                f"plan: made with levels={plan.levels}, the config has levels={config.levels}"
+            )
         wanted = config.block_size if config is not None else given.get("block_size")
         if wanted is not None and as_pair(wanted) != plan.block_size:
             raise ValueError(
@@ -214,6 +219,11 @@ def _budget(options):
 
 def _float(scale):
     return None if scale is None else float(scale)
+
+
+def _flat(levels):
+    """levels as the operators take them: block, cells, block, cells, ..."""
+    return [number for level in levels for number in level]
 
 
 def _check_tensors(optional=False, **tensors):

@@ -1,7 +1,7 @@
 """``layout=(H, W)`` or ``(T, H, W)``: tokens of a picture or a video, in blocks that are patches.
 
 Tokens come in raster order: along W first, then H, then T. They are put into *tiles*, boxes of
-``b = max(bq, bk)`` tokens, one tile after another:
+``b = max(bq, bk)`` tokens (with levels as many as the coarsest block), one tile after another:
 
 - The edges of a tile are powers of two with the product b (:func:`tile_shape`): 8 x 8 for 64, 4 x 8
   for 32, 4 x 4 x 4 for 64 of a video; others where the sides of the picture would leave many
@@ -115,10 +115,10 @@ class Tiles:
     size: int
 
     @classmethod
-    def of(cls, layout, N, block_size):
-        """For N >= H * W tokens and block_size (bq, bk)."""
-        tile = tile_shape(layout, max(block_size))
-        return cls(layout, tile, N - math.prod(layout), min(block_size))
+    def of(cls, layout, N, sizes):
+        """For N >= H * W tokens and blocks of these sizes: (bq, bk), with those of levels."""
+        tile = tile_shape(layout, max(sizes))
+        return cls(layout, tile, N - math.prod(layout), min(sizes))
 
     @property
     def grid(self):

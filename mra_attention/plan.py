@@ -24,6 +24,9 @@ class Plan:
     N, M: numbers of queries and keys. block_size: (bq, bk). nq = ceil(N / bq), nk = ceil(M / bk).
     layout: None, or (H, W) or (T, H, W): blocks are then those of :class:`layout.Tiles`, patches of
         a picture, and nq and nk count them with the tokens that fill them up.
+    levels: the coarser resolutions (block, cells per row), coarsest first, of a plan that has them.
+        The row tensors then hold their lists too, (B, H, nq + ...): behind those of ``block_size``
+        come the cells of blocks that were split, of ``levels[-1]`` first, of ``levels[0]`` last.
     """
 
     row_start: torch.Tensor
@@ -34,6 +37,7 @@ class Plan:
     block_size: tuple[int, int]
     is_causal: bool = False
     layout: tuple[int, ...] | None = None
+    levels: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_dense(cls, mask, N, M, block_size=64, is_causal=False, layout=None):
@@ -57,7 +61,7 @@ class Plan:
             if is_causal:
                 raise ValueError(f"is_causal: got True with layout={layout}, expected False")
         nq, nk = (
-            _blocks(n, b, layout, block_size) for n, b in zip((N, M), block_size, strict=True)
+            blocks(n, b, layout, block_size) for n, b in zip((N, M), block_size, strict=True)
         )
         if mask.dim() != 4 or mask.shape[2] != nq or mask.shape[3] != nk:
             raise ValueError(
@@ -89,11 +93,11 @@ class Plan:
 
     @property
     def nq(self):
-        return _blocks(self.N, self.block_size[0], self.layout, self.block_size)
+        return self._blocks(self.N, self.block_size[0])
 
     @property
     def nk(self):
-        return _blocks(self.M, self.block_size[1], self.layout, self.block_size)
+        return self._blocks(self.M, self.block_size[1])
 
     @property
     def shape(self):
@@ -107,22 +111,38 @@ class Plan:
     def density(self):
         """Exact pairs of blocks over all B * H * nq * nk pairs, a float. Waits for the device."""
         pairs = self.B * self.H * self.nq * self.nk
-        return self.row_count.sum(dtype=torch.int64).item() / max(pairs, 1)
+        exact = self.row_count[..., : self.nq]
+        return exact.sum(dtype=torch.int64).item() / max(pairs, 1)
 
-    def to_dense(self):
-        """bool (B, H, nq, nk), True where a pair of blocks is exact. No wait for the device."""
-        t = torch.arange(self.nk, dtype=torch.int32, device=self.device)
-        at = self.row_start.unsqueeze(-1) + t  # a row has at most nk entries
+    def to_dense(self, level=None):
+        """bool (B, H, nq, nk), True where a pair of blocks is exact. No wait for the device.
+
+        level: an index into ``levels``: True where a cell of its blocks is split instead."""
+        first, nq, nk = self._rows(level)
+        start, count = (x[..., first : first + nq] for x in (self.row_start, self.row_count))
+        t = torch.arange(nk, dtype=torch.int32, device=self.device)
+        at = start.unsqueeze(-1) + t  # a row has at most nk entries
         capacity = self.row_index.shape[-1]
         at = at.clamp(0, max(capacity - 1, 0)).flatten(2).long()
-        y = self.row_index.gather(-1, at).view(self.B, self.H, self.nq, self.nk)
-        live = (t < self.row_count.unsqueeze(-1)) & (y >= 0) & (y < self.nk)
+        y = self.row_index.gather(-1, at).view(self.B, self.H, nq, nk)
+        live = (t < count.unsqueeze(-1)) & (y >= 0) & (y < nk)
         # Column nk takes what isn't in a list.
-        y = torch.where(live, y, self.nk).long()
-        dense = torch.zeros(
-            self.B, self.H, self.nq, self.nk + 1, dtype=torch.bool, device=self.device
-        )
-        return dense.scatter(-1, y, True)[..., : self.nk]
+        y = torch.where(live, y, nk).long()
+        dense = torch.zeros(self.B, self.H, nq, nk + 1, dtype=torch.bool, device=self.device)
+        return dense.scatter(-1, y, True)[..., :nk]
+
+    def _rows(self, level):
+        """(first row, rows, columns) of a level's lists, or of the exact ones."""
+        if level is None:
+            return 0, self.nq, self.nk
+        sizes = [block for block, _ in self.levels]
+        block = sizes[level]
+        finer = sizes[range(len(sizes))[level] + 1 :]
+        first = self.nq + sum(self._blocks(self.N, size) for size in finer)
+        return first, self._blocks(self.N, block), self._blocks(self.M, block)
+
+    def _blocks(self, length, block):
+        return blocks(length, block, self.layout, all_blocks(self.block_size, self.levels))
 
     def to(self, device):
         """The same plan on another device."""
@@ -141,7 +161,8 @@ class Plan:
     def __repr__(self):
         return (
             f"Plan(shape={self.shape}, block_size={self.block_size}, is_causal={self.is_causal}"
-            f"{_of(self.layout)}, blocks=({self.nq}, {self.nk}))"
+            f"{_of(self.layout)}, blocks=({self.nq}, {self.nk})"
+            f"{f', levels={self.levels}' if self.levels else ''})"
         )
 
     def __str__(self):
@@ -160,14 +181,17 @@ def _picture(dense, most=32):
     return "\n".join("".join(shade(p) for p in row) for row in share.tolist())
 
 
-def blocks(length, block):
-    """How many blocks ``length`` rows make; the last may be short."""
+def blocks(length, block, layout=None, sizes=None):
+    """How many blocks ``length`` tokens make, the last may be short; with a layout, its tiles of
+    the block sizes ``sizes``."""
+    if layout is not None:
+        length = Tiles.of(layout, length, sizes).length
     return -(-length // block)
 
 
-def _blocks(length, block, layout, block_size):
-    """Blocks of ``length`` tokens, in the tiles of a layout where there is one."""
-    return blocks(length if layout is None else Tiles.of(layout, length, block_size).length, block)
+def all_blocks(block_size, levels):
+    """The sizes of all blocks: block_size (bq, bk) and those of levels."""
+    return (*block_size, *(block for block, _ in levels))
 
 
 def _of(layout):
@@ -184,7 +208,9 @@ def as_pair(block_size):
 
 def _flatten(plan):
     lists = [plan.row_start, plan.row_count, plan.row_index]
-    return lists, (plan.N, plan.M, plan.block_size, plan.is_causal, plan.layout)
+    return lists, (
+        plan.N, plan.M, plan.block_size, plan.is_causal, plan.layout, plan.levels
+    )  # fmt: skip
 
 
 pytree.register_pytree_node(

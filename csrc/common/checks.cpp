@@ -102,14 +102,21 @@ void check_shape(const char* name, const Tensor& x, c10::SymIntArrayRef shape,
   check_same_device(name, x, "query", like);
 }
 
+// Blocks of length `length` of all resolutions: of `block` rows, then of those of the levels.
+SymInt all_blocks(const SymInt& length, int64_t block, const Options& o) {
+  SymInt n = (length + (block - 1)) / block;
+  for (const Level& level : o.levels) n = n + (length + (level.block - 1)) / level.block;
+  return n;
+}
+
 // int32: row_start and row_count (B, H, nq), row_index (B, H, any), on query's device.
-void check_lists(const PlanTensors& plan, const Tensor& query, int64_t block_q) {
+void check_lists(const PlanTensors& plan, const Tensor& query, const Options& o) {
   TORCH_CHECK_VALUE(plan.row_start.has_value() == plan.row_count.has_value() &&
                         plan.row_start.has_value() == plan.row_index.has_value(),
                     "plan: got only some of row_start, row_count and row_index, expected all of "
                     "them or none");
   if (!plan.given()) return;
-  const SymInt nq = (query.sym_size(2) + (block_q - 1)) / block_q;
+  const SymInt nq = all_blocks(query.sym_size(2), o.block_q, o);
   const std::vector<SymInt> rows{query.sym_size(0), query.sym_size(1), nq};
   check_shape("row_start", *plan.row_start, rows, at::kInt, query);
   check_shape("row_count", *plan.row_count, rows, at::kInt, query);
@@ -134,7 +141,7 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
   const SymInt B = in.query.sym_size(0), D = in.query.sym_size(3);
   const auto check = [&](const char* name, const OptTensor& mean, const char* count_name,
                          const OptTensor& count, const Tensor& x, int64_t block) {
-    const SymInt n = (x.sym_size(2) + (block - 1)) / block;
+    const SymInt n = all_blocks(x.sym_size(2), block, o);
     if (mean) check_shape(name, *mean, std::vector<SymInt>{B, x.sym_size(1), n, D}, acc, in.query);
     if (count) check_shape(count_name, *count, std::vector<SymInt>{B, n}, at::kInt, in.query);
   };
@@ -149,6 +156,11 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
   const SymInt P = moments_dim(in.query.sym_size(3).guard_int(__FILE__, __LINE__));
   check_shape("moments", *means.moments, std::vector<SymInt>{B, in.key.sym_size(1), 2, P, P},
               moments_type(in.query.scalar_type()), in.query);
+}
+
+void check_levels(const Tensor& x, const Options& o) {
+  TORCH_CHECK_NOT_IMPLEMENTED(o.levels.empty() || !x.is_cuda(), "levels: got ", o.levels.size(),
+                              " on a GPU, expected none there (levels run on the CPU)");
 }
 
 // What this device has no kernel for.
@@ -175,6 +187,7 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
   const int64_t D = check_query_key(query, key, key_mask, query_mask, call.is_causal);
   const Options o = check_options(call, Budget::required, D);
   check_device("query", query, o.block_q);
+  check_levels(query, o);
   return o;
 }
 
@@ -182,8 +195,9 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
   const int64_t D = check_query_key(in.query, in.key, in.key_mask, in.query_mask, call.is_causal);
   check_like("value", in.value, "key", in.key);
   const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required, D);
-  check_lists(plan, in.query, o.block_q);
+  check_lists(plan, in.query, o);
   check_device("query", in.query, o.block_q);
+  check_levels(in.query, o);
   return o;
 }
 
@@ -198,7 +212,9 @@ Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const 
   check_shape("lse", lse, rows, acc, in.query);
   if (grad_lse) check_shape("grad_lse", *grad_lse, rows, acc, in.query);
   if (o.order == 1 && o.coarse != Coarse::none) {
-    check_shape("coarse_share", coarse_share, rows, acc, in.query);
+    std::vector<SymInt> shares = rows;
+    if (!o.levels.empty()) shares.insert(shares.begin() + 2, SymInt(o.levels.size() + 1));
+    check_shape("coarse_share", coarse_share, shares, acc, in.query);
   }
   check_means(means, in, o, acc);
   return o;

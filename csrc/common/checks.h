@@ -30,7 +30,8 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
 Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptions& call);
 
 // As check_forward with a plan; grad_out and out shaped as query, grad_lse, lse and coarse_share
-// (B, H, N) float32 (float64 for float64). coarse_share is empty where order 1 doesn't apply. Means
+// (B, H, N) float32 (float64 for float64). coarse_share is empty where order 1 doesn't apply, and
+// (B, H, resolutions, N) with levels, where nq and nk count the blocks of all resolutions. Means
 // (B, heads, blocks, D) of that dtype, counts (B, blocks) int32; moments only beside means.
 Options check_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Inputs& in,
                        const Tensor& out, const Tensor& lse, const Tensor& coarse_share,

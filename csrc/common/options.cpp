@@ -2,10 +2,13 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 
 namespace mra {
 namespace {
+
+constexpr int64_t kMaxLevelBlock = int64_t{1} << 30;
 
 Coarse parse_coarse(std::string_view name) {
   if (name == "none") return Coarse::none;
@@ -37,6 +40,30 @@ void check_budget(const CallOptions& call, Budget budget) {
                       "blocks_per_row: got ", *call.blocks_per_row,
                       ", expected an integer of at least 1");
   }
+}
+
+// Each block a power of two and at least twice the next one, the last at least twice block_q and
+// block_k, which are powers of two.
+std::vector<Level> parse_levels(const CallOptions& call) {
+  const auto& given = call.levels;
+  TORCH_CHECK_VALUE(given.size() % 2 == 0, "levels: got ", given.size(),
+                    " numbers, expected pairs (block, cells per row)");
+  std::vector<Level> levels;
+  for (size_t i = 0; i < given.size(); i += 2) levels.push_back({given[i], given[i + 1]});
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const bool last = i + 1 == levels.size();
+    const int64_t next = last ? std::max(call.block_q, call.block_k) : levels[i + 1].block;
+    const int64_t block = levels[i].block;
+    TORCH_CHECK_VALUE(block >= 2 * next && block <= kMaxLevelBlock && (block & (block - 1)) == 0,
+                      "levels: got block ", block, " above ", last ? "block_size " : "", next,
+                      ", expected a power of two, at least twice what follows and at most ",
+                      kMaxLevelBlock);
+    TORCH_CHECK_VALUE(levels[i].cells >= 1, "levels: got ", levels[i].cells,
+                      " cells per row for block ", block, ", expected at least 1");
+  }
+  TORCH_CHECK_VALUE(levels.empty() || call.selection == "row", "levels: got selection '",
+                    call.selection, "', expected 'row' beside levels");
+  return levels;
 }
 
 void check_at_least_0(const char* name, int64_t value) {
@@ -73,6 +100,7 @@ Options check_options(const CallOptions& call, Budget budget, int64_t head_dim) 
   o.first_blocks = call.first_blocks;
   o.causal = call.is_causal;
   o.scale = scale;
+  o.levels = parse_levels(call);
   return o;
 }
 

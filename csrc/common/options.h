@@ -2,6 +2,7 @@
 // them.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
 #include <optional>
@@ -23,6 +24,7 @@ struct CallOptions {
   int64_t diagonal_blocks = 0, first_blocks = 0;
   bool is_causal;
   std::optional<double> scale;
+  at::IntArrayRef levels = {};  // block, cells, block, cells, ...: coarsest first
 };
 
 // Whether a call must give a budget (density or blocks_per_row).

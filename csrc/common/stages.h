@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 namespace mra {
 
@@ -26,6 +27,19 @@ using OptTensor = std::optional<Tensor>;
 enum class Coarse { none, block, row };
 enum class Selection { row, global };
 
+// A resolution coarser than block_q x block_k, as a call asks for it.
+struct Level {
+  int64_t block;  // rows in its blocks, of queries and of keys
+  int64_t cells;  // that a block of queries may split into cells of the next resolution
+};
+
+// A resolution of one call, from shapes: common/levels.h.
+struct Resolution {
+  int64_t block_q, block_k;
+  int64_t nq, nk;            // its blocks
+  int64_t first_q, first_k;  // where they stand among the blocks of all resolutions
+};
+
 struct Options {
   int64_t block_q, block_k;  // each of 16, 32, 64, 128
   std::optional<int64_t> blocks_per_row;
@@ -34,8 +48,13 @@ struct Options {
   int64_t order;  // 0 or 1
   Selection selection;
   int64_t diagonal_blocks, first_blocks;
-  bool causal;   // then N == M
-  double scale;  // of q . k, natural units
+  bool causal;                  // then N == M
+  double scale;                 // of q . k, natural units
+  std::vector<Level> levels{};  // coarsest first; empty: block_q x block_k is the only resolution
+  // With levels, set by attention.cpp: block_q x block_k first, the coarsest last. Means, counts
+  // and row lists then hold the blocks of all resolutions, in this order, where their shapes say
+  // nq or nk; list entries count the blocks of their own resolution.
+  std::vector<Resolution> resolutions{};
 };
 
 // Means over the valid rows of each block, and how many there are.
@@ -59,6 +78,9 @@ struct BlockList {
 struct CoarseState {
   Tensor mean;  // [B, H, nq, D] acc: sum_y exp(b_xy - lse_x) v_mean_y; zeros where lse is -inf
   Tensor lse;   // [B, H, nq] acc: log sum_y exp(b_xy), b_xy = L_xy + log c_y, over y not in S_x
+  // With levels, mean and lse are of the coarse cells of all resolutions together (nq: of
+  // block_q), and this is what each resolution has of their mass, [B, H, nq, resolutions] acc.
+  Tensor parts{};
 };
 
 struct Inputs {
@@ -97,9 +119,11 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
 struct FineResult {
-  Tensor out;    // [B, H, N, D] T, memory laid out as (B, N, H, D)
-  Tensor lse;    // [B, H, N] acc, natural log, -inf for a row without weight
-  Tensor share;  // [B, H, N] acc: coarse part of each row's mass; undefined unless order 1 applies
+  Tensor out;  // [B, H, N, D] T, memory laid out as (B, N, H, D)
+  Tensor lse;  // [B, H, N] acc, natural log, -inf for a row without weight
+  // [B, H, N] acc: coarse part of each row's mass; undefined unless order 1 applies. With levels
+  // [B, H, resolutions, N].
+  Tensor share;
   bool order1 = false;  // the order-1 term is in `out`
 };
 
@@ -117,8 +141,11 @@ struct Grads {
 // True where the order-1 term exists: order = 1 and a coarse part to correct.
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
 
-// Whether moments are kept for backward: under causal every block of queries has its own.
-inline bool keeps_moments(const Options& o) { return has_order1(o) && !o.causal; }
+// Whether moments are kept for backward: under causal every block of queries has its own, with
+// levels every resolution.
+inline bool keeps_moments(const Options& o) {
+  return has_order1(o) && !o.causal && o.levels.empty();
+}
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.
 inline at::ScalarType moments_type(at::ScalarType T) {
@@ -146,7 +173,8 @@ struct FineBackward {
   Tensor grad_out;      // [B, H, N, D] T, any strides with the last one 1
   Tensor lse;           // [B, H, N] acc
   Tensor delta;         // [B, H, N] acc: dO_i . o_i - dlse_i, for exact keys
-  Tensor coarse_delta;  // [B, H, N] acc: for coarse keys (differs from delta under order 1)
+  Tensor coarse_delta;  // [B, H, N] acc: for coarse keys (differs from delta under order 1; with
+                        // levels it is [resolutions, B, H, N] then)
   // Added to the results where defined:
   Tensor query_block;             // [B, H, nq, D] acc: added to every valid row of the block
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
@@ -173,7 +201,8 @@ struct Stages {
   // coarse = block only.
   CoarseState (*coarse)(const PooledInputs&, const BlockList& rows, const Options&);
   // Gradients of the pooled inputs, each divided by the count of its block: what every valid row of
-  // the block gets. [B, H, nq, D], [B, Hk, nk, D] x2, acc.
+  // the block gets. [B, H, nq, D], [B, Hk, nk, D] x2, acc. With levels, those of coarser blocks are
+  // added to the block_q and block_k that they hold.
   Grads (*coarse_backward)(const PooledInputs&, const BlockList& rows, const BlockList& columns,
                            const BlockRows&, const Options&);
 

@@ -164,6 +164,7 @@ class CoarseBlocks {
 }  // namespace
 
 CoarseState coarse(const PooledInputs& pooled, const BlockList& rows, const Options& o) {
+  if (!o.levels.empty()) return coarse_levels(pooled, rows, o);
   const auto sizes = pooled.query.sizes();
   CoarseState state{at::empty(sizes, pooled.query.options()),
                     at::empty(sizes.slice(0, 3), pooled.query.options())};
@@ -174,6 +175,7 @@ CoarseState coarse(const PooledInputs& pooled, const BlockList& rows, const Opti
 
 Grads coarse_backward(const PooledInputs& pooled, const BlockList& rows, const BlockList&,
                       const BlockRows& block_rows, const Options& o) {
+  if (!o.levels.empty()) return coarse_levels_backward(pooled, rows, block_rows, o);
   const auto options = pooled.query.options();
   Grads grads{at::empty(pooled.query.sizes(), options), at::empty(pooled.key.sizes(), options),
               at::empty(pooled.key.sizes(), options)};

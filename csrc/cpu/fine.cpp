@@ -28,6 +28,8 @@ class FineForward {
         D_(in.query.size(3)),
         nq_(ceil_div(N_, o.block_q)),
         nk_(ceil_div(M_, o.block_k)),
+        pooled_(pooled_keys(o, nk_)),
+        levels_(std::max<int64_t>(1, o.resolutions.size())),
         query_(in.query),
         key_(in.key),
         value_(in.value),
@@ -40,11 +42,13 @@ class FineForward {
     if (state) {
       state_mean_ = state->mean.contiguous();
       state_lse_ = state->lse.contiguous();
+      if (state->parts.defined()) state_parts_ = state->parts.contiguous();
     }
     if (pooled) {
       coarse_key_.emplace(pooled->key);
       coarse_value_.emplace(pooled->value);
       log_count_ = log_counts<A>(pooled->key_count);
+      if (!o.levels.empty()) cells_.emplace(rows, pooled->key_count, o);
     }
   }
 
@@ -54,7 +58,7 @@ class FineForward {
     const SerialBlas serial;
     KeyTiles<A> tiles(o_, M_, kMaxSegment<T>);
     const int64_t bq = o_.block_q;
-    Scratch<A> scratch(bq * (tiles.ld() + 2 * D_ + 5) + tiles.max_segment() * D_, 9);
+    Scratch<A> scratch(bq * (tiles.ld() + 2 * D_ + 4 + levels_) + tiles.max_segment() * D_, 9);
     Block block{scratch.take(bq * tiles.ld()),
                 scratch.take(bq * D_),
                 scratch.take(bq * D_),
@@ -63,42 +67,50 @@ class FineForward {
                 scratch.take(bq),
                 scratch.take(bq),
                 scratch.take(bq),
-                scratch.take(bq)};
+                scratch.take(bq * levels_)};
+    CoarseIds ids;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / nq_;
-      attend(head / H_, head % H_, balanced(item % nq_, nq_, o_.causal), tiles, block);
+      attend(head / H_, head % H_, balanced(item % nq_, nq_, o_.causal), tiles, ids, block);
     }
   }
 
  private:
   struct Block {
-    A* scores;                                 // [bq, ld]
-    A* acc;                                    // [bq, D]
-    A* query;                                  // [bq, D], for half precision
-    A* keys;                                   // [max_segment, D], likewise, and values
-    A *top, *shift, *factor, *exact, *coarse;  // [bq]
+    A* scores;                        // [bq, ld]
+    A* acc;                           // [bq, D]
+    A* query;                         // [bq, D], for half precision
+    A* keys;                          // [max_segment, D], likewise, and values
+    A *top, *shift, *factor, *exact;  // [bq]
+    A* coarse;                        // [levels, bq]
   };
 
-  void attend(int64_t b, int64_t h, int64_t x, KeyTiles<A>& tiles, const Block& t) const {
+  void attend(int64_t b, int64_t h, int64_t x, KeyTiles<A>& tiles, CoarseIds& ids,
+              const Block& t) const {
     const int64_t first = x * o_.block_q, rows = std::min(o_.block_q, N_ - first), hk = h / G_;
     const int64_t ld = tiles.ld();
     const auto q = load_rows(query_.head(b, h), first, rows, t.query);
     start(b, h, x, rows, t);
-    tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+    if (cells_) {
+      cells_->all_coarse(b, h, x, ids);
+      tiles.build(rows_(b, h, x), ids);
+    } else {
+      tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+    }
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(*s, key_, coarse_key_, b, hk, t.keys);
+        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, static_cast<A>(o_.scale), q.data, q.ld,
              k.data, k.ld, A(0), t.scores + s->column, ld);
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.scores + s->column, ld, first, rows, s->first, s->count);
         }
       }
-      softmax(tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * nk_ : 0)),
-              chunk, ld, rows, t);
+      softmax(tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * pooled_ : 0)),
+              tiles, chunk, ld, rows, t);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto v = keys(*s, value_, coarse_value_, b, hk, t.keys);
+        const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, A(1), t.scores + s->column, ld, v.data, v.ld,
              A(1), t.acc, D_);
       }
@@ -107,11 +119,11 @@ class FineForward {
   }
 
   // Rows of a segment, as acc.
-  AccRows<T> keys(const Segment& s, const Heads<T>& exact, const std::optional<Heads<A>>& coarse,
-                  int64_t b, int64_t hk, A* buffer) const {
+  AccRows<T> keys(const KeyTiles<A>& tiles, const Segment& s, const Heads<T>& exact,
+                  const std::optional<Heads<A>>& coarse, int64_t b, int64_t hk, A* buffer) const {
     if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
-    const Rows<A> rows = coarse->head(b, hk);
-    return {rows.row(s.first), rows.stride};
+    const auto rows = load_pooled(coarse->head(b, hk), s, tiles.ids(s), buffer);
+    return {rows.data, rows.ld};
   }
 
   // Every row starts from the state of the block's coarse part, or from nothing.
@@ -121,7 +133,11 @@ class FineForward {
     const bool has_mass = lse != -kInf<A>;
     std::fill_n(t.top, rows, lse);
     std::fill_n(t.exact, rows, A(0));
-    std::fill_n(t.coarse, rows, has_mass ? A(1) : A(0));
+    for (int64_t r = 0; r < levels_; ++r) {
+      const A* parts =
+          state_parts_.defined() ? state_parts_.const_data_ptr<A>() + item * levels_ : nullptr;
+      std::fill_n(t.coarse + r * o_.block_q, rows, !has_mass ? A(0) : parts ? parts[r] : A(1));
+    }
     for (int64_t r = 0; r < rows; ++r) {
       if (has_mass) {
         std::copy_n(state_mean_.const_data_ptr<A>() + item * D_, D_, t.acc + r * D_);
@@ -132,24 +148,30 @@ class FineForward {
   }
 
   // Scores of a chunk become weights. All that was summed before follows the new maximum.
-  void softmax(const A* bias, const Chunk& chunk, int64_t ld, int64_t rows, const Block& t) const {
+  void softmax(const A* bias, const KeyTiles<A>& tiles, const Chunk& chunk, int64_t ld,
+               int64_t rows, const Block& t) const {
     std::copy_n(t.top, rows, t.factor);
     add_bias_and_max(t.scores, ld, rows, chunk.columns, bias, t.top);
     for (int64_t r = 0; r < rows; ++r) {
       t.shift[r] = t.top[r] == -kInf<A> ? A(0) : t.top[r];
       t.factor[r] = exp_one(t.factor[r] - t.shift[r]);
       t.exact[r] *= t.factor[r];
-      t.coarse[r] *= t.factor[r];
+      for (int64_t l = 0; l < levels_; ++l) t.coarse[l * o_.block_q + r] *= t.factor[r];
     }
     scale_rows(t.acc, D_, rows, D_, t.factor);
     exp_and_sum(t.scores, ld, rows, chunk.exact, t.shift, t.exact);
-    exp_and_sum(t.scores + chunk.exact, ld, rows, chunk.columns - chunk.exact, t.shift, t.coarse);
+    for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
+      if (!s->coarse) continue;
+      exp_and_sum(t.scores + s->column, ld, rows, s->count, t.shift,
+                  t.coarse + s->level * o_.block_q);
+    }
   }
 
   void finish(int64_t b, int64_t h, int64_t first, int64_t rows, const Block& t) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = first + r, at = (b * H_ + h) * N_ + i;
-      const A mass = t.exact[r] + t.coarse[r];
+      A mass = t.exact[r];
+      for (int64_t l = 0; l < levels_; ++l) mass += t.coarse[l * o_.block_q + r];
       const bool empty = mass == 0 || !query_mask_(b, i);  // false for NaN, which goes on
       A* acc = t.acc + r * D_;
       if (empty) {
@@ -160,21 +182,27 @@ class FineForward {
       }
       store_row(acc, D_, out_ + ((b * N_ + i) * H_ + h) * D_);
       lse_[at] = empty ? -kInf<A> : t.top[r] + std::log(mass);
-      if (share_) share_[at] = empty ? A(0) : t.coarse[r] / mass;
+      for (int64_t l = 0; share_ && l < levels_; ++l) {
+        share_[((b * H_ + h) * levels_ + l) * N_ + i] =
+            empty ? A(0) : t.coarse[l * o_.block_q + r] / mass;
+      }
     }
   }
 
   Options o_;
   int64_t H_, G_, N_, M_, D_, nq_, nk_;
+  int64_t pooled_;  // pooled keys of a head
+  int64_t levels_;  // resolutions
   Heads<T> query_, key_, value_;
   std::optional<Heads<A>> coarse_key_, coarse_value_;
+  std::optional<Cells> cells_;  // coarse = row with levels
   Mask key_mask_, query_mask_;
   Lists rows_;
-  Tensor state_mean_, state_lse_;
-  std::vector<A> log_count_;  // [B, nk]
+  Tensor state_mean_, state_lse_, state_parts_;
+  std::vector<A> log_count_;  // [B, pooled]
   T* out_;                    // [B, N, H, D]
   A* lse_;                    // [B, H, N]
-  A* share_;                  // [B, H, N] or null
+  A* share_;                  // [B, H, levels, N] or null
 };
 
 }  // namespace
@@ -186,7 +214,10 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   FineResult result;
   result.out = at::empty({B, N, H, in.query.size(3)}, in.query.options()).transpose(1, 2);
   result.lse = at::empty({B, H, N}, acc);
-  if (o.order == 1 && o.coarse != Coarse::none) result.share = at::empty({B, H, N}, acc);
+  if (has_order1(o)) {
+    const auto levels = static_cast<int64_t>(o.resolutions.size());
+    result.share = levels == 0 ? at::empty({B, H, N}, acc) : at::empty({B, H, levels, N}, acc);
+  }
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_fine", [&] {
         const FineForward<scalar_t> forward(in, rows, state, pooled, o, result);

@@ -8,6 +8,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "stages_cpu.h"
 #include "tiles.h"
@@ -42,6 +43,7 @@ class FineGradients {
         D_(in.query.size(3)),
         nq_(ceil_div(N_, o.block_q)),
         nk_(ceil_div(M_, o.block_k)),
+        pooled_(pooled_keys(o, nk_)),
         slices_(std::clamp<int64_t>(kUnits / (B_ * H_), 1, std::min(nq_, kMaxSlices))),
         query_(in.query),
         key_(in.key),
@@ -68,8 +70,9 @@ class FineGradients {
       coarse_value_.emplace(pooled->value);
       key_count_ = pooled->key_count.contiguous();
       log_count_ = log_counts<A>(key_count_);
+      if (!o.levels.empty()) cells_.emplace(rows, key_count_, o);
       const auto options = pooled->key.options();
-      coarse_grads_ = at::empty({2, B_ * H_, slices_, nk_, D_}, options);
+      coarse_grads_ = at::empty({2, B_ * H_, slices_, pooled_, D_}, options);
     }
   }
 
@@ -82,17 +85,19 @@ class FineGradients {
       const RowTile t{scratch.take(bq * tiles.ld()), scratch.take(bq * tiles.ld()),
                       scratch.take(bq * D_),         scratch.take(bq * D_),
                       scratch.take(bq * D_),         scratch.take(tiles.max_segment() * D_)};
+      CoarseIds ids;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t head = item / slices_, slice = balanced(item % slices_, slices_, o_.causal);
         const int64_t last = (slice + 1) * nq_ / slices_;
         for (const int64_t which : {0, 1}) {
-          if (coarse_key_) std::fill_n(coarse_grad(which, head, slice, 0), nk_ * D_, A(0));
+          if (coarse_key_) std::fill_n(coarse_grad(which, head, slice, 0), pooled_ * D_, A(0));
         }
         for (int64_t x = slice * nq_ / slices_; x < last; ++x) {
-          row_block(head / H_, head % H_, slice, x, tiles, t, grad_query);
+          row_block(head / H_, head % H_, slice, x, tiles, ids, t, grad_query);
         }
       }
     });
+    if (cells_) spread_coarse();
   }
 
   void by_columns(T* grad_key, T* grad_value) {
@@ -136,55 +141,80 @@ class FineGradients {
 
   A scale() const { return static_cast<A>(o_.scale); }
 
-  AccRows<T> keys(const Segment& s, const Heads<T>& exact, const std::optional<Heads<A>>& coarse,
-                  int64_t b, int64_t hk, A* buffer) const {
+  AccRows<T> keys(const KeyTiles<A>& tiles, const Segment& s, const Heads<T>& exact,
+                  const std::optional<Heads<A>>& coarse, int64_t b, int64_t hk, A* buffer) const {
     if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
-    const Rows<A> rows = coarse->head(b, hk);
-    return {rows.row(s.first), rows.stride};
+    const auto rows = load_pooled(coarse->head(b, hk), s, tiles.ids(s), buffer);
+    return {rows.data, rows.ld};
   }
 
   // Gradients of a head's pooled keys (which = 0) or values (1), from one slice of query blocks.
   A* coarse_grad(int64_t which, int64_t head, int64_t slice, int64_t y) {
     return coarse_grads_.mutable_data_ptr<A>() +
-           (((which * B_ * H_ + head) * slices_ + slice) * nk_ + y) * D_;
+           (((which * B_ * H_ + head) * slices_ + slice) * pooled_ + y) * D_;
   }
 
-  void row_block(int64_t b, int64_t h, int64_t slice, int64_t x, KeyTiles<A>& tiles,
+  // Adds left' right, [count, D], to the gradients of the pooled keys of a segment.
+  void add_coarse(int64_t which, int64_t head, int64_t slice, const Segment& s, const int32_t* ids,
+                  int64_t rows, A alpha, const A* left, int64_t ld, const AccRows<T>& right,
+                  A* buffer) {
+    A* to = ids ? buffer : coarse_grad(which, head, slice, s.first);
+    gemm(Op::transpose, Op::none, s.count, D_, rows, alpha, left, ld, right.data, right.ld,
+         A(ids ? 0 : 1), to, D_);
+    for (int64_t t = 0; ids && t < s.count; ++t) {
+      add_row(buffer + t * D_, D_, coarse_grad(which, head, slice, ids[t]));
+    }
+  }
+
+  // delta of the coarse keys of one resolution, for the rows from `at` on.
+  const A* coarse_delta(int64_t level, int64_t at) const {
+    const int64_t own = coarse_delta_.dim() == 4 ? level * B_ * H_ * N_ : 0;
+    return coarse_delta_.const_data_ptr<A>() + own + at;
+  }
+
+  void row_block(int64_t b, int64_t h, int64_t slice, int64_t x, KeyTiles<A>& tiles, CoarseIds& ids,
                  const RowTile& t, T* grad_query) {
     const int64_t first = x * o_.block_q, rows = std::min(o_.block_q, N_ - first), hk = h / G_;
     const int64_t head = b * H_ + h, at = head * N_ + first, ld = tiles.ld();
     const auto q = load_rows(query_.head(b, h), first, rows, t.query);
     const auto g = load_rows(grad_out_.head(b, h), first, rows, t.grad_out);
     std::fill_n(t.grad_query, rows * D_, A(0));
-    tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+    if (cells_) {
+      cells_->all_coarse(b, h, x, ids);
+      tiles.build(rows_(b, h, x), ids);
+    } else {
+      tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+    }
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(*s, key_, coarse_key_, b, hk, t.keys);
+        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld, A(0),
              t.p + s->column, ld);
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.p + s->column, ld, first, rows, s->first, s->count);
         }
-        const auto v = keys(*s, value_, coarse_value_, b, hk, t.keys);
+        const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, A(1), g.data, g.ld, v.data, v.ld, A(0),
              t.ds + s->column, ld);
       }
       const A* bias =
-          tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * nk_ : 0));
+          tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * pooled_ : 0));
       exp_shifted(t.p, ld, rows, chunk.columns, bias, shift_.data() + at);
       softmax_grad(t.p, t.ds, ld, rows, chunk.exact, delta_.const_data_ptr<A>() + at);
-      softmax_grad(t.p + chunk.exact, t.ds + chunk.exact, ld, rows, chunk.columns - chunk.exact,
-                   coarse_delta_.const_data_ptr<A>() + at);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(*s, key_, coarse_key_, b, hk, t.keys);
+        if (!s->coarse) continue;
+        softmax_grad(t.p + s->column, t.ds + s->column, ld, rows, s->count,
+                     coarse_delta(s->level, at));
+      }
+      for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
+        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, scale(), t.ds + s->column, ld, k.data, k.ld,
              A(1), t.grad_query, D_);
         if (!s->coarse) continue;
-        gemm(Op::transpose, Op::none, s->count, D_, rows, scale(), t.ds + s->column, ld, q.data,
-             q.ld, A(1), coarse_grad(0, head, slice, s->first), D_);
-        gemm(Op::transpose, Op::none, s->count, D_, rows, A(1), t.p + s->column, ld, g.data, g.ld,
-             A(1), coarse_grad(1, head, slice, s->first), D_);
+        const int32_t* list = tiles.ids(*s);
+        add_coarse(0, head, slice, *s, list, rows, scale(), t.ds + s->column, ld, q, t.keys);
+        add_coarse(1, head, slice, *s, list, rows, A(1), t.p + s->column, ld, g, t.keys);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -221,13 +251,14 @@ class FineGradients {
                    count, k, v, t);
       }
     }
-    if (coarse_key_) sum_coarse(b, hk, y, t);
+    const bool pooled = coarse_key_ && !cells_;
+    if (pooled) sum_coarse(b, hk, y, t);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t at = ((b * M_ + first + j) * Hk_ + hk) * D_;
       const bool valid = key_mask_(b, first + j);
-      finish(b, hk, y, first + j, valid, coarse_key_ ? t.coarse_key : nullptr, key_block_,
-             key_extra_, t.grad_key + j * D_, grad_key + at);
-      finish(b, hk, y, first + j, valid, coarse_key_ ? t.coarse_value : nullptr, value_block_,
+      finish(b, hk, y, first + j, valid, pooled ? t.coarse_key : nullptr, key_block_, key_extra_,
+             t.grad_key + j * D_, grad_key + at);
+      finish(b, hk, y, first + j, valid, pooled ? t.coarse_value : nullptr, value_block_,
              value_extra_, t.grad_value + j * D_, grad_value + at);
     }
   }
@@ -265,6 +296,24 @@ class FineGradients {
     }
   }
 
+  // With levels: the same sums for all resolutions, as what every valid row of a block of block_k
+  // gets.
+  void spread_coarse() {
+    const Tensor sums = at::zeros({2, B_, Hk_, pooled_, D_}, coarse_grads_.options());
+    A* to = sums.mutable_data_ptr<A>();
+    at::parallel_for(0, 2 * B_ * Hk_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        for (int64_t part = 0; part < G_ * slices_; ++part) {  // of the heads of a key head
+          const int64_t which = item / (B_ * Hk_), head = item % (B_ * Hk_) * G_ + part / slices_;
+          add_scaled(to + item * pooled_ * D_, coarse_grad(which, head, part % slices_, 0), A(1),
+                     pooled_ * D_);
+        }
+      }
+    });
+    key_block_.emplace(pool_levels_backward(sums[0], key_count_, o_, false));
+    value_block_.emplace(pool_levels_backward(sums[1], key_count_, o_, false));
+  }
+
   void finish(int64_t b, int64_t hk, int64_t y, int64_t j, bool valid, const A* coarse,
               const std::optional<Heads<A>>& block, const std::optional<Heads<T>>& extra, A* sum,
               T* result) const {
@@ -276,18 +325,20 @@ class FineGradients {
 
   Options o_;
   int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_;
+  int64_t pooled_;  // pooled keys of a head
   int64_t slices_;  // of a head's query blocks, each with its own sums for the pooled keys
   Heads<T> query_, key_, value_, grad_out_;
   std::optional<Heads<T>> query_extra_, key_extra_, value_extra_;
   std::optional<Heads<A>> query_block_, key_block_, value_block_;
   std::optional<Heads<A>> coarse_key_, coarse_value_;
+  std::optional<Cells> cells_;  // coarse = row with levels
   Mask key_mask_, query_mask_;
   Lists rows_, columns_;
-  Tensor delta_, coarse_delta_;  // [B, H, N]
+  Tensor delta_, coarse_delta_;  // [B, H, N]; the second perhaps [resolutions, B, H, N]
   std::vector<A> shift_;         // [B, H, N]: lse, +inf for a row without weight
-  Tensor key_count_;             // [B, nk]
-  std::vector<A> log_count_;     // [B, nk]
-  Tensor coarse_grads_;          // [2, B * H, slices, nk, D]
+  Tensor key_count_;             // [B, pooled]
+  std::vector<A> log_count_;     // [B, pooled]
+  Tensor coarse_grads_;          // [2, B * H, slices, pooled, D]
 };
 
 }  // namespace

@@ -120,8 +120,8 @@ class Order1 {
 
  private:
   // A unit has its own C and S: under causal a run of rows as long as the larger block (N == M),
-  // else the whole head. Under causal a chunk is a unit, and a tile is one too.
-  int64_t tile() const { return o_.causal ? unit_ : kTileRows; }
+  // else the whole head. Under causal a chunk is a unit; a tile divides it.
+  int64_t tile() const { return o_.causal ? std::min(unit_, kTileRows) : kTileRows; }
   int64_t chunk_rows(int64_t length) const {
     return o_.causal ? unit_ : std::min(length, kChunkRows);
   }

@@ -16,6 +16,17 @@ CoarseState coarse(const PooledInputs&, const BlockList& rows, const Options&);
 Grads coarse_backward(const PooledInputs&, const BlockList& rows, const BlockList& columns,
                       const BlockRows&, const Options&);
 
+// With levels: pool_levels adds the blocks of the coarser resolutions to those of block_q or
+// block_k
+// (`queries`), the other way its backward adds their gradients, [B, heads, blocks of all, D] of the
+// means, to those of the blocks that they hold, each divided by the count of its block.
+Pooled pool_levels(const Pooled& finest, const Options&, bool queries);
+Tensor pool_levels_backward(const Tensor& grad, const Tensor& count, const Options&, bool queries);
+BlockList plan_levels(const Pooled& query, const Pooled& key, int64_t N, const Options&);
+CoarseState coarse_levels(const PooledInputs&, const BlockList& rows, const Options&);
+Grads coarse_levels_backward(const PooledInputs&, const BlockList& rows, const BlockRows&,
+                             const Options&);
+
 FineResult fine(const Inputs&, const BlockList& rows, const std::optional<CoarseState>&,
                 const std::optional<PooledInputs>&, const Tensor& moments, const Options&);
 Grads fine_backward(const Inputs&, const BlockList& rows, const BlockList& columns,

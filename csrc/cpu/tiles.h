@@ -3,19 +3,26 @@
 // The exact keys come first: runs of consecutive keys of the selected blocks. Then the pooled keys
 // of coarse = row: all that are not in the future, those of selected or empty blocks with the log
 // weight -inf. One matrix product a segment fills its columns of the scores.
+//
+// With levels the pooled keys are those of the coarse cells (CoarseIds), and `first` of a segment
+// is a place among them.
 #pragma once
 
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "../common/budget.h"
-#include "views.h"
+#include "cells.h"
 
 namespace mra::cpu {
 
 template <typename A>
 constexpr A kInf = std::numeric_limits<A>::infinity();
+
+// Pooled keys of a head.
+inline int64_t pooled_keys(const Options& o, int64_t nk) {
+  return o.resolutions.empty() ? nk : all_key_blocks(o.resolutions);
+}
 
 // Elements of a tile of scores: several tiles together fit the second-level cache.
 constexpr int64_t kTileElements = 32768;
@@ -24,6 +31,7 @@ struct Segment {
   int64_t first, count;  // keys, or pooled keys
   int64_t column;        // where they stand in the scores
   bool coarse;
+  int64_t level = 0;  // resolution of pooled keys
 };
 
 struct Chunk {
@@ -41,16 +49,27 @@ std::vector<A> log_counts(const Tensor& key_count) {
   return logs;
 }
 
+// Rows of pooled keys or values: in place, or those of a list copied into a buffer.
+template <typename A>
+AccRows<A> load_pooled(const Rows<A>& rows, const Segment& s, const int32_t* ids, A* buffer) {
+  if (!ids) return {rows.row(s.first), rows.stride};
+  for (int64_t t = 0; t < s.count; ++t) {
+    std::copy_n(rows.row(ids[t]), rows.dim, buffer + t * rows.dim);
+  }
+  return {buffer, rows.dim};
+}
+
 template <typename A>
 class KeyTiles {
  public:
-  // `max_segment` bounds the keys of one segment.
+  // `max_segment` bounds the keys of one segment that are copied.
   KeyTiles(const Options& o, int64_t M, int64_t max_segment)
       : o_(o),
         M_(M),
         nk_(ceil_div(M, o.block_k)),
-        width_(std::max(o.block_k, std::min(kTileElements / o.block_q,
-                                            nk_ * o.block_k + ceil_div(nk_, 16) * 16))),
+        width_(std::max(o.block_k,
+                        std::min(kTileElements / o.block_q,
+                                 nk_ * o.block_k + ceil_div(pooled_keys(o, nk_), 16) * 16))),
         max_segment_(std::min(max_segment, width_)),
         bias_(width_) {}
 
@@ -61,6 +80,49 @@ class KeyTiles {
 
   // `coarse_keys` pooled keys, 0 without coarse = row.
   void build(const Entries& selected, int64_t coarse_keys) {
+    add_exact(selected);
+    add_coarse(0, coarse_keys, width_, 0);
+    chunks_.back().end = segments_.size();
+  }
+
+  // The same with levels. `cells` must live as long as this is read.
+  void build(const Entries& selected, const CoarseIds& cells) {
+    add_exact(selected);
+    ids_ = cells.ids.data();
+    for (size_t r = 0; r < cells.ends.size(); ++r) {
+      add_coarse(r == 0 ? 0 : cells.ends[r - 1], cells.ends[r], max_segment_, r);
+    }
+    chunks_.back().end = segments_.size();
+  }
+
+  const std::vector<Chunk>& chunks() const { return chunks_; }
+  const Segment* begin(const Chunk& c) const { return segments_.data() + c.begin; }
+  const Segment* end(const Chunk& c) const { return segments_.data() + c.end; }
+  // Pooled keys of a coarse segment, with levels; else null.
+  const int32_t* ids(const Segment& s) const { return ids_ ? ids_ + s.first : nullptr; }
+
+  // What is added to every row of a chunk's scores, [columns], or null for nothing:
+  // -inf for a masked key, the log weight of a pooled key. log_count [blocks of all resolutions].
+  const A* bias(const Chunk& chunk, const Mask& key_mask, int64_t b, const A* log_count) {
+    if (!key_mask.data && chunk.exact == chunk.columns) return nullptr;
+    for (const Segment* s = begin(chunk); s != end(chunk); ++s) {
+      A* bias = bias_.data() + s->column;
+      if (s->coarse && ids_) {
+        for (int64_t t = 0; t < s->count; ++t) bias[t] = log_count[ids(*s)[t]];
+      } else if (s->coarse) {
+        std::copy_n(log_count + s->first, s->count, bias);
+        for (const int32_t y : selected_) {
+          if (y >= s->first && y < s->first + s->count) bias[y - s->first] = -kInf<A>;
+        }
+      } else {
+        for (int64_t j = 0; j < s->count; ++j) bias[j] = key_mask(b, s->first + j) ? 0 : -kInf<A>;
+      }
+    }
+    return bias_.data();
+  }
+
+ private:
+  void add_exact(const Entries& selected) {
     segments_.clear();
     chunks_.clear();
     selected_ = selected;
@@ -81,40 +143,19 @@ class KeyTiles {
       chunk.columns += count;
       chunk.exact = chunk.columns;
     }
-    for (int64_t first = 0; first < coarse_keys;) {
+  }
+
+  void add_coarse(int64_t first, int64_t end, int64_t longest, int64_t level) {
+    while (first < end) {
       if (chunks_.back().columns == width_) next_chunk();
       Chunk& chunk = chunks_.back();
-      const int64_t count = std::min(coarse_keys - first, width_ - chunk.columns);
-      segments_.push_back({first, count, chunk.columns, true});
+      const int64_t count = std::min({end - first, width_ - chunk.columns, longest});
+      segments_.push_back({first, count, chunk.columns, true, level});
       chunk.columns += count;
       first += count;
     }
-    chunks_.back().end = segments_.size();
   }
 
-  const std::vector<Chunk>& chunks() const { return chunks_; }
-  const Segment* begin(const Chunk& c) const { return segments_.data() + c.begin; }
-  const Segment* end(const Chunk& c) const { return segments_.data() + c.end; }
-
-  // What is added to every row of a chunk's scores, [columns], or null for nothing:
-  // -inf for a masked key, the log weight of a pooled key. log_count [nk].
-  const A* bias(const Chunk& chunk, const Mask& key_mask, int64_t b, const A* log_count) {
-    if (!key_mask.data && chunk.exact == chunk.columns) return nullptr;
-    for (const Segment* s = begin(chunk); s != end(chunk); ++s) {
-      A* bias = bias_.data() + s->column;
-      if (s->coarse) {
-        std::copy_n(log_count + s->first, s->count, bias);
-        for (const int32_t y : selected_) {
-          if (y >= s->first && y < s->first + s->count) bias[y - s->first] = -kInf<A>;
-        }
-      } else {
-        for (int64_t j = 0; j < s->count; ++j) bias[j] = key_mask(b, s->first + j) ? 0 : -kInf<A>;
-      }
-    }
-    return bias_.data();
-  }
-
- private:
   void next_chunk() {
     chunks_.back().end = segments_.size();
     chunks_.push_back({segments_.size(), segments_.size(), 0, 0});
@@ -123,6 +164,7 @@ class KeyTiles {
   Options o_;
   int64_t M_, nk_, width_, max_segment_;
   Entries selected_{nullptr, 0};
+  const int32_t* ids_ = nullptr;
   std::vector<Segment> segments_;
   std::vector<Chunk> chunks_;
   std::vector<A> bias_;
