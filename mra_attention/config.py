@@ -143,16 +143,14 @@ def check_layout(layout):
 def as_levels(levels, block_size, selection="row"):
     """levels as a tuple of pairs of ints, checked beside block_size and selection."""
     accepted = "expected pairs (block, cells per row), coarsest first"
-    if not isinstance(levels, (tuple, list)):
+    sequences, integers = (tuple, list), (int, torch.SymInt)
+    if not isinstance(levels, sequences) or not all(isinstance(p, sequences) for p in levels):
         raise TypeError(f"levels: got {levels!r}, {accepted}")
-    pairs = [tuple(p) if isinstance(p, (tuple, list)) else p for p in levels]
-    plain = (int, torch.SymInt)
-    for p in pairs:
-        numbers = p if isinstance(p, tuple) else (p,)
-        if any(not isinstance(n, plain) or isinstance(n, bool) for n in numbers):
-            raise TypeError(f"levels: got {levels!r}, {accepted}")
-        if not isinstance(p, tuple) or len(p) != 2:
-            raise ValueError(f"levels: got {levels!r}, {accepted}")
+    if any(not isinstance(n, integers) or isinstance(n, bool) for p in levels for n in p):
+        raise TypeError(f"levels: got {levels!r}, {accepted}")
+    if any(len(p) != 2 for p in levels):
+        raise ValueError(f"levels: got {levels!r}, {accepted}")
+    pairs = [tuple(p) for p in levels]
     below = max(block_size) if isinstance(block_size, tuple) else block_size
     for block, cells in reversed(pairs):
         if block < 2 * below or block > MAX_LEVEL_BLOCK or block & (block - 1):

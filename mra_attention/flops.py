@@ -13,6 +13,9 @@ unselected (query block, key block) pairs. Per query head, or key head where mar
               are the plan's)
     order 1   4 D² M k (C, Sigma) + 4 D² N (q C,     8 D² N (dq, dC, dSigma) + 6 D² M k
               q Sigma q)
+
+With ``levels`` plan and coarse count the candidates and the coarse cells of every resolution, and
+order 1 once for each.
 """
 
 import torch
@@ -36,24 +39,47 @@ def rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal):
     return rows
 
 
+def rows_of_levels(N, M, bq, bk, density, blocks_per_row, is_causal, levels):
+    """Of every resolution, that of ``block_size`` first: (its block of keys, [(queries, chosen
+    cells, candidates)] of each of its query blocks), every cell existing that can."""
+    found = []
+    for block, cells in levels:
+        rows = rows_of_blocks(N, M, block, block, None, cells, is_causal)
+        found.insert(0, (block, _children(rows, block, block, *found[:1])))
+    rows = rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal)
+    return [(bk, _children(rows, bq, bk, *found[:1])), *found]
+
+
+def _children(rows, bq, bk, parents=None):
+    if parents is None:
+        return rows
+    block, above = parents
+    room = [taken * (block // bk) for _, taken, _ in above]
+    cells = [min(seen, room[x * bq // block]) for x, (_, _, seen) in enumerate(rows)]
+    return [(n, min(taken, c), c) for (n, taken, _), c in zip(rows, cells, strict=True)]
+
+
 def exact_pairs(rows, M, bk):
     """(query, key) pairs of one head inside selected pairs of blocks; a pair of blocks that the
     diagonal crosses counts whole."""
     return sum(queries * min(taken * bk, M) for queries, taken, _ in rows)
 
 
-def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which):
+def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=()):
     """Operations by stage: a dict. ``rows`` as :func:`rows_of_blocks` gives them; ``which``:
-    "forward" or "backward", the latter without the forward."""
+    "forward" or "backward", the latter without the forward; ``coarser``: the rows of coarser
+    resolutions, a list each."""
     heads, key_heads, forward = B * H, B * Hk, which == "forward"
-    row_coarse = sum(queries * (seen - taken) for queries, taken, seen in rows)
-    block_coarse = sum(seen - taken for _, taken, seen in rows)
+    every = [row for of_one in (rows, *coarser) for row in of_one]
+    row_coarse = sum(queries * (seen - taken) for queries, taken, seen in every)
+    block_coarse = sum(seen - taken for _, taken, seen in every)
     stages = {"pool": key_heads * 2 * D * M + (heads * D * N if forward else 0)}
-    stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in rows) if forward else 0
+    stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in every) if forward else 0
     if coarse == "row":
         each = (4 if forward else 10) * D * row_coarse
     elif coarse == "block":
-        each = 2 * D * block_coarse if forward else 10 * D * block_coarse + 2 * D * N
+        rows_twice = 2 * D * N * (1 + len(coarser))
+        each = 2 * D * block_coarse if forward else 10 * D * block_coarse + rows_twice
     else:
         each = 0
     stages["coarse"] = heads * each
@@ -61,16 +87,22 @@ def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which):
     stages["order1"] = 0
     if order == 1 and coarse != "none":
         per_query, per_key = (4, 4) if forward else (8, 6)
-        stages["order1"] = D * D * (heads * per_query * N + key_heads * per_key * M)
+        once = D * D * (heads * per_query * N + key_heads * per_key * M)
+        stages["order1"] = once * (1 + len(coarser))
     return stages
 
 
-def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is_causal, which):
+def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is_causal, levels,
+           which):  # fmt: skip
     (B, H, N, D), (_, Hk, M, _) = query, key
+    levels = list(zip(levels[::2], levels[1::2], strict=True))
     if index is not None:  # a plan that is there counts by the room of its lists
-        blocks_per_row, density = max(1, index[2] // -(-N // bq)), None
-    rows = rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal)
-    stages = stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which)
+        cells = sum(-(-N // block) * min(-(-M // block), cells) for block, cells in levels)
+        blocks_per_row, density = max(1, (index[2] - cells) // -(-N // bq)), None
+    sizes = (N, M, bq, bk, density, blocks_per_row, is_causal)
+    (_, rows), *coarser = rows_of_levels(*sizes, levels)
+    coarser = [rows for _, rows in coarser]
+    stages = stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser)
     if index is not None and which == "forward":
         del stages["plan"]
     return sum(stages.values())
@@ -82,23 +114,28 @@ def _register():
 
     @register_flop_formula(ops.plan)
     def plan(query, key, key_mask, query_mask, blocks_per_row, density, bq, bk, selection,
-             diagonal_blocks, first_blocks, is_causal, scale, out_shape=None):  # fmt: skip
+             diagonal_blocks, first_blocks, is_causal, scale, levels=(),
+             out_shape=None):  # fmt: skip
         (B, H, N, D), (_, Hk, M, _) = query, key
-        rows = rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal)
-        return B * D * (H * N + Hk * M + 2 * H * sum(seen for _, _, seen in rows))
+        levels = list(zip(levels[::2], levels[1::2], strict=True))
+        found = rows_of_levels(N, M, bq, bk, density, blocks_per_row, is_causal, levels)
+        pairs = sum(seen for _, rows in found for _, _, seen in rows)
+        return B * D * (H * N + Hk * M + 2 * H * pairs)
 
     @register_flop_formula(ops.forward)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, selection, diagonal_blocks,
-                first_blocks, is_causal, scale, out_shape=None):  # fmt: skip
+                first_blocks, is_causal, scale, levels=(), out_shape=None):  # fmt: skip
         return _total(query, key, row_index, blocks_per_row, density, bq, bk, coarse, order,
-                      is_causal, "forward")  # fmt: skip
+                      is_causal, levels, "forward")  # fmt: skip
 
     @register_flop_formula(ops.backward)
     def backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, bq, bk, coarse, order, is_causal,
-                 *rest, out_shape=None):  # fmt: skip
-        return _total(query, key, row_index, None, None, bq, bk, coarse, order, is_causal,
+                 *rest, levels=None, out_shape=None):  # fmt: skip
+        if levels is None:  # behind scale and six tensors that forward kept
+            levels = rest[7] if len(rest) > 7 else ()
+        return _total(query, key, row_index, None, None, bq, bk, coarse, order, is_causal, levels,
                       "backward")  # fmt: skip
 
 

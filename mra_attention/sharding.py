@@ -85,12 +85,13 @@ def register():
                 blocks_per_row, density, bq, bk, coarse, order, *rest):  # fmt: skip
         args = (query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, *rest)  # fmt: skip
-        is_causal = rest[3]
+        is_causal, levels = rest[3], rest[5:] and rest[5]
         made, queries, keys = row_start is None, coarse == "block", coarse != "none"
         order1 = keys and order == 1
         lists, means = [3 * made] * 3, [4 * queries, 4 * keys, 4 * keys]
         counts = [2 * queries, 2 * keys]
-        presence = [4, 3, 3 * order1, *lists, *means, *counts, 5 * (order1 and not is_causal)]
+        share, moments = (4, 0) if levels else (3, 5 * (not is_causal))
+        presence = [4, 3, share * order1, *lists, *means, *counts, moments * order1]
         return _alternatives(args, presence, _heads_align(query, key))
 
     @register_sharding(ops.backward.default)

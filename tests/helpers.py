@@ -99,7 +99,7 @@ class Case:
     @property
     def selection(self):
         names = ("density", "blocks_per_row", "block_size", "selection", "diagonal_blocks",
-                 "first_blocks", "is_causal", "scale")  # fmt: skip
+                 "first_blocks", "is_causal", "scale", "levels")  # fmt: skip
         return {n: self.options[n] for n in names if n in self.options}
 
     @property

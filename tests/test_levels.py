@@ -1,0 +1,313 @@
+"""More than two resolutions: the operators against the dense reference, forward and backward.
+
+The reference itself, and what plans hold, are in test_levels_plan.py."""
+
+import itertools
+import time
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import CUDA, Case, assert_same_bits, compare
+from torch.utils.flop_counter import FlopCounterMode
+
+import mra_attention as mra
+from mra_attention import MRAConfig
+from mra_attention.reference import mra_attention_reference
+
+OPS = torch.ops.mra_attention
+FORMS = [("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1)]
+THREE = ((128, 2), (64, 3))  # resolutions above blocks of 16 and 32
+LEVELS = [THREE, ((64, 1),), ((512, 1), (128, 1), (64, 2))]  # the last: one cell in all at first
+
+
+class LevelsCase(Case):
+    """A case with levels; the plan that the reference is given is the operator's."""
+
+    def __init__(self, device="cpu", dtype=torch.float64, **options):
+        defaults = dict(N=301, block_size=(16, 32), blocks_per_row=2, levels=THREE)
+        if not options.get("is_causal"):
+            defaults["M"] = 435
+        super().__init__(device, dtype, **{**defaults, **options})
+
+    def dense(self):
+        plan = self.plan()
+        return [*(plan.to_dense(i) for i in range(len(plan.levels))), plan.to_dense()]
+
+    def reference(self, dtype, dense, backward=True):
+        options = {**self.options, "plan": dense}
+        return self._run(mra_attention_reference, dtype, options, backward)
+
+    def check(self):
+        dense, ours, same = self.dense(), self.ours(), None
+        if self.dtype != torch.float64:
+            same = self.reference(self.dtype, dense)
+        exact = self.reference(torch.float64, dense)
+        compare(ours, same, exact, self.dtype, self.device, f"seed {self.seed}")
+        return ours
+
+
+@pytest.mark.parametrize("masks", ["none", "both", "padding"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("levels", LEVELS, ids=str)
+@pytest.mark.parametrize("coarse, order", FORMS)
+def test_is_the_reference(coarse, order, levels, is_causal, masks):
+    options = dict(coarse=coarse, order=order, is_causal=is_causal, levels=levels)
+    case = LevelsCase(**options, masks=masks)
+    case.check()
+    # and so is the plan
+    reference = case.reference(torch.float64, None, backward=False)
+    compare(case.ours(backward=False), None, reference, torch.float64, "cpu", f"seed {case.seed}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coarse, order", FORMS)
+def test_other_dtypes(coarse, order, dtype):
+    for is_causal in (False, True):
+        LevelsCase("cpu", dtype, coarse=coarse, order=order, is_causal=is_causal).check()
+
+
+@pytest.mark.parametrize("block_size", [64, (128, 16), (32, 128)])
+@pytest.mark.parametrize("coarse", ["block", "row"])
+def test_other_blocks(coarse, block_size):
+    shape = dict(N=700, M=700, H=2, Hk=1, levels=((512, 1), (256, 2)), diagonal_blocks=1)
+    for is_causal, budget in itertools.product((False, True), (dict(blocks_per_row=2), {})):
+        if not budget:
+            budget = dict(density=0.2, blocks_per_row=None)
+        LevelsCase(**shape, block_size=block_size, coarse=coarse, is_causal=is_causal,
+                   **budget).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_given_plan_is_the_same(form, is_causal):
+    coarse, order = form
+    case = LevelsCase(coarse=coarse, order=order, is_causal=is_causal, masks="both")
+    assert_same_bits(case.ours(), case.ours(plan=case.plan()))
+
+
+@pytest.mark.parametrize("coarse, order", FORMS)
+def test_same_bits_for_any_number_of_threads(coarse, order):
+    case = LevelsCase(coarse=coarse, order=order, dtype=torch.float32, N=700, masks="both")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, plan = case.ours(), case.plan()
+        torch.set_num_threads(2)
+        assert_same_bits(one, case.ours())
+        assert torch.equal(plan.row_index, case.plan().row_index)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradcheck(coarse, order, is_causal):
+    case = LevelsCase(B=1, H=2, Hk=1, N=68, M=68, D=8, block_size=16, blocks_per_row=1,
+                      levels=((64, 1), (32, 1)), coarse=coarse, order=order, is_causal=is_causal,
+                      masks="both", spread=0.7)  # fmt: skip
+    plan = case.plan()
+
+    def attend(q, k, v):
+        return mra.mra_attention(
+            q, k, v, case.key_mask, case.query_mask, plan=plan, coarse=coarse, order=order,
+            is_causal=is_causal, return_lse=True,
+        )  # fmt: skip
+
+    weight = attend(case.q, case.k, case.v)[1].isfinite()
+
+    def finite(q, k, v):
+        out, lse = attend(q, k, v)
+        return out, torch.where(weight, lse, 0.0)
+
+    inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    assert torch.autograd.gradcheck(finite, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+def arguments(case):
+    """Of plan and forward, and of backward after it."""
+    o, masks = case.options, (case.key_mask, case.query_mask)
+    flat = [n for level in o["levels"] for n in level]
+    sizes = (o["blocks_per_row"], None, *case.block)
+    plan = (case.q, case.k, *masks, *sizes, "row", 0, 0, o["is_causal"], None, flat)
+    forward = (case.q, case.k, case.v, *masks, None, None, None, *sizes, o["coarse"], o["order"],
+               "row", 0, 0, o["is_causal"], None, flat)  # fmt: skip
+    out, lse, share, *rest = OPS.forward(*forward)
+    kept = [x if x.dim() > 1 else None for x in rest[3:]]
+    backward = (case.grad_out, case.grad_lse, case.q, case.k, case.v, *masks, out, lse, share,
+                *rest[:3], *case.block, o["coarse"], o["order"], o["is_causal"], None, *kept,
+                flat)  # fmt: skip
+    return plan, forward, backward
+
+
+@pytest.mark.parametrize("coarse, order", FORMS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_operators(coarse, order, is_causal):
+    case = LevelsCase(coarse=coarse, order=order, is_causal=is_causal, masks="both", B=1, D=8)
+    for op, args in zip((OPS.plan, OPS.forward, OPS.backward), arguments(case), strict=True):
+        meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
+        for i, (x, y) in enumerate(zip(op(*args), op(*meta), strict=True)):
+            got = (y.shape, y.stride(), y.dtype)
+            assert got == (x.shape, x.stride(), x.dtype), f"{op} result {i}"
+        leaves = op == OPS.forward
+        args = tuple(
+            x.clone().requires_grad_()
+            if leaves and isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for x in args
+        )
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("coarse, order", FORMS[1:])
+def test_backward_makes_the_means_it_is_not_given(coarse, order):
+    case = LevelsCase(coarse=coarse, order=order, is_causal=False)
+    _, _, args = arguments(case)
+    without = [*args[:-7], *[None] * 6, args[-1]]
+    for given, made in zip(OPS.backward(*args), OPS.backward(*without), strict=True):
+        assert torch.equal(given, made)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    torch._dynamo.reset()
+    config = MRAConfig(blocks_per_row=2, block_size=32, levels=THREE)
+
+    def model(q, k, v):
+        return mra.mra_attention(q * 2, k, v, config=config) + 1
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    for N in (300, 420, 900) if dynamic else (300,):
+        x = [torch.randn(2, 2, N, 16, requires_grad=True) for _ in range(3)]
+        ours, theirs = compiled(*x), model(*x)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+        grad = torch.randn_like(ours)
+        for a, b in zip(*(torch.autograd.grad(y, x, grad) for y in (ours, theirs)), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_export_with_any_length():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return mra.mra_attention(q, k, v, blocks_per_row=2, block_size=32, levels=THREE)
+
+    x, dim = torch.randn(1, 2, 300, 16), {2: torch.export.Dim.AUTO}
+    program = torch.export.export(Model(), (x, x, x), dynamic_shapes=(dim,) * 3)
+    y = torch.randn(1, 2, 517, 16)
+    assert torch.equal(program.module()(y, y, y), Model()(y, y, y))
+
+
+def test_torch_func_and_autocast():
+    q, k, v = (torch.randn(3, 2, 2, 200, 8, dtype=torch.float64) for _ in range(3))
+    options = dict(blocks_per_row=1, block_size=32, levels=((64, 2),))
+
+    def attend(q, k, v):
+        return mra.mra_attention(q, k, v, **options)
+
+    def loss(q, k, v):
+        return attend(q, k, v).sin().sum()
+
+    expected = torch.stack([attend(*x) for x in zip(q, k, v, strict=True)])
+    assert torch.equal(torch.func.vmap(attend)(q, k, v), expected)
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
+    for got, x in zip(grads, (q, k, v), strict=True):
+        leaves = [y[0].clone().requires_grad_() for y in (q, k, v)]
+        one = torch.autograd.grad(loss(*leaves), leaves)[[q is x, k is x, v is x].index(True)]
+        assert torch.allclose(got[0], one, atol=1e-12)
+    low = [x[0].float() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attend(*low)
+    assert torch.equal(mixed, attend(*(x.bfloat16() for x in low)))
+
+
+def test_nothing_to_attend():
+    options = dict(blocks_per_row=1, block_size=32, levels=((64, 2),))
+    k = torch.randn(2, 1, 100, 8)
+    for B, N in ((0, 50), (2, 0)):
+        q = torch.randn(B, 2, N, 8, requires_grad=True)
+        out = mra.mra_attention(q, k[:B], k[:B], **options)
+        assert out.shape == q.shape
+        out.sum().backward()
+    mask = torch.zeros(2, 100, dtype=torch.bool)
+    q = torch.randn(2, 2, 50, 8, requires_grad=True)
+    for coarse in ("none", "block", "row"):
+        out, lse = mra.mra_attention(q, k, k, mask, coarse=coarse, return_lse=True, **options)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        (grad,) = torch.autograd.grad(out.sum(), q)
+        assert (grad == 0).all()
+
+
+def test_nan_and_inf_do_not_hang():
+    q, k, v = (torch.randn(1, 1, 300, 8) for _ in range(3))
+    q[..., 5, :], k[..., 70, 3], v[..., 200, 0] = torch.nan, torch.inf, -torch.inf
+    for coarse in ("none", "block", "row"):
+        x = [t.clone().requires_grad_() for t in (q, k, v)]
+        mra.mra_attention(*x, blocks_per_row=1, block_size=32, levels=THREE, coarse=coarse).sum()
+
+
+@pytest.mark.parametrize(
+    "levels, error",
+    [
+        (5, TypeError), ("no", TypeError), ((128, 2), TypeError), (((128.0, 2),), TypeError),
+        (((128, True),), TypeError), (((128,),), ValueError), (((128, 2, 3),), ValueError),
+        (((96, 2),), ValueError), (((32, 2),), ValueError), (((128, 0),), ValueError),
+        (((128, 2), (256, 2)), ValueError), (((128, 2), (128, 2)), ValueError),
+        (((2**31, 2),), ValueError),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_levels(levels, error):
+    q, k, v = (torch.randn(1, 1, 300, 8) for _ in range(3))
+    for function, tensors in ((mra.mra_attention, (q, k, v)), (mra.make_plan, (q, k))):
+        with pytest.raises(error, match="levels: got"):
+            function(*tensors, block_size=32, levels=levels)
+    with pytest.raises(error, match="levels: got"):
+        MRAConfig(block_size=(16, 32), levels=levels)
+
+
+def test_bad_levels_of_the_operators():
+    x = torch.randn(1, 1, 300, 8)
+    for flat in ([64], [96, 2], [32, 2], [128, 2, 128, 2], [64, 0], [2**31, 1], [-64, 1]):
+        with pytest.raises(ValueError, match="levels: got"):
+            OPS.plan(x, x, None, None, 2, None, 32, 32, "row", 0, 0, False, None, flat)
+    with pytest.raises(ValueError, match="levels: got selection"):
+        OPS.plan(x, x, None, None, 2, None, 32, 32, "global", 0, 0, False, None, [64, 2])
+    with pytest.raises(ValueError, match="levels: got selection"):
+        MRAConfig(selection="global", levels=((128, 2),))
+    plan = mra.make_plan(x, x, block_size=32, levels=((128, 2),))
+    with pytest.raises(ValueError, match="levels"):
+        mra.mra_attention(x, x, x, plan=plan, levels=((128, 2),))
+    with pytest.raises(ValueError, match="levels"):
+        mra.mra_attention(x, x, x, plan=plan, config=MRAConfig(block_size=32))
+    lists = (plan.row_start[..., :-1], plan.row_count[..., :-1], plan.row_index)
+    with pytest.raises(ValueError, match="row_start"):
+        OPS.forward(x, x, x, None, None, *lists, None, None, 32, 32, "row", 1, "row", 0, 0, False,
+                    None, [128, 2])  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_gpus_refuse_levels(device):
+    x = torch.randn(1, 1, 300, 8, device=device)
+    with pytest.raises(NotImplementedError, match="levels: got"):
+        mra.mra_attention(x, x, x, block_size=32, levels=((128, 2),))
+
+
+def test_work_of_a_token_does_not_grow():
+    """Operations counted, and time with room for a busy machine: 4 times the tokens."""
+    config = MRAConfig(blocks_per_row=8, block_size=64, levels=((1024, 4), (256, 8)), order=0)
+    flops, seconds = [], []
+    for N in (16384, 65536):
+        q, k, v = (torch.randn(1, 1, N, 64) for _ in range(3))
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            mra.mra_attention(q, k, v, config=config)
+            times.append(time.perf_counter() - start)
+        with FlopCounterMode(display=False) as counter:
+            mra.mra_attention(q, k, v, config=config)
+        flops.append(counter.get_total_flops() / N)
+        seconds.append(min(times) / N)
+    assert flops[1] < 1.15 * flops[0]
+    assert seconds[1] < 1.6 * seconds[0], seconds
