@@ -265,7 +265,7 @@ struct Operators {
       const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
       std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale,
-      at::IntArrayRef levels) {
+      at::OptionalIntArrayRef levels) {
     Options o = check_plan(query, key, key_mask, query_mask,
                            {blocks_per_row, density, block_q, block_k, "none", 0, selection,
                             diagonal_blocks, first_blocks, is_causal, scale, levels});
@@ -291,7 +291,7 @@ struct Operators {
                                std::optional<double> density, int64_t block_q, int64_t block_k,
                                std::string_view coarse, int64_t order, std::string_view selection,
                                int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                               std::optional<double> scale, at::IntArrayRef levels) {
+                               std::optional<double> scale, at::OptionalIntArrayRef levels) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     Options o = check_forward(in, plan,
@@ -313,7 +313,7 @@ struct Operators {
                                  std::optional<double> scale, const OptTensor& query_mean,
                                  const OptTensor& key_mean, const OptTensor& value_mean,
                                  const OptTensor& query_count, const OptTensor& key_count,
-                                 const OptTensor& moments, at::IntArrayRef levels) {
+                                 const OptTensor& moments, at::OptionalIntArrayRef levels) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(
     const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
     std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
     int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::IntArrayRef levels) {
+    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::plan", "")
@@ -44,7 +44,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::IntArrayRef levels) {
+                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")

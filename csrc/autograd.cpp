@@ -57,7 +57,7 @@ struct Rest {
   int64_t diagonal_blocks, first_blocks;
   bool is_causal;
   std::optional<double> scale;
-  at::IntArrayRef levels;
+  at::OptionalIntArrayRef levels;
 };
 
 using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&,
@@ -65,7 +65,7 @@ using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tenso
                                        const OptTensor&, const OptTensor&, std::optional<SymInt>,
                                        std::optional<double>, int64_t, int64_t, std::string_view,
                                        int64_t, std::string_view, int64_t, int64_t, bool,
-                                       std::optional<double>, at::IntArrayRef);
+                                       std::optional<double>, at::OptionalIntArrayRef);
 using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const Tensor&,
                                          const Tensor&, const Tensor&, const OptTensor&,
                                          const OptTensor&, const Tensor&, const Tensor&,
@@ -73,7 +73,7 @@ using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const 
                                          int64_t, int64_t, std::string_view, int64_t, bool,
                                          std::optional<double>, const OptTensor&, const OptTensor&,
                                          const OptTensor&, const OptTensor&, const OptTensor&,
-                                         const OptTensor&, at::IntArrayRef);
+                                         const OptTensor&, at::OptionalIntArrayRef);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
@@ -106,7 +106,7 @@ class Attention : public Function<Attention> {
     ctx->saved_data["order"] = r.order;
     ctx->saved_data["is_causal"] = r.is_causal;
     ctx->saved_data["scale"] = r.scale;
-    ctx->saved_data["levels"] = r.levels.vec();
+    ctx->saved_data["levels"] = r.levels ? c10::IValue(r.levels->vec()) : c10::IValue();
     ctx->set_materialize_grads(false);
     return {out, lse};
   }
@@ -120,13 +120,14 @@ class Attention : public Function<Attention> {
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
     static const auto op = find<BackwardSignature>("mra_attention::backward");
     const std::string coarse = data.at("coarse").toStringRef();
-    const std::vector<int64_t> levels = data.at("levels").toIntVector();
+    const auto levels = data.at("levels").toOptional<std::vector<int64_t>>();
     std::tie(result[0], result[1], result[2]) = op.call(
         grad_out, optional(grads[1]), query, s[1], s[2], optional(s[3]), optional(s[4]), out, s[6],
         s[7], s[8], s[9], s[10], data.at("block_q").toInt(), data.at("block_k").toInt(), coarse,
         data.at("order").toInt(), data.at("is_causal").toBool(),
         data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
-        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]), unless_empty(s[16]), levels);
+        unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]), unless_empty(s[16]),
+        levels ? at::OptionalIntArrayRef(*levels) : std::nullopt);
     return result;
   }
 };
@@ -138,7 +139,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::IntArrayRef levels) {
+                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
   refuse_forward_mode("forward", {query, key, value});
   const Rest rest{key_mask,        query_mask,   row_start, row_count, row_index, blocks_per_row,
                   density,         block_q,      block_k,   coarse,    order,     selection,
@@ -158,7 +159,7 @@ BackwardResult call_backward(
     const Tensor& row_index, int64_t block_q, int64_t block_k, std::string_view coarse,
     int64_t order, bool is_causal, std::optional<double> scale, const OptTensor& query_mean,
     const OptTensor& key_mean, const OptTensor& value_mean, const OptTensor& query_count,
-    const OptTensor& key_count, const OptTensor& moments, at::IntArrayRef levels) {
+    const OptTensor& key_count, const OptTensor& moments, at::OptionalIntArrayRef levels) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
@@ -194,7 +195,7 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::IntArrayRef levels) {
+                        const OptTensor& moments, at::OptionalIntArrayRef levels) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
   const BackwardResult result = call_backward(
       grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
@@ -218,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(
     const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
     std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
     int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::IntArrayRef levels) {
+    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<decltype(plan)>("mra_attention::plan");
   return op.call(query, key, key_mask, query_mask, blocks_per_row, density, block_q, block_k,

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> plan(
     const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
     std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
     int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::IntArrayRef levels) {
+    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
   const CallOptions call{blocks_per_row, density,         block_q,      block_k,   "none", 0,
                          selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
   const Options o = check_plan(query, key, key_mask, query_mask, call);
@@ -101,7 +101,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::IntArrayRef levels) {
+                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
   const CallOptions call{blocks_per_row, density,         block_q,      block_k,   coarse, order,
                          selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
   const PlanTensors plan{row_start, row_count, row_index};
@@ -156,7 +156,7 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::IntArrayRef levels) {
+                        const OptTensor& moments, at::OptionalIntArrayRef levels) {
   check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
                  coarse_share, {row_start, row_count, row_index},
                  {query_mean, key_mean, value_mean, query_count, key_count, moments},

@@ -16,7 +16,7 @@ TORCH_LIBRARY(mra_attention, m) {
       "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? "
       "blocks_per_row, "
       "float? density, int block_q, int block_k, str selection, int diagonal_blocks, "
-      "int first_blocks, bool is_causal, float? scale, int[] levels=[]) "
+      "int first_blocks, bool is_causal, float? scale, int[]? levels=None) "
       "-> (Tensor row_start, Tensor row_count, Tensor row_index)");
 
   // Attention, with a given plan (all three row tensors) or one made here (none of them). The row
@@ -27,7 +27,7 @@ TORCH_LIBRARY(mra_attention, m) {
       "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
       "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
       "float? density, int block_q, int block_k, str coarse, int order, str selection, "
-      "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[] levels=[]) "
+      "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[]? levels=None) "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
       "Tensor row_index, Tensor query_mean, Tensor key_mean, Tensor value_mean, "
       "Tensor query_count, Tensor key_count, Tensor moments)");
@@ -39,6 +39,6 @@ TORCH_LIBRARY(mra_attention, m) {
       "Tensor row_start, Tensor row_count, Tensor row_index, int block_q, int block_k, str coarse, "
       "int order, bool is_causal, float? scale, Tensor? query_mean=None, Tensor? key_mean=None, "
       "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None, "
-      "Tensor? moments=None, int[] levels=[]) "
+      "Tensor? moments=None, int[]? levels=None) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -92,10 +92,16 @@ def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=()):
     return stages
 
 
+def _pairs(levels):
+    """levels as the operators take them, as pairs."""
+    levels = levels or ()
+    return list(zip(levels[::2], levels[1::2], strict=True))
+
+
 def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is_causal, levels,
            which):  # fmt: skip
     (B, H, N, D), (_, Hk, M, _) = query, key
-    levels = list(zip(levels[::2], levels[1::2], strict=True))
+    levels = _pairs(levels)
     if index is not None:  # a plan that is there counts by the room of its lists
         cells = sum(-(-N // block) * min(-(-M // block), cells) for block, cells in levels)
         blocks_per_row, density = max(1, (index[2] - cells) // -(-N // bq)), None
@@ -114,10 +120,10 @@ def _register():
 
     @register_flop_formula(ops.plan)
     def plan(query, key, key_mask, query_mask, blocks_per_row, density, bq, bk, selection,
-             diagonal_blocks, first_blocks, is_causal, scale, levels=(),
+             diagonal_blocks, first_blocks, is_causal, scale, levels=None,
              out_shape=None):  # fmt: skip
         (B, H, N, D), (_, Hk, M, _) = query, key
-        levels = list(zip(levels[::2], levels[1::2], strict=True))
+        levels = _pairs(levels)
         found = rows_of_levels(N, M, bq, bk, density, blocks_per_row, is_causal, levels)
         pairs = sum(seen for _, rows in found for _, _, seen in rows)
         return B * D * (H * N + Hk * M + 2 * H * pairs)
@@ -125,7 +131,7 @@ def _register():
     @register_flop_formula(ops.forward)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, selection, diagonal_blocks,
-                first_blocks, is_causal, scale, levels=(), out_shape=None):  # fmt: skip
+                first_blocks, is_causal, scale, levels=None, out_shape=None):  # fmt: skip
         return _total(query, key, row_index, blocks_per_row, density, bq, bk, coarse, order,
                       is_causal, levels, "forward")  # fmt: skip
 
@@ -133,8 +139,8 @@ def _register():
     def backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, bq, bk, coarse, order, is_causal,
                  *rest, levels=None, out_shape=None):  # fmt: skip
-        if levels is None:  # behind scale and six tensors that forward kept
-            levels = rest[7] if len(rest) > 7 else ()
+        if len(rest) > 7:  # behind scale and six tensors that forward kept
+            levels = rest[7]
         return _total(query, key, row_index, None, None, bq, bk, coarse, order, is_causal, levels,
                       "backward")  # fmt: skip
 

@@ -222,8 +222,8 @@ def _float(scale):
 
 
 def _flat(levels):
-    """levels as the operators take them: block, cells, block, cells, ..."""
-    return [number for level in levels for number in level]
+    """levels as the operators take them: block, cells, block, cells, ...; None without any."""
+    return [number for level in levels for number in level] or None
 
 
 def _check_tensors(optional=False, **tensors):

@@ -45,7 +45,7 @@ void check_budget(const CallOptions& call, Budget budget) {
 // Each block a power of two and at least twice the next one, the last at least twice block_q and
 // block_k, which are powers of two.
 std::vector<Level> parse_levels(const CallOptions& call) {
-  const auto& given = call.levels;
+  const at::IntArrayRef given = call.levels.value_or(at::IntArrayRef());
   TORCH_CHECK_VALUE(given.size() % 2 == 0, "levels: got ", given.size(),
                     " numbers, expected pairs (block, cells per row)");
   std::vector<Level> levels;

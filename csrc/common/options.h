@@ -24,7 +24,7 @@ struct CallOptions {
   int64_t diagonal_blocks = 0, first_blocks = 0;
   bool is_causal;
   std::optional<double> scale;
-  at::IntArrayRef levels = {};  // block, cells, block, cells, ...: coarsest first
+  at::OptionalIntArrayRef levels = std::nullopt;  // block, cells, block, cells, ...: coarsest first
 };
 
 // Whether a call must give a budget (density or blocks_per_row).
