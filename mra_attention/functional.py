@@ -54,9 +54,9 @@ def mra_attention(
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
     density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks,
-        layout, levels: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs N == M
-        tokens, as many as it has or more, and no is_causal; input and results stay in the order of
-        the sequence, and the shares and numbers of blocks are those of its tiles.
+        layout, levels: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs
+        N == M tokens, as many as it has or more, and no is_causal; input and results stay in the
+        order of the sequence, and the shares and numbers of blocks are those of its tiles.
     config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; for a
         variant, ``config.replace(...)``.
     is_causal: query i sees keys j <= i; needs N == M.

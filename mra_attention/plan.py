@@ -60,9 +60,7 @@ class Plan:
             check_length(layout, N, M)
             if is_causal:
                 raise ValueError(f"is_causal: got True with layout={layout}, expected False")
-        nq, nk = (
-            blocks(n, b, layout, block_size) for n, b in zip((N, M), block_size, strict=True)
-        )
+        nq, nk = (blocks(n, b, layout, block_size) for n, b in zip((N, M), block_size, strict=True))
         if mask.dim() != 4 or mask.shape[2] != nq or mask.shape[3] != nk:
             raise ValueError(
                 f"mask: got shape {tuple(mask.shape)}, expected (B, H, {nq}, {nk}) for N={N}, "

@@ -99,13 +99,13 @@ class Case:
     @property
     def selection(self):
         names = ("density", "blocks_per_row", "block_size", "selection", "diagonal_blocks",
-                 "first_blocks", "is_causal", "scale", "levels")  # fmt: skip
+                 "first_blocks", "is_causal", "scale", "layout", "levels")  # fmt: skip
         return {n: self.options[n] for n in names if n in self.options}
 
     @property
     def values(self):
         """Options that matter once the plan is made."""
-        names = ("block_size", "coarse", "order", "is_causal", "scale")
+        names = ("block_size", "coarse", "order", "is_causal", "scale", "layout")
         return {n: self.options[n] for n in names if n in self.options}
 
     def plan(self):

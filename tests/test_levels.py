@@ -60,6 +60,16 @@ def test_is_the_reference(coarse, order, levels, is_causal, masks):
     compare(case.ours(backward=False), None, reference, torch.float64, "cpu", f"seed {case.seed}")
 
 
+@pytest.mark.parametrize("layout", [(15, 20), (3, 9, 11)])
+@pytest.mark.parametrize("coarse, order", FORMS)
+def test_blocks_of_every_level_are_patches(coarse, order, layout):
+    """With one leading token or four; tiles are as large as the coarsest block."""
+    case = LevelsCase(coarse=coarse, order=order, layout=layout, M=301, masks="both")
+    plan = case.plan()
+    assert plan.nq * 16 == plan.nk * 32 == plan.to_dense(0).shape[-1] * 128 > 301
+    case.check()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("coarse, order", FORMS)
 def test_other_dtypes(coarse, order, dtype):
