@@ -23,7 +23,7 @@ import sys
 
 import pytest
 import torch
-from helpers import CPU_DTYPES, CUDA_DTYPES, limit, relative_error
+from helpers import CPU_DTYPES, CUDA_DTYPES, ROOT, limit, relative_error
 from test_module import EXACT, HEADS, SPARSE, B, E, M, N, close, padding, pair, tensors
 from torch import nn
 
@@ -263,7 +263,9 @@ def test_a_padding_mask_that_weighs_keys_fails_on_a_gpu():
         "torch.cuda.synchronize()\n"
         "print('unseen')\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )  # fmt: skip
     assert result.stdout.split() == ["passed"] and result.returncode != 0
     assert "assert" in result.stderr
 
