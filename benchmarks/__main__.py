@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("memory", "growth", "accuracy", "layout", "minilm", "table")
+COMMANDS = ("memory", "growth", "accuracy", "embeddings", "layout", "minilm", "whisper", "table")
 
 
 def main(argv=None):

@@ -1,64 +1,223 @@
-"""``python -m benchmarks accuracy``: approximation error on synthetic inputs, by density and form.
+"""``python -m benchmarks accuracy``: error and time of every form and of other methods, on real q,
+k, v. Error is ‖o - exact‖ / ‖exact‖ of a head, mean over heads, layers and windows, against exact
+attention in float64 on the same inputs. For each density, every method may spend as many
+multiply-adds as exact attention to that share of the keys; MRA's pooled part comes on top.
 
-Inputs are sequences in which neighbours resemble each other, as embeddings of a text or a recording
-do: noise smoothed over ``--smooth`` positions; queries and keys share half of their variance, as
-projections of one sequence do, and are scaled so that ``--spread`` is about the standard deviation
-of the logits. The demo has the same on a real model's inputs.
+``--inputs synthetic`` are sequences in which neighbours resemble each other: noise smoothed over
+``--smooth`` positions; queries and keys share half of their variance, and are scaled so that
+``--spread`` is about the standard deviation of the logits. ``minilm`` and ``whisper`` are real
+encoders, reading text and listening to speech.
 """
 
 import argparse
+import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report
-from benchmarks.cases import FORMS, ratio
+from benchmarks import candidates, minilm, report, whisper
+from benchmarks.cases import DEFAULT, DTYPES, FORMS, PAPER_FORMS, Form, Unsupported, ratio
+from benchmarks.environment import plain
 from benchmarks.inputs import smoothed
 from benchmarks.options import add_common, begin, block_size, listed, shape, share
+from benchmarks.peers import PEERS
+from benchmarks.timing import make_timer
 from mra_attention import mra_attention
+
+INPUTS = ("synthetic", "minilm", "whisper")
+KINDS = ("mra", "oracle", "candidate", "peer")
+MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS)  # MRA-2-s and MRA-2 first
+HEADS = ("block, global", "row + order 1", "centred")  # whose errors by head are kept
+LAYERS = {"synthetic": 1, "minilm": 6, "whisper": 4}
 
 
 def parser():
     parser = argparse.ArgumentParser(prog="python -m benchmarks accuracy", description=__doc__)
     add = parser.add_argument
     add_common(parser)
-    add("--shape", type=shape, default=[1, 4, 1024, 64], metavar="B,H,N,D")
-    add("--density", type=listed(share), default=[1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0])
-    add("--block-size", type=block_size, default=(32, 32))
+    add("--inputs", type=listed(str, INPUTS), default=["synthetic"])
+    add("--density", type=listed(share), default=[1 / 16, 1 / 8, 1 / 4])
+    add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
+        help="32; may be given several times")  # fmt: skip
+    add("--kind", type=listed(str, KINDS), default=list(KINDS), help=", ".join(KINDS))
+    add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
+    add("--windows", type=int, help="texts or recordings, at most; all that there are")
+    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
+    add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
+    add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
+    add("--seconds", type=float, default=0.0, help="time for each row beyond the fewest runs")
+    add("--no-time", dest="time", action="store_false", help="errors only")
+    add("--picture", metavar="FILE", help="error against time and against a head's entropy")
+    add("--shape", type=shape, default=[1, 4, 1024, 64], metavar="B,H,N,D", help="of synthetic")
     add("--smooth", type=int, default=16, help="positions that a neighbourhood reaches")
     add("--spread", type=float, default=2.0, help="standard deviation of the logits")
     return parser
 
 
-def inputs(sizes, smooth, spread, seed, device):
+def _form(form):
+    return functools.partial(mra_attention, coarse=form.coarse, order=form.order)
+
+
+# Those that plan by a score of their own: dense, not timed. Kind, name, score, attention.
+DENSE = (
+    ("oracle", "none, oracle", candidates.true_mass, _form(Form("none"))),
+    ("oracle", "row + order 1, oracle", candidates.true_mass, _form(DEFAULT)),
+    ("oracle", "centred, oracle", candidates.true_mass, candidates.centred),
+    ("oracle", "centred, true column weights", candidates.mean_score, candidates.columns),
+    ("candidate", "row + order 1, mean-query score", candidates.mean_query_score, _form(DEFAULT)),
+    ("candidate", "centred", candidates.mean_score, candidates.centred),
+    ("candidate", "centred, centred score", candidates.centred_score, candidates.centred),
+    ("candidate", "centred, curved", candidates.mean_score, candidates.curved),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """``run(query, key, value)``. A dense one needs memory N * M and is not timed."""
+
+    kind: str
+    name: str
+    run: object
+    dense: bool = False
+
+
+def methods(kinds, block_size, density):
+    """What is measured at one block size and density. Peers know no blocks: their windows of
+    queries are blocks of 32."""
+    options = {"block_size": block_size, "density": density}
+    found = [
+        Method("mra", f.name, functools.partial(mra_attention, **options, **dataclasses.asdict(f)))
+        for f in MRA_FORMS
+    ]
+    for kind, name, score, attention in DENSE:
+        run = functools.partial(candidates.planned, score, attention, block_size, density)
+        found.append(Method(kind, name, run, dense=True))
+    for name, peer in PEERS.items():
+        found.append(Method("peer", name, functools.partial(peer, density=density)))
+    return [method for method in found if method.kind in kinds]
+
+
+def synthetic(sizes, smooth, spread, seed):
     """query, key, value (B, H, N, D), float32."""
     B, H, N, D = sizes
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(4, B, H, D, N + smooth - 1, generator=generator)
     x = smoothed(noise, torch.hann_window(smooth + 2, periodic=False)[1:-1])
-    x = x.transpose(-1, -2).contiguous().to(device)
-    return *((spread / 2) ** 0.5 * (x[:2] + x[2])), x[3]
+    x = x.transpose(-1, -2).contiguous()
+    return torch.stack([*((spread / 2) ** 0.5 * (x[:2] + x[2])), x[3]])
+
+
+def load(name, args):
+    """q, k, v of an input, (3, windows * layers, H, N, D), as the files have them."""
+    if name == "synthetic":
+        return synthetic(args.shape, args.smooth, args.spread, args.seed)
+    if name == "minilm":
+        file = args.minilm_file
+        qkv = minilm.encode() if file is None else torch.load(file, weights_only=True)
+    else:
+        file = args.whisper_file
+        if file is None:
+            qkv = whisper.encode(args.speech, args.windows or whisper.WINDOWS)
+        else:
+            qkv = torch.load(file, weights_only=True)
+    return qkv[:, : args.windows * LAYERS[name]] if args.windows else qkv
+
+
+def exact_attention(query, key, value):
+    """In float64, one entry of the batch at a time: out, and the entropy of each head's rows in
+    nats, mean over its rows (B, H)."""
+    outs, entropies = [], []
+    for q, k, v in zip(query.double(), key.double(), value.double(), strict=True):
+        p = (q.shape[-1] ** -0.5 * q @ k.mT).softmax(-1)
+        outs.append(p @ v)
+        entropies.append(torch.special.entr(p).sum(-1).mean(-1))
+    return torch.stack(outs), torch.stack(entropies)
+
+
+def errors(out, exact):
+    """(B, H)"""
+    return (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
+
+
+def by_head(x, layers):
+    """Mean over windows of (windows * layers, H), as a flat list of layers and heads."""
+    return [round(value, 4) for value in x.unflatten(0, (-1, layers)).mean(0).flatten().tolist()]
+
+
+def measure(method, qkv, exact, layers, timer):
+    """One row: its errors and, with a timer, the median milliseconds of a call on all inputs."""
+    row = {"kind": method.kind, "method": method.name}
+    try:
+        if method.dense:
+            entries = zip(*(t.float().split(1) for t in qkv), strict=True)
+            out = torch.cat([method.run(*entry) for entry in entries])
+        else:
+            out = method.run(*qkv)
+        error = errors(out, exact)
+        ms = timer.measure(lambda: method.run(*qkv)).median if timer and not method.dense else None
+    except Exception as problem:  # one method that can't run is a row that says why
+        return row | {"status": "not supported", "reason": plain(problem)}
+    row |= {"status": "ok", "error": error.mean().item(), "worst": error.max().item(), "ms": ms}
+    if method.name in HEADS:
+        row["heads"] = by_head(error, layers)
+    return row
+
+
+@torch.no_grad()
+def measure_inputs(name, args, device, result):
+    """One entry of the report, growing while it is measured."""
+    layers, dtype = LAYERS[name], args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    entry = {"inputs": name, "dtype": dtype, "rows": []}
+    result["inputs"].append(entry)
+    try:
+        qkv = load(name, args)
+    except Unsupported as problem:
+        entry |= {"status": "not supported", "reason": str(problem)}
+        report.say(f"{name}: not supported: {problem}")
+        return
+    qkv = qkv.to(device, DTYPES[dtype]).unbind(0)
+    layers = layers if qkv[0].shape[0] % layers == 0 else 1
+    exact, entropy = exact_attention(*qkv)
+    timer = make_timer(device, args.seconds, 3) if args.time else None
+    whole = measure(
+        Method("exact", "exact", F.scaled_dot_product_attention), qkv, exact, layers, timer
+    )
+    entry |= {"status": "ok", "shape": list(qkv[0].shape), "layers": layers}
+    entry |= {"entropy": by_head(entropy, layers), "exact": whole}
+    report.say(f"{name}, B, H, N, D = {tuple(qkv[0].shape)}, {dtype}; exact: {cell(whole)}")
+    for size in args.block_size or [(32, 32)]:
+        report.say(
+            f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and ms" * args.time
+        )
+        report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
+        lists = [methods(args.kind, size, density) for density in args.density]
+        for group in zip(*lists, strict=True):
+            rows = []
+            for density, method in zip(args.density, group, strict=True):
+                row = measure(method, qkv, exact, layers, timer)
+                rows.append({"block_size": list(size), "density": density} | row)
+            entry["rows"] += rows
+            report.write_json(args.json, result)
+            report.say(f"  {group[0].name:<34}" + "".join(f"{cell(row):>20}" for row in rows))
+
+
+def cell(row):
+    if row["status"] != "ok":
+        return row["reason"][:18]
+    return f"{row['error']:.4f}" + (f" {row['ms']:9.2f}" if row["ms"] else " " * 10)
 
 
 def main(argv):
     args = parser().parse_args(argv[1:])
     device, result = begin("accuracy", args, argv)
-    result["rows"] = []
-    q, k, v = inputs(args.shape, args.smooth, args.spread, args.seed, device)
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    result["inputs"] = []
     report.print_environment(result)
-    report.say("|o - exact| / |exact|, mean over heads")
-    report.say(f"{'density':>8}" + "".join(f"{form.name:>18}" for form in FORMS))
-    for density in args.density:
-        row = {"density": density}
-        for form in FORMS:
-            out = mra_attention(
-                q, k, v, density=density, block_size=args.block_size, coarse=form.coarse,
-                order=form.order,
-            )  # fmt: skip
-            error = (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
-            row[form.name] = error.mean().item()
-        result["rows"].append(row)
-        report.say(f"{ratio(density):>8}" + "".join(f"{row[f.name]:18.4f}" for f in FORMS))
+    for name in args.inputs:
+        measure_inputs(name, args, device, result)
     report.write_json(args.json, result)
+    if args.picture:
+        from benchmarks.accuracy_picture import draw  # matplotlib only where it is asked for
+
+        draw(args.picture, result)
     return result

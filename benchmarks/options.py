@@ -9,7 +9,8 @@ from benchmarks.cases import DTYPES, INPUTS, PASSES
 from benchmarks.environment import environment
 from benchmarks.stages import STAGES
 
-UNNAMED = ("--json", "--commit", "--minilm-file")  # paths and what stands elsewhere
+# Paths, and what stands elsewhere.
+UNNAMED = ("--json", "--commit", "--minilm-file", "--whisper-file", "--speech", "--picture")
 SCHEMA = 1  # of the JSON files; README.md describes it
 
 
@@ -84,7 +85,7 @@ def speed_parser():
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
         "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "growth, accuracy, layout, minilm, table (each has --help).",
+        "growth, accuracy, embeddings, layout, minilm, whisper, table (each has --help).",
     )
     add = parser.add_argument
     add_common(parser)
@@ -138,7 +139,7 @@ def begin(kind, args, argv):
     device = torch.device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    hidden = ("json", "commit", "dry_run", "minilm_file")
+    hidden = {name.removeprefix("--").replace("-", "_") for name in (*UNNAMED, "--dry-run")}
     options = {name: value for name, value in vars(args).items() if name not in hidden}
     report = {"schema": SCHEMA, "kind": kind, **environment(device, args.commit)}
     return device, report | {"command": command_line(argv), "options": options}
