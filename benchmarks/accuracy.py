@@ -28,7 +28,7 @@ from mra_attention import mra_attention
 INPUTS = ("synthetic", "minilm", "whisper")
 KINDS = ("mra", "oracle", "candidate", "peer")
 MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS)  # MRA-2-s and MRA-2 first
-HEADS = ("block, global", "row + order 1", "centred")  # whose errors by head are kept
+HEADS = ("block, global", "row + order 1", "centred, sampled")  # whose errors by head are kept
 LAYERS = {"synthetic": 1, "minilm": 6, "whisper": 4}
 
 
@@ -69,6 +69,8 @@ DENSE = (
     ("candidate", "centred", candidates.mean_score, candidates.centred),
     ("candidate", "centred, centred score", candidates.centred_score, candidates.centred),
     ("candidate", "centred, curved", candidates.mean_score, candidates.curved),
+    ("candidate", "centred, sampled", candidates.mean_score, candidates.sampled),
+    ("candidate", "centred, sampled, centred score", candidates.centred_score, candidates.sampled),
 )
 
 

@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 from mra_attention.plan import Plan
 from mra_attention.reference import pool, row_budgets
 
+SAMPLE = 64  # queries that "sampled" looks at
+
 __all__ = [
     "centred", "centred_score", "columns", "curved", "mean_query_score", "mean_score",
-    "planned", "rows_of_best", "true_mass",
+    "planned", "rows_of_best", "sampled", "true_mass",
 ]  # fmt: skip
 
 
@@ -69,6 +71,11 @@ def curved(query, key, value, plan):
     return centred(query, key, value, plan, weights="curved")
 
 
+def sampled(query, key, value, plan):
+    """:func:`centred` with weights from a sample of the queries."""
+    return centred(query, key, value, plan, weights="sampled")
+
+
 def columns(query, key, value, plan):
     """:func:`centred` with the attention map's own column sums as weights: what the best weights
     would give. Costs exact attention."""
@@ -78,11 +85,11 @@ def columns(query, key, value, plan):
 def centred(query, key, value, plan, weights="mean"):
     """Row form and order 1 with block means taken as the mean query q^ weighs the keys.
 
-    Within block y, π_j = softmax of l_j = s q^.k_j, and k^_y = Σ π_j k_j, v^_y = Σ π_j v_j. Block y
-    weighs ``exp(a_y + s q_i.k^_y) (1 + γ_i t_i / 2)``, a_y = -Σ π_j log π_j, on
-    ``v^_y + γ_i s (q_i - q^) C``; C and Σ are the moments under π, mean over the blocks, and
-    t_i = s² (q_i - q^) Σ (q_i - q^)', γ_i = 1 / (1 + t_i / 4). With 0 for q^ and without the factor
-    behind the weight it is the operator's ``coarse="row", order=1``."""
+    Within block y, π_j = softmax of l_j = s q^.k_j, or of other log ``weights``; k^_y = Σ π_j k_j
+    and v^_y = Σ π_j v_j. Block y weighs ``exp(a_y + s q_i.k^_y) (1 + γ_i t_i / 2)`` with
+    a_y = -Σ π_j log π_j, on ``v^_y + γ_i s (q_i - q^) C``. C and Σ are the moments under π, mean
+    over the blocks; t_i = s² (q_i - q^) Σ (q_i - q^)' and γ_i = 1 / (1 + t_i / 4). With 0 for q^
+    and without the factor (1 + γ_i t_i / 2) it is the operator's ``coarse="row", order=1``."""
     s, bk, M = query.shape[-1] ** -0.5, plan.block_size[1], key.shape[2]
     centre = query.mean(2, keepdim=True)
     away = query - centre
@@ -125,8 +132,23 @@ def _curved_weights(query, key, centre, s):
     return _mean_weights(query, key, centre, s) + factor
 
 
+def _sampled_weights(query, key, centre, s):
+    """Column sums of SAMPLE rows of the map, evenly spread, and of the mean query's row, which
+    counts as a quarter of them."""
+    N = query.shape[2]
+    at = (2 * torch.arange(SAMPLE, device=query.device) + 1) * N // (2 * SAMPLE)
+    p = (s * torch.cat([query[:, :, at], centre], 2) @ key.mT).softmax(-1)
+    p[:, :, -1] *= SAMPLE / 4
+    return p.sum(2).clamp(min=1e-30).log()
+
+
 def _column_weights(query, key, centre, s):
     return (s * query @ key.mT).log_softmax(-1).logsumexp(2)
 
 
-LOG_WEIGHTS = {"mean": _mean_weights, "curved": _curved_weights, "columns": _column_weights}
+LOG_WEIGHTS = {
+    "mean": _mean_weights,
+    "curved": _curved_weights,
+    "sampled": _sampled_weights,
+    "columns": _column_weights,
+}

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.cases import PASSES
+from benchmarks.cases import PASSES, ratio
 
 DASH = "–"
 
@@ -46,6 +46,7 @@ def replaced(readme, name, text):
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
     kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
+    kinds |= {"accuracy": _accuracy, "embeddings": _embeddings}
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -164,6 +165,56 @@ def _layout(report):
         if row["status"] != "ok":
             notes += f" {row['input']}: {row['reason']}."
     return _table(lines) + "\n" + notes + "\n"
+
+
+def _accuracy(report):
+    """A table for each input and block size: one line for each method, a column a density."""
+    parts = []
+    for entry in report["inputs"]:
+        if entry["status"] != "ok":
+            parts.append(f"{entry['inputs']}: {entry['reason']}\n")
+            continue
+        exact = entry["exact"]["ms"]
+        exact = f"; exact attention {_digits(exact)} ms" if exact else ""
+        for size in dict.fromkeys(tuple(row["block_size"]) for row in entry["rows"]):
+            here = [row for row in entry["rows"] if tuple(row["block_size"]) == size]
+            B, H, N, D = entry["shape"]
+            blocks = "x".join(map(str, dict.fromkeys(size)))
+            parts.append(f"{entry['inputs']}, B{B} H{H} N{N} D{D} {entry['dtype']}, blocks of "
+                         f"{blocks}{exact}\n")  # fmt: skip
+            parts.append(_by_density(here, "method", _error))
+    notes = (
+        "Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows. Behind it the "
+        "milliseconds of one call on all of them; forms without are dense prototypes."
+    )
+    return "\n".join([*parts, notes + "\n"])
+
+
+def _error(row):
+    if row["status"] != "ok":
+        return row["reason"]
+    return f"{row['error']:.3f}" + (f" ({_digits(row['ms'])})" if row["ms"] else "")
+
+
+def _embeddings(report):
+    cell = lambda row: f"{row['cosine']:.4f}, {row['lowest']:.4f}"  # noqa: E731
+    goals = {row["density"]: row["goal"] for row in report["rows"] if row["goal"]}
+    goals = ", ".join(f"{goal} at density {ratio(density)}" for density, goal in goals.items())
+    return (
+        _by_density(report["rows"], "form", cell)
+        + f"\nCosine with the exact encoder's embedding: mean, lowest of {report['documents']} "
+        f"documents of {report['tokens']} tokens. Goal for the mean: {goals}.\n"
+    )
+
+
+def _by_density(rows, key, cell):
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    lines = [[key, *(f"density {ratio(density)}" for density in densities)]]
+    lines.append(["---"] * len(lines[0]))
+    for name in dict.fromkeys(row[key] for row in rows):
+        found = {row["density"]: cell(row) for row in rows if row[key] == name}
+        lines.append([name, *(found.get(density, DASH) for density in densities)])
+    return _table(lines)
 
 
 def _table(lines):
