@@ -85,8 +85,8 @@ class Method:
 
 
 def methods(kinds, block_size, density):
-    """What is measured at one block size and density. Peers know no blocks: their windows of
-    queries are blocks of 32."""
+    """What is measured at one block size and density. Peers know no blocks, so they are measured
+    at the first block size only; their windows belong to 32 queries."""
     options = {"block_size": block_size, "density": density}
     found = [
         Method("mra", f.name, functools.partial(mra_attention, **options, **dataclasses.asdict(f)))
@@ -188,12 +188,14 @@ def measure_inputs(name, args, device, result):
     entry |= {"status": "ok", "shape": list(qkv[0].shape), "layers": layers}
     entry |= {"entropy": by_head(entropy, layers), "exact": whole}
     report.say(f"{name}, B, H, N, D = {tuple(qkv[0].shape)}, {dtype}; exact: {cell(whole)}")
-    for size in args.block_size or [(32, 32)]:
+    sizes = args.block_size or [(32, 32)]
+    for size in sizes:
+        kinds = [kind for kind in args.kind if kind != "peer" or size == sizes[0]]
         report.say(
             f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and ms" * args.time
         )
         report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
-        lists = [methods(args.kind, size, density) for density in args.density]
+        lists = [methods(kinds, size, density) for density in args.density]
         for group in zip(*lists, strict=True):
             rows = []
             for density, method in zip(args.density, group, strict=True):
@@ -219,7 +221,7 @@ def main(argv):
         measure_inputs(name, args, device, result)
     report.write_json(args.json, result)
     if args.picture:
-        from benchmarks.accuracy_picture import draw  # matplotlib only where it is asked for
+        from benchmarks.accuracy_picture import draw  # needs matplotlib
 
         draw(args.picture, result)
     return result

