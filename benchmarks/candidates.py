@@ -88,8 +88,8 @@ def centred(query, key, value, plan, weights="mean"):
     Within block y, π_j = softmax of l_j = s q^.k_j, or of other log ``weights``; k^_y = Σ π_j k_j
     and v^_y = Σ π_j v_j. Block y weighs ``exp(a_y + s q_i.k^_y) (1 + γ_i t_i / 2)`` with
     a_y = -Σ π_j log π_j, on ``v^_y + γ_i s (q_i - q^) C``. C and Σ are the moments under π, mean
-    over the blocks' keys; t_i = s² (q_i - q^) Σ (q_i - q^)' and γ_i = 1 / (1 + t_i / 4). With 0 for q^
-    and without the factor (1 + γ_i t_i / 2) it is the operator's ``coarse="row", order=1``."""
+    over the keys; t_i = s² (q_i - q^) Σ (q_i - q^)' and γ_i = 1 / (1 + t_i / 4). With 0 for q^ and
+    without the factor (1 + γ_i t_i / 2) it is the operator's ``coarse="row", order=1``."""
     s, bk, M = query.shape[-1] ** -0.5, plan.block_size[1], key.shape[2]
     centre = query.mean(2, keepdim=True)
     away = query - centre

@@ -21,7 +21,10 @@ from mra_attention import mra_attention
 TOKENS = 512
 GOALS = {1 / 8: 0.97, 1 / 4: 0.985}  # mean cosine of the default form
 FORMS = (Form("none"), Form("block", 0, "global"), Form("block", 1), DEFAULT)
-DENSE_NAMES = ("row + order 1, oracle", "centred", "centred, curved", "centred, sampled")
+DENSE_NAMES = (
+    "row + order 1, oracle", "centred", "centred, curved", "centred, sampled",
+    "centred, sampled, centred score",
+)  # fmt: skip
 
 
 def parser():
@@ -92,9 +95,9 @@ def main(argv):
     blocks = "x".join(map(str, dict.fromkeys(args.block_size)))
     report.say(f"{len(ids)} documents of {TOKENS} tokens, blocks of {blocks}; cosine: mean, lowest")
     lists = [attentions(args.block_size, d, args.candidates) for d in args.density]
-    report.say(f"  {'':<24}" + "".join(f"{ratio(d):>20}" for d in args.density))
+    report.say(f"  {'':<32}" + "".join(f"{ratio(d):>20}" for d in args.density))
     for name in lists[0]:
-        line = f"  {name:<24}"
+        line = f"  {name:<32}"
         for density, found in zip(args.density, lists, strict=True):
             cosine = cosines(model, ids, found[name], exact, args.batch)
             row = {"form": name, "density": density, "goal": GOALS.get(density)}
