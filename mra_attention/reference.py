@@ -14,13 +14,17 @@ from torch.nn.functional import pad
 
 from .layout import halvings, tile_shape
 
-__all__ = ["mra_attention_reference", "patches", "pool", "plan", "coarse", "fine", "row_budgets"]
+__all__ = ["mra_attention_reference", "patches", "pool", "centre", "plan", "coarse", "fine",
+           "row_budgets"]  # fmt: skip
+
+SAMPLED_QUERIES = 64  # whose attention gives the weights of pool="sampled"
 
 
 def mra_attention_reference(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=64, coarse="row", order=1, selection="row", diagonal_blocks=0, first_blocks=0,
     layout=None, is_causal=False, scale=None, plan=None, return_lse=False, levels=(),
+    pool="even",
 ):  # fmt: skip
     """MRA attention, dense. Arguments and result as :func:`mra_attention.mra_attention`, except
     that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact. With
@@ -36,9 +40,14 @@ def mra_attention_reference(
             density=density, blocks_per_row=blocks_per_row, block_size=block_size, coarse=coarse,
             order=order, selection=selection, diagonal_blocks=diagonal_blocks,
             first_blocks=first_blocks, scale=scale, plan=plan, return_lse=True, levels=levels,
+            pool=pool,
         )  # fmt: skip
         out, lse = out[:, :, at], lse[:, :, at]
         return (out, lse) if return_lse else out
+    if pool != "even" and (coarse != "row" or levels or is_causal):
+        raise ValueError(
+            f"pool: got {pool!r}, expected 'even' unless coarse is 'row', without levels or causal"
+        )
     if levels:
         if selection != "row":
             raise ValueError(f"levels: got selection={selection!r}, expected 'row' beside levels")
@@ -52,12 +61,16 @@ def mra_attention_reference(
         )  # fmt: skip
     N, D, M, G = query.shape[2], query.shape[3], key.shape[2], query.shape[1] // key.shape[1]
     s = D**-0.5 if scale is None else scale
+    weights = log_mass = None
+    if pool != "even":
+        centre_, *weights = centre(pool, s, query, key, query_mask, key_mask, bk)
+        centre_, weights, log_mass = (x.repeat_interleave(G, 1) for x in (centre_, *weights))
     key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
 
     # pool: means over the valid rows of each block
-    q_mean, q_count = pool(query, query_mask, bq)
-    k_mean, k_count = pool(key, key_mask, bk)
-    v_mean, _ = pool(value, key_mask, bk)
+    q_mean, q_count = _pool(query, query_mask, bq)
+    k_mean, k_count = _pool(key, key_mask, bk)
+    v_mean, _ = _pool(value, key_mask, bk)
 
     # plan: which pairs of blocks are exact
     L = s * q_mean @ k_mean.mT
@@ -69,21 +82,30 @@ def mra_attention_reference(
     y = torch.arange(M, device=query.device) // bk  # block of each key
     past = _past(L.shape[-2:], bq, bk, is_causal, query.device)
 
+    # pool, weighted: selection is done with the plain means
+    if weights is not None:
+        k_mean, v_mean = (_weighted(t, key_mask, weights) for t in (key, value))
+
     # coarse: log weights of the blocks that are not exact, (B, H, N, nk)
-    b = _coarse(coarse, s, query, k_mean, L, k_count, (past & ~plan)[:, :, x], x)
+    b = _coarse(coarse, s, query, k_mean, L, k_count, (past & ~plan)[:, :, x], x, log_mass)
+
+    # order 1: what a block mean throws away, damped
+    if order == 1 and coarse != "none":
+        C, S = _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past, weights)
+        q = query.to(C.dtype)
+        if weights is not None:
+            q = q - centre_.unsqueeze(-2)
+        u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
+        t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
+        if weights is not None:  # of the mass too
+            b = b + torch.log1p(t / 2 / (1 + t / 4)).unsqueeze(-1)
 
     # fine: log weights of the keys of the exact blocks, (B, H, N, M); one softmax over both
     live = plan[:, :, x][..., y] & _or_ones(key_mask, query, M)[:, None, None, :]
     if is_causal:
         live = live & torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
     out, lse, share = fine(s, query, key, value, v_mean, live, b, _or_ones(query_mask, query, N))
-
-    # order 1: what a block mean throws away, damped
     if order == 1 and coarse != "none":
-        C, S = _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past)
-        q = query.to(C.dtype)
-        u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
-        t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
         out = out + ((share / (1 + t / 4)).unsqueeze(-1) * u).to(out.dtype)
     return (out, lse) if return_lse else out
 
@@ -126,6 +148,62 @@ def pool(x, mask, block):
     count = ones.sum(-2)
     mean = x.masked_fill(~ones, 0).sum(-2) / count.clamp(min=1)
     return mean, count.view(B, n)
+
+
+def centre(form, s, query, key, query_mask, key_mask, bk):
+    """What pool "centred" and "sampled" weigh keys by: the mean query of each key head
+    (B, Hk, D), the weight of each key within its block (B, Hk, nk, bk), zeros where masked, and
+    the entropy of each block's weights (B, Hk, nk). The last two are constants for the gradient.
+
+    Log weights: centred ``l_j = s q_mean . k_j``, the first-order exact mass at the mean query;
+    sampled ``l_j = log(sum_i p_ij + r/4 p_mean,j)``, p the softmax over all keys of r queries
+    (see :func:`sample`) and of the mean query."""
+    B, _, N, D = query.shape
+    Hk, M = key.shape[1:3]
+    acc, G = _acc(query), query.shape[1] // Hk
+    valid = _or_ones(query_mask, query, N)
+    keys_valid = _or_ones(key_mask, key, M)[:, None]
+    q = query.to(acc).masked_fill(~valid[:, None, :, None], 0).reshape(B, Hk, G * N, D)
+    mean = q.sum(-2) / (G * valid.sum(-1)).clamp(min=1)[:, None, None]
+    with torch.no_grad():
+        k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
+        if form == "centred":
+            log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
+        else:
+            at, taken = sample(valid, G)
+            rows = q.gather(2, at[:, None, :, None].expand(-1, Hk, -1, D))
+            a = s * torch.cat([rows, mean.unsqueeze(-2)], -2) @ k.mT
+            a = a.masked_fill(~keys_valid.unsqueeze(-2), -math.inf).log_softmax(-1)
+            count = taken.sum(-1, keepdim=True).clamp(min=1)
+            shares = torch.cat([torch.where(taken, 1.0, 0.0).to(acc), count / 4], -1).log()
+            log_weight = (a + shares[:, None, :, None]).logsumexp(-2)
+        keys_valid, log_weight = (
+            pad(x, (0, -M % bk)).unflatten(-1, (-1, bk)) for x in (keys_valid, log_weight)
+        )
+        log_weight = log_weight.masked_fill(~keys_valid, -math.inf)
+        weights = log_weight.softmax(-1).masked_fill(~keys_valid, 0)
+        entropy = torch.special.entr(weights).sum(-1)
+    return mean, weights, entropy
+
+
+def sample(valid, G):
+    """The queries of pool="sampled", evenly spread among the valid ones of a group of G heads, one
+    head after another: places (B, r) among the group's G * N queries, and which of them there are
+    (fewer than r valid queries: all)."""
+    N, r = valid.shape[1], SAMPLED_QUERIES
+    n = valid.sum(-1, keepdim=True)
+    first = valid.int().sort(dim=-1, descending=True, stable=True).indices  # valid ones first
+    t = torch.arange(r, device=valid.device)
+    rank = torch.where(G * n > r, (2 * t + 1) * (G * n) // (2 * r), t)
+    head = (rank // n.clamp(min=1)).clamp(max=G - 1)
+    return head * N + first.gather(1, rank % n.clamp(min=1)), rank < G * n
+
+
+def _weighted(x, mask, weights):
+    """Means of blocks with these weights (B, H, nk, bk) of x (B, H, M, D): (B, H, nk, D)."""
+    x = x.to(_acc(x)).masked_fill(~_or_ones(mask, x, x.shape[2])[:, None, :, None], 0)
+    x = pad(x, (0, 0, 0, -x.shape[2] % weights.shape[-1])).unflatten(2, weights.shape[2:])
+    return (weights.unsqueeze(-2) @ x).squeeze(-2)
 
 
 def row_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal):
@@ -180,15 +258,18 @@ def take_best(L, tier, budget):
     return (rank < budget.unsqueeze(-1)) & (tier >= 0)
 
 
-def coarse(form, s, query, k_mean, L, k_count, unselected, x):
+def coarse(form, s, query, k_mean, L, k_count, unselected, x, log_mass=None):
     """Log weight of each unselected block for each query, (B, H, N, nk): ``log c_y`` plus
-    ``L_xy`` (form "block", MRA-2) or ``s q_i . k_mean_y`` (form "row"); -inf where it has none."""
+    ``L_xy`` (form "block", MRA-2) or ``s q_i . k_mean_y`` (form "row"); -inf where it has none.
+    ``log_mass`` (B, H, nk) takes the place of ``log c_y``: the entropy of weighted means."""
     if form == "block":
         b = L[:, :, x]
     else:
         b = (s * query @ k_mean.mT.to(query.dtype)).to(L.dtype)
     live = unselected & (k_count > 0)[:, None, None, :] & (form != "none")
-    b = b + k_count.clamp(min=1).to(L.dtype).log()[:, None, None, :]
+    if log_mass is None:
+        log_mass = k_count.clamp(min=1).to(L.dtype).log()[:, None]
+    b = b + log_mass.unsqueeze(-2)
     return b.masked_fill(~live, -math.inf)
 
 
@@ -205,9 +286,10 @@ def fine(s, query, key, value, v_mean, live, b, query_mask):
     return out, lse, w.sum(-1)
 
 
-def _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past):
+def _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past, weights=None):
     """C and Sigma of each query block, (B, H, nq, D, D): within-block cross moments of key and
-    value, and of key with itself, averaged over the valid keys of the blocks that it may see."""
+    value, and of key with itself, averaged over the valid keys of the blocks that it may see, or
+    with ``weights`` within a block, each block counting by its valid keys."""
     B, H, M, D = key.shape
     valid = pad(_or_ones(key_mask, key, M), (0, -M % bk)).view(B, 1, -1, bk, 1)
 
@@ -219,7 +301,10 @@ def _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past):
     past = past.to(k.dtype)
     n = (k_count.to(k.dtype) @ past.mT).clamp(min=1)[:, None, :, None, None]
     over = lambda t: torch.einsum("xy,bhyde->bhxde", past, t) / n  # noqa: E731
-    return over(k.mT @ v), over(k.mT @ k)
+    left = k.mT
+    if weights is not None:
+        left = left * (weights * k_count[:, None, :, None]).unsqueeze(-2)
+    return over(left @ v), over(left @ k)
 
 
 def _past(nq_nk, bq, bk, is_causal, device):
@@ -239,4 +324,4 @@ def _or_ones(mask, like, length):
     return torch.ones(like.shape[0], length, dtype=torch.bool, device=like.device)
 
 
-_plan, _coarse = plan, coarse  # the options of the main function hide these names
+_pool, _plan, _coarse = pool, plan, coarse  # the options of the main function hide these names
