@@ -110,7 +110,7 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
                           const Options& o) {
   const int64_t N = in.query.size(2);
-  const bool has_plan = plan.given(), has_coarse = o.coarse != Coarse::none;
+  const bool has_plan = plan.given();
 
   // short heads: all that follows at once
   if (!has_plan && o.levels.empty() && stages.forward_head != nullptr) {
@@ -126,6 +126,11 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   std::optional<PooledInputs> coarse_blocks, coarse_keys;
   if (o.coarse == Coarse::block) coarse_blocks = pooled;
   if (o.coarse == Coarse::row) coarse_keys = pooled;
+  std::optional<Centred> centred;  // the plan is made of plain means
+  if (o.pool != Pool::even) {
+    centred = stages.centre(in, pooled.key_count, o);
+    coarse_keys = centred->pooled;
+  }
 
   // plan: which pairs of blocks are exact
   const Planned planned = has_plan ? Planned{given_plan(plan), std::nullopt}
@@ -140,11 +145,15 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   FineResult result = stages.fine(in, rows, state, coarse_keys, pooled.moments, o);
 
   // order 1: what a block mean throws away
-  if (has_order1(o) && !result.order1) add_order1(stages, result, in, pooled, o);
+  if (has_order1(o) && centred) {
+    stages.centred_term(result, in, *centred, o);
+  } else if (has_order1(o) && !result.order1) {
+    add_order1(stages, result, in, pooled, o);
+  }
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
   return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows,
-                        has_coarse ? pooled : PooledInputs{}, o);
+                        keeps_means(o) ? pooled : PooledInputs{}, o);
 }
 
 BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
@@ -180,8 +189,14 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   }
   pooled.type = in.query.scalar_type();
 
+  std::optional<Centred> centred;
+  if (o.pool != Pool::even) centred = stages.centre(in, pooled.key_count, o);
+
   // order 1
-  if (has_order1(o)) {
+  if (has_order1(o) && centred) {
+    grads.coarse_delta = stages.centred_delta(grad_out, share, grads.delta, in, *centred, o);
+    grads.coarse_sum = at::empty_like(grads.delta);
+  } else if (has_order1(o)) {
     const Order1Grads first = order1_grads(stages, grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
@@ -191,7 +206,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // coarse: gradients of the pooled inputs
   std::optional<PooledInputs> coarse_keys;
-  if (o.coarse == Coarse::row) coarse_keys = pooled;  // inside fine_backward
+  if (o.coarse == Coarse::row) coarse_keys = centred ? centred->pooled : pooled;
   if (o.coarse == Coarse::block) {
     if (!block_rows) block_rows = all_block_rows(stages, grad_out, lse, grads.coarse_delta, o);
     const Grads shares = stages.coarse_backward(pooled, rows, columns, *block_rows, o);
@@ -202,6 +217,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // fine
   const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
+  if (has_order1(o) && centred) {
+    stages.centred_grads(result, grad_out, share, grads.coarse_sum, in, *centred, o);
+  }
   return {result.query, result.key, result.value};
 }
 
@@ -230,7 +248,7 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
   };
   const auto counts = [&](int64_t n) { return at::zeros({B, n}, lse.options().dtype(at::kInt)); };
   PooledInputs means;
-  if (o.coarse != Coarse::none) {
+  if (keeps_means(o)) {
     const int64_t Hk = in.key.size(1);
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
     if (keeps_moments(o)) {
@@ -291,35 +309,34 @@ struct Operators {
                                std::optional<double> density, int64_t block_q, int64_t block_k,
                                std::string_view coarse, int64_t order, std::string_view selection,
                                int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                               std::optional<double> scale, at::OptionalIntArrayRef levels) {
+                               std::optional<double> scale, at::OptionalIntArrayRef levels,
+                               std::string_view pool) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     Options o = check_forward(in, plan,
                               {blocks_per_row, density, block_q, block_k, coarse, order, selection,
-                               diagonal_blocks, first_blocks, is_causal, scale, levels});
+                               diagonal_blocks, first_blocks, is_causal, scale, levels, pool});
     o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) return empty_forward(in, plan, o);
     return run_forward(device_stages(), readable(in), plan, o);
   }
 
-  static BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse,
-                                 const Tensor& query, const Tensor& key, const Tensor& value,
-                                 const OptTensor& key_mask, const OptTensor& query_mask,
-                                 const Tensor& out, const Tensor& lse, const Tensor& coarse_share,
-                                 const Tensor& row_start, const Tensor& row_count,
-                                 const Tensor& row_index, int64_t block_q, int64_t block_k,
-                                 std::string_view coarse, int64_t order, bool is_causal,
-                                 std::optional<double> scale, const OptTensor& query_mean,
-                                 const OptTensor& key_mean, const OptTensor& value_mean,
-                                 const OptTensor& query_count, const OptTensor& key_count,
-                                 const OptTensor& moments, at::OptionalIntArrayRef levels) {
+  static BackwardResult backward(
+      const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
+      const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask,
+      const Tensor& out, const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start,
+      const Tensor& row_count, const Tensor& row_index, int64_t block_q, int64_t block_k,
+      std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
+      const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
+      const OptTensor& query_count, const OptTensor& key_count, const OptTensor& moments,
+      at::OptionalIntArrayRef levels, std::string_view pool) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};
     Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
                                {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row",
-                                0, 0, is_causal, scale, levels});
+                                0, 0, is_causal, scale, levels, pool});
     o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) {

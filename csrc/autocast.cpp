@@ -44,14 +44,15 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
+                      std::optional<double> scale, at::OptionalIntArrayRef levels,
+                      std::string_view pool) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")
                              .typed<decltype(forward<device>)>();
   return op.call(cast<device>(query), cast<device>(key), cast<device>(value), key_mask, query_mask,
                  row_start, row_count, row_index, blocks_per_row, density, block_q, block_k, coarse,
-                 order, selection, diagonal_blocks, first_blocks, is_causal, scale, levels);
+                 order, selection, diagonal_blocks, first_blocks, is_causal, scale, levels, pool);
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ struct Rest {
   bool is_causal;
   std::optional<double> scale;
   at::OptionalIntArrayRef levels;
+  std::string_view pool;
 };
 
 using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&,
@@ -65,15 +66,14 @@ using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tenso
                                        const OptTensor&, const OptTensor&, std::optional<SymInt>,
                                        std::optional<double>, int64_t, int64_t, std::string_view,
                                        int64_t, std::string_view, int64_t, int64_t, bool,
-                                       std::optional<double>, at::OptionalIntArrayRef);
-using BackwardSignature = BackwardResult(const Tensor&, const OptTensor&, const Tensor&,
-                                         const Tensor&, const Tensor&, const OptTensor&,
-                                         const OptTensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                         int64_t, int64_t, std::string_view, int64_t, bool,
-                                         std::optional<double>, const OptTensor&, const OptTensor&,
-                                         const OptTensor&, const OptTensor&, const OptTensor&,
-                                         const OptTensor&, at::OptionalIntArrayRef);
+                                       std::optional<double>, at::OptionalIntArrayRef,
+                                       std::string_view);
+using BackwardSignature = BackwardResult(
+    const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+    const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const Tensor&, int64_t, int64_t, std::string_view, int64_t, bool, std::optional<double>,
+    const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+    const OptTensor&, at::OptionalIntArrayRef, std::string_view);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
@@ -81,7 +81,7 @@ ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor&
   static const auto op = find<ForwardSignature>("mra_attention::forward");
   return op.call(query, key, value, r.key_mask, r.query_mask, r.row_start, r.row_count, r.row_index,
                  r.blocks_per_row, r.density, r.block_q, r.block_k, r.coarse, r.order, r.selection,
-                 r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale, r.levels);
+                 r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale, r.levels, r.pool);
 }
 
 class Attention : public Function<Attention> {
@@ -107,6 +107,7 @@ class Attention : public Function<Attention> {
     ctx->saved_data["is_causal"] = r.is_causal;
     ctx->saved_data["scale"] = r.scale;
     ctx->saved_data["levels"] = r.levels ? c10::IValue(r.levels->vec()) : c10::IValue();
+    ctx->saved_data["pool"] = std::string(r.pool);
     ctx->set_materialize_grads(false);
     return {out, lse};
   }
@@ -120,6 +121,7 @@ class Attention : public Function<Attention> {
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(out);
     static const auto op = find<BackwardSignature>("mra_attention::backward");
     const std::string coarse = data.at("coarse").toStringRef();
+    const std::string pool = data.at("pool").toStringRef();
     const auto levels = data.at("levels").toOptional<std::vector<int64_t>>();
     std::tie(result[0], result[1], result[2]) = op.call(
         grad_out, optional(grads[1]), query, s[1], s[2], optional(s[3]), optional(s[4]), out, s[6],
@@ -127,7 +129,7 @@ class Attention : public Function<Attention> {
         data.at("order").toInt(), data.at("is_causal").toBool(),
         data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
         unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]), unless_empty(s[16]),
-        levels ? at::OptionalIntArrayRef(*levels) : std::nullopt);
+        levels ? at::OptionalIntArrayRef(*levels) : std::nullopt, pool);
     return result;
   }
 };
@@ -139,11 +141,12 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
+                      std::optional<double> scale, at::OptionalIntArrayRef levels,
+                      std::string_view pool) {
   refuse_forward_mode("forward", {query, key, value});
   const Rest rest{key_mask,        query_mask,   row_start, row_count, row_index, blocks_per_row,
                   density,         block_q,      block_k,   coarse,    order,     selection,
-                  diagonal_blocks, first_blocks, is_causal, scale,     levels};
+                  diagonal_blocks, first_blocks, is_causal, scale,     levels,    pool};
   if (!needs_grad({query, key, value})) return call_forward(query, key, value, rest);
   ForwardResult result;
   const variable_list with_grad = Attention::apply(query, key, value, rest, &result);
@@ -152,20 +155,23 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   return result;
 }
 
-BackwardResult call_backward(
-    const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask, const Tensor& out,
-    const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start, const Tensor& row_count,
-    const Tensor& row_index, int64_t block_q, int64_t block_k, std::string_view coarse,
-    int64_t order, bool is_causal, std::optional<double> scale, const OptTensor& query_mean,
-    const OptTensor& key_mean, const OptTensor& value_mean, const OptTensor& query_count,
-    const OptTensor& key_count, const OptTensor& moments, at::OptionalIntArrayRef levels) {
+BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
+                             const Tensor& key, const Tensor& value, const OptTensor& key_mask,
+                             const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
+                             const Tensor& coarse_share, const Tensor& row_start,
+                             const Tensor& row_count, const Tensor& row_index, int64_t block_q,
+                             int64_t block_k, std::string_view coarse, int64_t order,
+                             bool is_causal, std::optional<double> scale,
+                             const OptTensor& query_mean, const OptTensor& key_mean,
+                             const OptTensor& value_mean, const OptTensor& query_count,
+                             const OptTensor& key_count, const OptTensor& moments,
+                             at::OptionalIntArrayRef levels, std::string_view pool) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
                  is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
-                 moments, levels);
+                 moments, levels, pool);
 }
 
 // Gives the three gradients a history that raises: without it a second derivative through them
@@ -195,12 +201,13 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::OptionalIntArrayRef levels) {
+                        const OptTensor& moments, at::OptionalIntArrayRef levels,
+                        std::string_view pool) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
   const BackwardResult result = call_backward(
       grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
       row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale,
-      query_mean, key_mean, value_mean, query_count, key_count, moments, levels);
+      query_mean, key_mean, value_mean, query_count, key_count, moments, levels, pool);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }

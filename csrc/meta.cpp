@@ -101,9 +101,11 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::optional<double> density, int64_t block_q, int64_t block_k,
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels) {
-  const CallOptions call{blocks_per_row, density,         block_q,      block_k,   coarse, order,
-                         selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
+                      std::optional<double> scale, at::OptionalIntArrayRef levels,
+                      std::string_view pool) {
+  const CallOptions call{
+      blocks_per_row,  density,      block_q,   block_k, coarse, order, selection,
+      diagonal_blocks, first_blocks, is_causal, scale,   levels, pool};
   const PlanTensors plan{row_start, row_count, row_index};
   const Options o = check_forward({query, key, value, key_mask, query_mask}, plan, call);
   const SymInt B = query.sym_size(0), H = query.sym_size(1), N = query.sym_size(2);
@@ -124,7 +126,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   const auto means = [&](bool there, SymInt heads, SymInt n) {
     return there ? empty({B, heads, n, D}, query, acc) : empty({0}, query, acc);
   };
-  const bool keys = o.coarse != Coarse::none, queries = o.coarse == Coarse::block;
+  const bool keys = keeps_means(o), queries = o.coarse == Coarse::block;
   const auto none = [&] { return empty({0}, query, at::kInt); };
   const auto moments = [&] {
     const auto dtype = moments_type(query.scalar_type());
@@ -156,12 +158,13 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::OptionalIntArrayRef levels) {
+                        const OptTensor& moments, at::OptionalIntArrayRef levels,
+                        std::string_view pool) {
   check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
                  coarse_share, {row_start, row_count, row_index},
                  {query_mean, key_mean, value_mean, query_count, key_count, moments},
                  {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
-                  is_causal, scale, levels});
+                  is_causal, scale, levels, pool});
   const auto like = [](const Tensor& x) {
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())
         .transpose(1, 2);

@@ -6,6 +6,9 @@
 // levels: block, cells per row, block, cells per row, ..., the coarsest first. With them, row
 // lists, means and counts hold the blocks of all resolutions, those of block_q and block_k first,
 // then coarser and coarser ones; coarse_share is (B, H, resolutions, N), and no moments are kept.
+//
+// pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Other means
+// than even ones are not kept.
 TORCH_LIBRARY(mra_attention, m) {
   // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
   m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");
@@ -27,7 +30,8 @@ TORCH_LIBRARY(mra_attention, m) {
       "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
       "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
       "float? density, int block_q, int block_k, str coarse, int order, str selection, "
-      "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[]? levels=None) "
+      "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[]? levels=None, "
+      "str pool='even') "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
       "Tensor row_index, Tensor query_mean, Tensor key_mean, Tensor value_mean, "
       "Tensor query_count, Tensor key_count, Tensor moments)");
@@ -39,6 +43,6 @@ TORCH_LIBRARY(mra_attention, m) {
       "Tensor row_start, Tensor row_count, Tensor row_index, int block_q, int block_k, str coarse, "
       "int order, bool is_causal, float? scale, Tensor? query_mean=None, Tensor? key_mean=None, "
       "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None, "
-      "Tensor? moments=None, int[]? levels=None) "
+      "Tensor? moments=None, int[]? levels=None, str pool='even') "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }

@@ -10,6 +10,7 @@ __all__ = ["MRAConfig"]
 BLOCK_SIZES = (16, 32, 64, 128)
 COARSE = ("none", "block", "row")
 SELECTION = ("row", "global")
+POOL = ("even", "centred", "sampled")
 MAX_LEVEL_BLOCK = 2**30
 DEFAULT_DENSITY = 1 / 8  # when neither budget is given
 
@@ -36,6 +37,10 @@ class MRAConfig:
         of the first one are the candidates; the best of each row are split into cells of the next,
         those of ``block_size`` are exact within the budget, and a cell that isn't split is coarse
         at its own size. Selection "row"; on the CPU. See docs/algorithm.md.
+    pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
+        "centred" as the head's mean query weighs them, "sampled" as a sample of 64 of its queries
+        does. The last two err less where queries agree on some keys; without levels and is_causal;
+        on the CPU. Their weights are constants for the gradient.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """
@@ -50,6 +55,7 @@ class MRAConfig:
     first_blocks: int = 0
     layout: tuple[int, ...] | None = None
     levels: tuple[tuple[int, int], ...] = ()
+    pool: str = "even"
 
     def __post_init__(self):
         if isinstance(self.block_size, list):
@@ -65,6 +71,7 @@ class MRAConfig:
         check_int("first_blocks", self.first_blocks, 0)
         check_layout(self.layout)
         object.__setattr__(self, "levels", as_levels(self.levels, self.block_size, self.selection))
+        check_pool(self.pool, self.coarse, self.levels)
 
     @classmethod
     def mra2(cls, blocks_per_row=4, **options):
@@ -166,6 +173,18 @@ def as_levels(levels, block_size, selection="row"):
     if pairs and selection != "row":
         raise ValueError(f"levels: got selection {selection!r}, expected 'row' beside levels")
     return tuple(pairs)
+
+
+def check_pool(pool, coarse, levels):
+    check_choice("pool", pool, POOL)
+    if pool == "even":
+        return
+    if coarse != "row":
+        raise ValueError(
+            f"pool: got {pool!r} with coarse {coarse!r}, expected coarse 'row' beside it"
+        )
+    if levels:
+        raise NotImplementedError(f"pool: got {pool!r} with levels, expected 'even' beside levels")
 
 
 def check_choice(name, value, accepted):

@@ -130,7 +130,8 @@ def _options(config):
         None if count is None else operator.index(count),
         operator.index(block[0]), operator.index(block[1]), config.coarse,
         operator.index(config.order), config.selection, operator.index(config.diagonal_blocks),
-        operator.index(config.first_blocks), *(operator.index(n) for p in config.levels for n in p),
+        operator.index(config.first_blocks), config.pool,
+        *(operator.index(n) for p in config.levels for n in p),
     )  # fmt: skip
 
 

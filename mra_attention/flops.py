@@ -14,6 +14,9 @@ unselected (query block, key block) pairs. Per query head, or key head where mar
     order 1   4 D² M k (C, Sigma) + 4 D² N (q C,     8 D² N (dq, dC, dSigma) + 6 D² M k
               q Sigma q)
 
+With pool "centred" and "sampled" the stage pool takes more, per key head: weights, 2 D M or
+130 D M, and weighted means of keys and values, 3 D M; 2 D M in the backward pass.
+
 With ``levels`` plan and coarse count the candidates and the coarse cells of every resolution, and
 order 1 once for each.
 """
@@ -65,7 +68,8 @@ def exact_pairs(rows, M, bk):
     return sum(queries * min(taken * bk, M) for queries, taken, _ in rows)
 
 
-def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=()):
+def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=(),
+                pool="even"):  # fmt: skip
     """Operations by stage: a dict. ``rows`` as :func:`rows_of_blocks` gives them; ``which``:
     "forward" or "backward", the latter without the forward; ``coarser``: the rows of coarser
     resolutions, a list each."""
@@ -74,6 +78,9 @@ def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=()):
     row_coarse = sum(queries * (seen - taken) for queries, taken, seen in every)
     block_coarse = sum(seen - taken for _, taken, seen in every)
     stages = {"pool": key_heads * 2 * D * M + (heads * D * N if forward else 0)}
+    if pool != "even":
+        weights = (2 if pool == "centred" else 130) + 3
+        stages["pool"] += key_heads * D * M * (weights if forward else 2)
     stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in every) if forward else 0
     if coarse == "row":
         each = (4 if forward else 10) * D * row_coarse
@@ -99,7 +106,7 @@ def _pairs(levels):
 
 
 def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is_causal, levels,
-           which):  # fmt: skip
+           pool, which):  # fmt: skip
     (B, H, N, D), (_, Hk, M, _) = query, key
     levels = _pairs(levels)
     if index is not None:  # a plan that is there counts by the room of its lists
@@ -108,7 +115,7 @@ def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is
     sizes = (N, M, bq, bk, density, blocks_per_row, is_causal)
     (_, rows), *coarser = rows_of_levels(*sizes, levels)
     coarser = [rows for _, rows in coarser]
-    stages = stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser)
+    stages = stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser, pool)
     if index is not None and which == "forward":
         del stages["plan"]
     return sum(stages.values())
@@ -131,18 +138,19 @@ def _register():
     @register_flop_formula(ops.forward)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, selection, diagonal_blocks,
-                first_blocks, is_causal, scale, levels=None, out_shape=None):  # fmt: skip
+                first_blocks, is_causal, scale, levels=None, pool="even",
+                out_shape=None):  # fmt: skip
         return _total(query, key, row_index, blocks_per_row, density, bq, bk, coarse, order,
-                      is_causal, levels, "forward")  # fmt: skip
+                      is_causal, levels, pool, "forward")  # fmt: skip
 
     @register_flop_formula(ops.backward)
     def backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, bq, bk, coarse, order, is_causal,
-                 *rest, levels=None, out_shape=None):  # fmt: skip
-        if len(rest) > 7:  # behind scale and six tensors that forward kept
-            levels = rest[7]
+                 *rest, levels=None, pool="even", out_shape=None):  # fmt: skip
+        # behind scale and six tensors that forward kept
+        levels, pool = (*rest[7:], *(levels, pool)[len(rest[7:]) :])
         return _total(query, key, row_index, None, None, bq, bk, coarse, order, is_causal, levels,
-                      "backward")  # fmt: skip
+                      pool, "backward")  # fmt: skip
 
 
 if _load.extension is not None:

@@ -28,16 +28,15 @@ class _Default:
         return repr(self.value)
 
 
-_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYOUT, _LEVELS = (
-    _Default(field.default) for field in dataclasses.fields(MRAConfig)[2:]
-)
+(_BLOCK_SIZE, _COARSE, _ORDER, _SELECTION, _DIAGONAL_BLOCKS, _FIRST_BLOCKS, _LAYOUT, _LEVELS,
+ _POOL) = (_Default(field.default) for field in dataclasses.fields(MRAConfig)[2:])  # fmt: skip
 
 
 def mra_attention(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
     diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, levels=_LEVELS,
-    is_causal=False, scale=None, plan=None, return_lse=False, config=None,
+    pool=_POOL, is_causal=False, scale=None, plan=None, return_lse=False, config=None,
 ):  # fmt: skip
     """Multi-resolution attention: exact on the selected pairs of blocks, coarse on the rest.
 
@@ -54,17 +53,17 @@ def mra_attention(
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
     density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks,
-        layout, levels: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout needs
-        N == M tokens, as many as it has or more, and no is_causal; input and results stay in the
-        order of the sequence, and the shares and numbers of blocks are those of its tiles.
+        layout, levels, pool: see :class:`MRAConfig`. Neither budget given: density 1/8. A layout
+        needs N == M tokens, as many as it has or more, and no is_causal; input and results stay in
+        the order of the sequence, and the shares and numbers of blocks are those of its tiles.
     config: an :class:`MRAConfig` in place of all of those. Giving both is a ValueError; for a
         variant, ``config.replace(...)``.
     is_causal: query i sees keys j <= i; needs N == M.
     scale: factor of q.k, 1/sqrt(D) when None.
     plan: a :class:`Plan` to use instead of selecting. Budget and selection options beside it are a
         ValueError; ``block_size`` and ``layout`` (its own when left out) and ``is_causal`` must be
-        the plan's. A ``config`` beside it gives ``coarse`` and ``order``; its selection was spent
-        on the plan.
+        the plan's. A ``config`` beside it gives ``coarse``, ``order`` and ``pool``; its selection
+        was spent on the plan.
     return_lse: also return the natural log of each row's whole mass, (B, H, N), float32 (float64
         for float64); -inf for a row of zeros.
 
@@ -80,6 +79,7 @@ def mra_attention(
         config, plan, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
         diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout, levels=levels,
+        pool=pool,
     )  # fmt: skip
     if plan is None:
         row_start = row_count = row_index = None
@@ -103,6 +103,7 @@ def mra_attention(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale), _flat(levels),
+        options.pool,
     )  # fmt: skip
     if tiles is not None:
         out = tiles.to_tokens(out.transpose(1, 2), 1).transpose(1, 2)
@@ -114,13 +115,14 @@ def make_plan(
     query, key, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=_BLOCK_SIZE, coarse=_COARSE, order=_ORDER, selection=_SELECTION,
     diagonal_blocks=_DIAGONAL_BLOCKS, first_blocks=_FIRST_BLOCKS, layout=_LAYOUT, levels=_LEVELS,
-    is_causal=False, scale=None, config=None,
+    pool=_POOL, is_causal=False, scale=None, config=None,
 ):  # fmt: skip
     """The plan that :func:`mra_attention` would make of these arguments.
 
     Selects by the scores of pairs of blocks, ``s q~_x.k~_y``: forced pairs first, then the higher
-    score, ties to the lower index. ``coarse`` and ``order`` are checked and don't change it.
-    Arguments, errors and ``config`` as :func:`mra_attention`. Returns a :class:`Plan`; no gradient.
+    score, ties to the lower index. ``coarse``, ``order`` and ``pool`` are checked and don't
+    change it. Arguments, errors and ``config`` as :func:`mra_attention`. Returns a :class:`Plan`;
+    no gradient.
     """
     _check_tensors(query=query, key=key)
     _check_tensors(optional=True, key_mask=key_mask, query_mask=query_mask)
@@ -128,6 +130,7 @@ def make_plan(
         config, None, is_causal, scale, density=density, blocks_per_row=blocks_per_row,
         block_size=block_size, coarse=coarse, order=order, selection=selection,
         diagonal_blocks=diagonal_blocks, first_blocks=first_blocks, layout=layout, levels=levels,
+        pool=pool,
     )  # fmt: skip
     block_q, block_k = as_pair(options.block_size)
     layout, given = options.layout, (query, key)
@@ -177,7 +180,7 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise TypeError(
                 f"plan: got {type(plan).__name__}, expected a Plan (make_plan or Plan.from_dense)"
             )
-        spent = [n for n in given if n not in ("block_size", "coarse", "order", "layout")]
+        spent = [n for n in given if n not in ("block_size", "coarse", "order", "layout", "pool")]
         if spent:
             raise ValueError(
                 f"plan: got together with {', '.join(spent)}, expected no budget and no selection "
@@ -202,6 +205,10 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with layout={plan.layout}, the call has layout={options.layout}"
             )
+    if options.pool != "even" and is_causal:
+        raise NotImplementedError(
+            f"pool: got {options.pool!r} with is_causal=True, expected 'even' for causal attention"
+        )
     if options.layout is not None and is_causal:
         raise ValueError(
             f"layout: got {options.layout} with is_causal=True, expected is_causal=False: the "

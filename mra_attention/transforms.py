@@ -101,9 +101,9 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse, *_):
         saved = ctx.saved_tensors
         tensors, kept = saved[:11], [x if x.dim() > 1 else None for x in saved[11:]]
-        *options, levels = ctx.options
-        grads = _Backward.apply(grad_out, grad_lse, *tensors, *options, *kept, levels)
-        return (*grads, *[None] * 17)
+        *options, levels, pool = ctx.options
+        grads = _Backward.apply(grad_out, grad_lse, *tensors, *options, *kept, levels, pool)
+        return (*grads, *[None] * 18)
 
 
 @_reverse_mode("backward")

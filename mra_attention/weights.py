@@ -15,7 +15,8 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
 
     Exact pairs weigh e^{s q_i.k_j} / Z_i; a key of a coarse block weighs e^{b_iy} / (c_y Z_i), its
     share of the block. Order 1 adds P_i gamma_i s q_i.(k_j - k~_y) / n to every key that the
-    coarse part may see, which moves weight inside blocks and sums to zero.
+    coarse part may see, which moves weight inside blocks and sums to zero. With a pool other than
+    "even" a key has its weight pi_j in place of 1 / c_y, and q_i is less the mean query.
     """
     if plan.layout is not None:
         tiles = Tiles.of(plan.layout, plan.N, plan.block_size)
@@ -35,23 +36,38 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     past = reference._past((plan.nq, plan.nk), bq, bk, is_causal, q.device)
     exact = plan.to_dense()[:, :, x]  # (B, H, N, nk)
     L = scale * q_mean @ k_mean.mT
-    b = reference.coarse(config.coarse, scale, q, k_mean, L, k_count, past[x] & ~exact, x)
-    b = b - k_count.clamp(min=1).to(b.dtype).log()[:, None, None, :]  # of one key of the block
+    even, log_mass, deviation = config.pool == "even", None, q
+    if even:
+        parts = (1 / k_count.clamp(min=1).to(L.dtype))[:, None, None, y]
+    else:
+        mean, parts, log_mass = reference.centre(config.pool, scale, q, k, query_mask, key_mask, bk)
+        k_mean = reference._weighted(k, key_mask, parts)
+        parts, deviation = parts.flatten(2)[..., None, :M], q.to(mean.dtype) - mean.unsqueeze(-2)
+    unselected = past[x] & ~exact
+    b = reference.coarse(config.coarse, scale, q, k_mean, L, k_count, unselected, x, log_mass)
+    b = b[..., y]
     a = (scale * q @ k.mT).to(b.dtype)
+    first = config.order == 1 and config.coarse != "none"
+    if first:
+        seen = past[x][:, y] & valid
+        n = seen.sum(-1, keepdim=True).clamp(min=1)
+        shares = seen / n if even else parts * k_count[:, None, None, y] / n
+        inside = a if even else scale * deviation @ k.to(deviation.dtype).mT
+        inside = inside - (scale * deviation @ k_mean.mT.to(deviation.dtype)).to(b.dtype)[..., y]
+        inside = inside.masked_fill(~seen, 0)
+        t = (shares * inside * inside).sum(-1, keepdim=True)  # s^2 q Sigma q^T
+        if not even:
+            b = b + torch.log1p(t / 2 / (1 + t / 4))
     live = exact[..., y] & valid
     if is_causal:
         live = live & torch.ones(N, M, dtype=torch.bool, device=q.device).tril()
-    logits = torch.where(live, a, b[..., y].masked_fill(exact[..., y] | ~valid, -torch.inf))
+    one = (b + parts.log()).masked_fill(exact[..., y] | ~valid, -torch.inf)  # key of a coarse block
+    logits = torch.where(live, a, one)
     if query_mask is not None:
         logits = logits.masked_fill(~query_mask[:, None, :, None], -torch.inf)
     empty = (logits == -torch.inf).all(-1, keepdim=True)
     weights = logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
-    if config.order == 1 and config.coarse != "none":
-        seen = past[x][:, y] & valid
+    if first:
         share = weights.masked_fill(exact[..., y], 0).sum(-1, keepdim=True)
-        inside = (a - (scale * q @ k_mean.mT.to(q.dtype)).to(a.dtype)[..., y]).masked_fill(~seen, 0)
-        n = seen.sum(-1, keepdim=True).clamp(min=1)
-        # s^2 q Sigma q^T is the mean square of `inside`.
-        gamma = 1 / (1 + (inside * inside).sum(-1, keepdim=True) / n / 4)
-        weights = weights + share * gamma * inside / n
+        weights = weights + share / (1 + t / 4) * inside * shares
     return weights.to(q.dtype)

@@ -105,7 +105,7 @@ class Case:
     @property
     def values(self):
         """Options that matter once the plan is made."""
-        names = ("block_size", "coarse", "order", "is_causal", "scale", "layout")
+        names = ("block_size", "coarse", "order", "is_causal", "scale", "layout", "pool")
         return {n: self.options[n] for n in names if n in self.options}
 
     def plan(self):

@@ -116,7 +116,7 @@ def test_config_names_the_bad_option():
     good = dict.fromkeys(OPTIONS)
     assert set(good) == {
         "density", "blocks_per_row", "block_size", "coarse", "order", "selection",
-        "diagonal_blocks", "first_blocks", "layout", "levels",
+        "diagonal_blocks", "first_blocks", "layout", "levels", "pool",
     }  # fmt: skip
     for name in OPTIONS:
         with pytest.raises((TypeError, ValueError), match=name):

@@ -133,6 +133,9 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
   const bool queries = means.query || means.query_count;
   const bool keys = means.key || means.value || means.key_count;
   if (!queries && !keys && !means.moments) return;
+  TORCH_CHECK_VALUE(o.pool == Pool::even,
+                    "query_mean, key_mean, value_mean: got some, expected none: "
+                    "forward keeps them for pool 'even' alone");
   TORCH_CHECK_VALUE(
       means.key && means.value && means.key_count &&
           (o.coarse != Coarse::block || (means.query && means.query_count)),
@@ -161,6 +164,12 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
 void check_levels(const Tensor& x, const Options& o) {
   TORCH_CHECK_NOT_IMPLEMENTED(o.levels.empty() || !x.is_cuda(), "levels: got ", o.levels.size(),
                               " on a GPU, expected none there (levels run on the CPU)");
+}
+
+void check_pooling(const Tensor& x, const Options& o) {
+  TORCH_CHECK_NOT_IMPLEMENTED(o.pool == Pool::even || !x.is_cuda(), "pool: got '",
+                              o.pool == Pool::centred ? "centred" : "sampled",
+                              "' on a GPU, expected 'even' there (the others run on the CPU)");
 }
 
 // What this device has no kernel for.
@@ -198,6 +207,7 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
   check_lists(plan, in.query, o);
   check_device("query", in.query, o.block_q);
   check_levels(in.query, o);
+  check_pooling(in.query, o);
   return o;
 }
 

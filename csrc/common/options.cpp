@@ -24,6 +24,24 @@ Selection parse_selection(std::string_view name) {
   return Selection::row;
 }
 
+Pool parse_pool(std::string_view name) {
+  if (name == "even") return Pool::even;
+  if (name == "centred") return Pool::centred;
+  TORCH_CHECK_VALUE(name == "sampled", "pool: got '", name,
+                    "', expected one of 'even', 'centred', 'sampled'");
+  return Pool::sampled;
+}
+
+void check_pool_beside(const CallOptions& call) {
+  if (call.pool == "even") return;
+  TORCH_CHECK_VALUE(call.coarse == "row", "pool: got '", call.pool, "' with coarse '", call.coarse,
+                    "', expected coarse 'row' beside it");
+  TORCH_CHECK_NOT_IMPLEMENTED(call.levels.value_or(at::IntArrayRef()).empty(), "pool: got '",
+                              call.pool, "' with levels, expected 'even' beside levels");
+  TORCH_CHECK_NOT_IMPLEMENTED(!call.is_causal, "pool: got '", call.pool,
+                              "' with is_causal, expected 'even' for causal attention");
+}
+
 void check_budget(const CallOptions& call, Budget budget) {
   TORCH_CHECK_VALUE(!(call.density && call.blocks_per_row),
                     "density and blocks_per_row: got both (density=", *call.density,
@@ -101,6 +119,8 @@ Options check_options(const CallOptions& call, Budget budget, int64_t head_dim) 
   o.causal = call.is_causal;
   o.scale = scale;
   o.levels = parse_levels(call);
+  o.pool = parse_pool(call.pool);
+  check_pool_beside(call);
   return o;
 }
 

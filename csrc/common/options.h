@@ -25,6 +25,7 @@ struct CallOptions {
   bool is_causal;
   std::optional<double> scale;
   at::OptionalIntArrayRef levels = std::nullopt;  // block, cells, block, cells, ...: coarsest first
+  std::string_view pool = "even";
 };
 
 // Whether a call must give a budget (density or blocks_per_row).

@@ -26,6 +26,8 @@ using OptTensor = std::optional<Tensor>;
 
 enum class Coarse { none, block, row };
 enum class Selection { row, global };
+// How a block's keys weigh in its mean: all the same, or as the queries weigh them.
+enum class Pool { even, centred, sampled };
 
 // A resolution coarser than block_q x block_k, as a call asks for it.
 struct Level {
@@ -55,6 +57,7 @@ struct Options {
   // and row lists then hold the blocks of all resolutions, in this order, where their shapes say
   // nq or nk; list entries count the blocks of their own resolution.
   std::vector<Resolution> resolutions{};
+  Pool pool = Pool::even;  // else coarse = row, no levels, not causal
 };
 
 // Means over the valid rows of each block, and how many there are.
@@ -102,7 +105,20 @@ struct PooledInputs {
   Tensor moments;
   // key and value in T, where the stage pool writes them: for coarse = row, half types on CUDA.
   Tensor key_rounded{}, value_rounded{};
+  // Where Options.pool is not even: key and value are weighted means, and these are the weight of
+  // each key within its block, [B, Hk, nk * block_k] acc, zeros where masked; what stands for the
+  // log of key_count, [B, Hk, nk] acc, -inf for an empty block; and with order 1 what is added to
+  // all coarse logits of a row, [B, H, N] acc.
+  Tensor weights{}, log_mass{}, row_bias{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
+};
+
+// What Options.pool other than even makes of the inputs (docs/algorithm.md). All acc.
+struct Centred {
+  PooledInputs pooled;  // key, value, key_count, weights, log_mass, row_bias
+  Tensor centre;        // [B, Hk, D]: the mean valid query of the group
+  // With order 1: C and Sigma, [B, Hk, 2, D, D], and t_i, [B, H, N].
+  Tensor moments, variance;
 };
 
 // A plan made inside of a call, and the coarse state where it was made along with it.
@@ -141,10 +157,13 @@ struct Grads {
 // True where the order-1 term exists: order = 1 and a coarse part to correct.
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
 
-// Whether moments are kept for backward: under causal every block of queries has its own, with
-// levels every resolution.
+// Whether means, and with them moments, are kept for backward. Weighted ones are made again. Under
+// causal every block of queries has moments of its own, with levels every resolution.
+inline bool keeps_means(const Options& o) {
+  return o.coarse != Coarse::none && o.pool == Pool::even;
+}
 inline bool keeps_moments(const Options& o) {
-  return has_order1(o) && !o.causal && o.levels.empty();
+  return has_order1(o) && keeps_means(o) && !o.causal && o.levels.empty();
 }
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.
@@ -180,6 +199,8 @@ struct FineBackward {
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
+  // Where defined, set to the sum of each row's gradients of its coarse logits.
+  Tensor coarse_sum{};  // [B, H, N] acc
 };
 
 struct Stages {
@@ -241,6 +262,17 @@ struct Stages {
   // pool, plan, coarse and fine in one, for heads short enough to be held whole; nullopt for what
   // it doesn't serve. May be null.
   std::optional<HeadResult> (*forward_head)(const Inputs&, const Options&) = nullptr;
+
+  // Options.pool other than even; null where a device has none. `centre` makes weights, means and
+  // moments; the others are order 1: the term, added to result.out in place; coarse_delta as in
+  // Order1Grads; and the gradients but those through the logits, added in place.
+  Centred (*centre)(const Inputs&, const Tensor& key_count, const Options&) = nullptr;
+  void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
+  Tensor (*centred_delta)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                          const Inputs&, const Centred&, const Options&) = nullptr;
+  void (*centred_grads)(const Grads&, const Tensor& grad_out, const Tensor& share,
+                        const Tensor& coarse_sum, const Inputs&, const Centred&,
+                        const Options&) = nullptr;
 };
 
 const Stages& cpu_stages();

@@ -28,7 +28,6 @@ class FineForward {
         D_(in.query.size(3)),
         nq_(ceil_div(N_, o.block_q)),
         nk_(ceil_div(M_, o.block_k)),
-        pooled_(pooled_keys(o, nk_)),
         levels_(std::max<int64_t>(1, o.resolutions.size())),
         query_(in.query),
         key_(in.key),
@@ -47,7 +46,8 @@ class FineForward {
     if (pooled) {
       coarse_key_.emplace(pooled->key);
       coarse_value_.emplace(pooled->value);
-      log_count_ = log_counts<A>(pooled->key_count);
+      block_bias_ = BlockBias<A>(*pooled);
+      if (pooled->row_bias.defined()) row_bias_ = pooled->row_bias.contiguous();
       if (!o.levels.empty()) cells_.emplace(rows, pooled->key_count, o);
     }
   }
@@ -106,9 +106,12 @@ class FineForward {
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.scores + s->column, ld, first, rows, s->first, s->count);
         }
+        if (s->coarse && row_bias_.defined()) {
+          add_to_rows(t.scores + s->column, ld, rows, s->count,
+                      row_bias_.template const_data_ptr<A>() + (b * H_ + h) * N_ + first);
+        }
       }
-      softmax(tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * pooled_ : 0)),
-              tiles, chunk, ld, rows, t);
+      softmax(tiles.bias(chunk, key_mask_, b, block_bias_.head(b, hk)), tiles, chunk, ld, rows, t);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
         const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, A(1), t.scores + s->column, ld, v.data, v.ld,
@@ -191,7 +194,6 @@ class FineForward {
 
   Options o_;
   int64_t H_, G_, N_, M_, D_, nq_, nk_;
-  int64_t pooled_;  // pooled keys of a head
   int64_t levels_;  // resolutions
   Heads<T> query_, key_, value_;
   std::optional<Heads<A>> coarse_key_, coarse_value_;
@@ -199,10 +201,11 @@ class FineForward {
   Mask key_mask_, query_mask_;
   Lists rows_;
   Tensor state_mean_, state_lse_, state_parts_;
-  std::vector<A> log_count_;  // [B, pooled]
-  T* out_;                    // [B, N, H, D]
-  A* lse_;                    // [B, H, N]
-  A* share_;                  // [B, H, levels, N] or null
+  BlockBias<A> block_bias_;
+  Tensor row_bias_;  // [B, H, N], or undefined
+  T* out_;           // [B, N, H, D]
+  A* lse_;           // [B, H, N]
+  A* share_;         // [B, H, levels, N] or null
 };
 
 }  // namespace

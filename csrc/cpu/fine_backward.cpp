@@ -10,6 +10,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <numeric>
+
 #include "stages_cpu.h"
 #include "tiles.h"
 
@@ -65,11 +67,14 @@ class FineGradients {
     const Tensor lse = grads.lse.contiguous();
     shift_.assign(lse.const_data_ptr<A>(), lse.const_data_ptr<A>() + lse.numel());
     std::replace(shift_.begin(), shift_.end(), -kInf<A>, kInf<A>);
+    if (grads.coarse_sum.defined()) coarse_sum_ = grads.coarse_sum.mutable_data_ptr<A>();
     if (pooled) {
       coarse_key_.emplace(pooled->key);
       coarse_value_.emplace(pooled->value);
       key_count_ = pooled->key_count.contiguous();
-      log_count_ = log_counts<A>(key_count_);
+      block_bias_ = BlockBias<A>(*pooled);
+      if (pooled->row_bias.defined()) row_bias_ = pooled->row_bias.contiguous();
+      if (pooled->weights.defined()) weights_ = pooled->weights.contiguous();
       if (!o.levels.empty()) cells_.emplace(rows, key_count_, o);
       const auto options = pooled->key.options();
       coarse_grads_ = at::empty({2, B_ * H_, slices_, pooled_, D_}, options);
@@ -179,6 +184,7 @@ class FineGradients {
     const auto q = load_rows(query_.head(b, h), first, rows, t.query);
     const auto g = load_rows(grad_out_.head(b, h), first, rows, t.grad_out);
     std::fill_n(t.grad_query, rows * D_, A(0));
+    if (coarse_sum_) std::fill_n(coarse_sum_ + at, rows, A(0));
     if (cells_) {
       cells_->all_coarse(b, h, x, ids);
       tiles.build(rows_(b, h, x), ids);
@@ -194,18 +200,25 @@ class FineGradients {
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.p + s->column, ld, first, rows, s->first, s->count);
         }
+        if (s->coarse && row_bias_.defined()) {
+          add_to_rows(t.p + s->column, ld, rows, s->count,
+                      row_bias_.template const_data_ptr<A>() + at);
+        }
         const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, A(1), g.data, g.ld, v.data, v.ld, A(0),
              t.ds + s->column, ld);
       }
-      const A* bias =
-          tiles.bias(chunk, key_mask_, b, log_count_.data() + (coarse_key_ ? b * pooled_ : 0));
+      const A* bias = tiles.bias(chunk, key_mask_, b, block_bias_.head(b, hk));
       exp_shifted(t.p, ld, rows, chunk.columns, bias, shift_.data() + at);
       softmax_grad(t.p, t.ds, ld, rows, chunk.exact, delta_.const_data_ptr<A>() + at);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
         if (!s->coarse) continue;
         softmax_grad(t.p + s->column, t.ds + s->column, ld, rows, s->count,
                      coarse_delta(s->level, at));
+        for (int64_t r = 0; coarse_sum_ && r < rows; ++r) {
+          const A* ds = t.ds + s->column + r * ld;
+          coarse_sum_[at + r] += std::accumulate(ds, ds + s->count, A(0));
+        }
       }
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
         const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
@@ -282,10 +295,11 @@ class FineGradients {
          t.grad_key, D_);
   }
 
-  // Gradients of the means of key block y, shared by the valid rows of the block.
+  // Gradients of the means of key block y, shared by the valid rows of the block, or whole where
+  // these have weights.
   void sum_coarse(int64_t b, int64_t hk, int64_t y, const ColumnTile& t) {
     const int32_t c = key_count_.const_data_ptr<int32_t>()[b * nk_ + y];
-    const A share = A(1) / static_cast<A>(std::max<int32_t>(1, c));
+    const A share = weights_.defined() ? A(1) : A(1) / static_cast<A>(std::max<int32_t>(1, c));
     std::fill_n(t.coarse_key, D_, A(0));
     std::fill_n(t.coarse_value, D_, A(0));
     for (int64_t h = hk * G_; h < (hk + 1) * G_; ++h) {
@@ -317,7 +331,12 @@ class FineGradients {
   void finish(int64_t b, int64_t hk, int64_t y, int64_t j, bool valid, const A* coarse,
               const std::optional<Heads<A>>& block, const std::optional<Heads<T>>& extra, A* sum,
               T* result) const {
-    if (coarse && valid) add_row(coarse, D_, sum);
+    if (coarse && weights_.defined()) {
+      const int64_t at = (b * Hk_ + hk) * nk_ * o_.block_k + j;
+      add_scaled(sum, coarse, weights_.template const_data_ptr<A>()[at], D_);
+    } else if (coarse && valid) {
+      add_row(coarse, D_, sum);
+    }
     if (block && valid) add_row(block->head(b, hk).row(y), D_, sum);
     if (extra) add_row(extra->head(b, hk).row(j), D_, sum);
     store_row(sum, D_, result);
@@ -337,8 +356,10 @@ class FineGradients {
   Tensor delta_, coarse_delta_;  // [B, H, N]; the second perhaps [resolutions, B, H, N]
   std::vector<A> shift_;         // [B, H, N]: lse, +inf for a row without weight
   Tensor key_count_;             // [B, pooled]
-  std::vector<A> log_count_;     // [B, pooled]
-  Tensor coarse_grads_;          // [2, B * H, slices, pooled, D]
+  BlockBias<A> block_bias_;
+  Tensor weights_, row_bias_;  // of PooledInputs
+  A* coarse_sum_ = nullptr;    // [B, H, N] or null
+  Tensor coarse_grads_;        // [2, B * H, slices, pooled, D]
 };
 
 }  // namespace

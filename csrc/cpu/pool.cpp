@@ -148,7 +148,7 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
     pooled.key = k.mean;
     pooled.key_count = k.count;
   }
-  if (o.coarse != Coarse::none) pooled.value = means(in.value, in.key_mask, false).mean;
+  if (keeps_means(o)) pooled.value = means(in.value, in.key_mask, false).mean;
   return pooled;
 }
 

@@ -18,6 +18,11 @@ const Stages& cpu_stages() {
       cpu::delta_and_block_rows,
       cpu::order1,
       cpu::order1_backward,
+      /*forward_head=*/nullptr,
+      cpu::centre,
+      cpu::centred_term,
+      cpu::centred_delta,
+      cpu::centred_grads,
   };
   return stages;
 }

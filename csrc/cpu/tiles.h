@@ -49,6 +49,35 @@ std::vector<A> log_counts(const Tensor& key_count) {
   return logs;
 }
 
+// What is added to the scores of pooled keys, for each key head: log_counts or weighted means'.
+template <typename A>
+class BlockBias {
+ public:
+  BlockBias() = default;
+  explicit BlockBias(const PooledInputs& pooled)
+      : bias_(log_counts<A>(pooled.key_count)), blocks_(pooled.key_count.size(1)) {
+    if (!pooled.log_mass.defined()) return;
+    const Tensor mass = pooled.log_mass.contiguous();
+    bias_.assign(mass.const_data_ptr<A>(), mass.const_data_ptr<A>() + mass.numel());
+    heads_ = mass.size(1);
+  }
+  const A* head(int64_t b, int64_t hk) const {
+    return bias_.data() + (heads_ > 0 ? b * heads_ + hk : b) * blocks_;
+  }
+
+ private:
+  std::vector<A> bias_;  // [B, blocks] or [B, heads, blocks]
+  int64_t blocks_ = 0, heads_ = 0;
+};
+
+// s += bias[r]
+template <typename A>
+void add_to_rows(A* s, int64_t ld, int64_t rows, int64_t columns, const A* bias) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < columns; ++j) s[r * ld + j] += bias[r];
+  }
+}
+
 // Rows of pooled keys or values: in place, or those of a list copied into a buffer.
 template <typename A>
 AccRows<A> load_pooled(const Rows<A>& rows, const Segment& s, const int32_t* ids, A* buffer) {

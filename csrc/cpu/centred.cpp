@@ -1,0 +1,257 @@
+// pool = centred and sampled: means of blocks that weigh keys as the queries do, and their order 1.
+//
+// Everything here is O(N D^2 + M D) or, for sampled, O(64 M D), so it is written with torch's own
+// operators, one key head with the queries of its group at a time. Weights, means and moments are
+// made again for the backward pass.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../common/budget.h"
+#include "stages_cpu.h"
+#include "views.h"
+
+namespace mra::cpu {
+namespace {
+
+constexpr int64_t kSampledQueries = 64;
+constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
+
+// One key head with the query heads of its group.
+struct Head {
+  Head(const Inputs& in, const Options& o, int64_t item)
+      : s(o.scale),
+        block(o.block_k),
+        Hk(in.key.size(1)),
+        G(in.query.size(1) / Hk),
+        N(in.query.size(2)),
+        M(in.key.size(2)),
+        D(in.query.size(3)),
+        nk(ceil_div(M, block)),
+        b(item / Hk),
+        hk(item % Hk),
+        acc(acc_type(in.query.scalar_type())) {
+    if (in.query_mask) valid_query = in.query_mask->select(0, b);
+    if (in.key_mask) valid_key = in.key_mask->select(0, b);
+  }
+
+  // [B, H, ...] to this group, [G * N] or [G * N, D]; a copy unless it lies so.
+  Tensor rows(const Tensor& x) const { return view(x).to(acc).reshape({G * N, -1}); }
+  Tensor row(const Tensor& x) const { return view(x).reshape({G * N}); }
+  // The same in place, [G, N] or [G, N, D].
+  Tensor view(const Tensor& x) const { return x.select(0, b).narrow(0, hk * G, G); }
+
+  // Valid queries, zeros for others; keys or values, [nk, block, D], likewise.
+  Tensor queries(const Inputs& in) const {
+    Tensor q = view(in.query).to(acc);
+    if (valid_query.defined()) q = q.masked_fill(valid_query.logical_not().unsqueeze(-1), 0);
+    return q.reshape({G * N, D});
+  }
+  Tensor blocks(const Tensor& x) const {
+    Tensor k = x.select(0, b).select(0, hk).to(acc);
+    if (valid_key.defined()) k = k.masked_fill(valid_key.logical_not().unsqueeze(-1), 0);
+    if (M < nk * block) k = at::constant_pad_nd(k, {0, 0, 0, nk * block - M});
+    return k.reshape({nk, block, D});
+  }
+  // True for what is no key: masked, or behind the last one; undefined where there is none such.
+  Tensor no_key() const {
+    if (!valid_key.defined() && M == nk * block) return {};
+    const Tensor valid =
+        valid_key.defined() ? valid_key : at::ones({M}, at::TensorOptions().dtype(at::kBool));
+    return at::constant_pad_nd(valid, {0, nk * block - M}).logical_not();
+  }
+  // Numbers of the valid ones among the N queries.
+  std::vector<int64_t> valid_queries() const {
+    std::vector<int64_t> found;
+    const Tensor mask = valid_query.defined() ? valid_query.contiguous() : Tensor();
+    const bool* valid = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+    for (int64_t i = 0; i < N; ++i) {
+      if (!valid || valid[i]) found.push_back(i);
+    }
+    return found;
+  }
+
+  double s;
+  int64_t block, Hk, G, N, M, D, nk, b, hk;
+  at::ScalarType acc;
+  Tensor valid_query, valid_key;  // [N], [M] or undefined
+};
+
+// f(item) for every key head; products stay on one thread, so that bits don't depend on how many.
+template <typename F>
+void for_heads(const Inputs& in, const F& f) {
+  at::parallel_for(0, in.key.size(0) * in.key.size(1), 1, [&](int64_t begin, int64_t end) {
+    const SerialBlas serial;
+    const at::AutoDispatchBelowADInplaceOrView below;  // of this thread
+    for (int64_t item = begin; item < end; ++item) f(item);
+  });
+}
+
+Tensor pick(const Tensor& x, const Head& at) { return x.select(0, at.b).select(0, at.hk); }
+
+// log of sum_i p_ij + r / 4 p_mean,j, [nk * block]: p of r queries evenly spread among the valid
+// ones of the group, one head after another, and of the mean query.
+Tensor sampled_weights(const Head& at, const Tensor& q, const Tensor& mean, const Tensor& k,
+                       const Tensor& no_key) {
+  const std::vector<int64_t> valid = at.valid_queries();
+  const int64_t n = valid.size(), all = at.G * n, r = std::min(all, kSampledQueries);
+  std::vector<int64_t> places;
+  for (int64_t t = 0; t < r; ++t) {
+    const int64_t rank = all > r ? (2 * t + 1) * all / (2 * r) : t;
+    places.push_back(rank / n * at.N + valid[rank % n]);
+  }
+  const Tensor picked = q.index_select(0, at::tensor(places, at::kLong));
+  Tensor logits = at::mm(at::cat({picked, mean.unsqueeze(0)}).mul_(at.s), k.t());
+  if (no_key.defined()) logits.masked_fill_(no_key, kMinusInf);
+  logits = at::log_softmax(logits, 1);
+  logits[r].add_(std::log(std::max<double>(1, r) / 4));
+  return at::logsumexp(logits, 0);
+}
+
+// Within-block deviations of keys and values from their weighted means, [nk * block, D], and the
+// weight of each key in the moments, pi_j c_y / n, [nk * block, 1].
+struct Deviations {
+  Deviations(const Head& at, const Inputs& in, const Centred& c) {
+    const Tensor count = c.pooled.key_count.select(0, at.b).to(at.acc);
+    const auto deviation = [&](const Tensor& x, const Tensor& mean) {
+      return (at.blocks(x) - pick(mean, at).unsqueeze(1)).reshape({at.nk * at.block, at.D});
+    };
+    key = deviation(in.key, c.pooled.key);
+    value = deviation(in.value, c.pooled.value);
+    const Tensor share = (count / count.sum().clamp_min(1)).unsqueeze(-1);
+    weight = (pick(c.pooled.weights, at).view({at.nk, at.block}) * share).view({-1, 1});
+  }
+  Tensor key, value, weight;
+};
+
+// Order 1 of the rows of a group.
+struct Rows1 {
+  Rows1(const Head& at, const Inputs& in, const Centred& c, const Tensor& share)
+      : q(at.queries(in) - pick(c.centre, at)),
+        t(at.row(c.variance)),
+        gamma(1 / (1 + t / 4)),
+        share(at.row(share)),
+        none(this->share == 0),
+        C(pick(c.moments, at)[0]),
+        S(pick(c.moments, at)[1]),
+        u(at::mm(q, C).mul_(at.s)) {}
+  // Rows without a coarse share may hold anything.
+  Tensor there(const Tensor& x) const {
+    return x.masked_fill(x.dim() > 1 ? none.unsqueeze(-1) : none, 0);
+  }
+  Tensor q, t, gamma, share, none, C, S, u;
+};
+
+}  // namespace
+
+Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
+  const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
+  const int64_t Hk = in.key.size(1), D = in.query.size(3), nk = key_count.size(1);
+  const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
+  Centred c;
+  c.centre = at::empty({B, Hk, D}, options);
+  c.pooled.key = at::empty({B, Hk, nk, D}, options);
+  c.pooled.value = at::empty({B, Hk, nk, D}, options);
+  c.pooled.key_count = key_count;
+  c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, options);
+  c.pooled.log_mass = at::empty({B, Hk, nk}, options);
+  if (has_order1(o)) {
+    c.moments = at::empty({B, Hk, 2, D, D}, options);
+    c.variance = at::empty({B, H, N}, options);
+    c.pooled.row_bias = at::empty({B, H, N}, options);
+  }
+  for_heads(in, [&](int64_t item) {
+    const Head at(in, o, item);
+    const Tensor q = at.queries(in), k = at.blocks(in.key), no_key = at.no_key();
+    const int64_t n = at.valid_query.defined() ? at.valid_queries().size() : N;
+    const Tensor mean = q.sum(0) / static_cast<double>(std::max<int64_t>(1, at.G * n));
+    pick(c.centre, at).copy_(mean);
+
+    // weights within each block, and their means and entropy
+    const Tensor keys = k.view({nk * at.block, D});
+    Tensor weight = o.pool == Pool::centred ? at::mv(keys, mean).mul_(at.s)
+                                            : sampled_weights(at, q, mean, keys, no_key);
+    if (no_key.defined()) weight = weight.masked_fill(no_key, kMinusInf);
+    weight = at::softmax(weight.view({nk, at.block}), 1);
+    if (no_key.defined()) weight.masked_fill_(no_key.view({nk, at.block}), 0);
+    const auto pooled = [&](const Tensor& blocks) {
+      return at::bmm(weight.unsqueeze(1), blocks).squeeze(1);
+    };
+    pick(c.pooled.weights, at).copy_(weight.view(-1));
+    pick(c.pooled.key, at).copy_(pooled(k));
+    pick(c.pooled.value, at).copy_(pooled(at.blocks(in.value)));
+    const Tensor empty = key_count.select(0, at.b) == 0;
+    pick(c.pooled.log_mass, at)
+        .copy_(at::special_entr(weight).sum(1).masked_fill_(empty, kMinusInf));
+    if (!has_order1(o)) return;
+
+    // moments, and what a row's variance adds to the mass
+    const Deviations d(at, in, c);
+    const Tensor left = (d.key * d.weight).t(), moments = pick(c.moments, at);
+    moments[0].copy_(at::mm(left, d.value));
+    moments[1].copy_(at::mm(left, d.key));
+    const Tensor from_mean = q - mean;
+    const Tensor t = (at::mm(from_mean, moments[1]).mul_(from_mean)).sum(1) * (at.s * at.s);
+    at.view(c.variance).copy_(t.view({at.G, N}));
+    at.view(c.pooled.row_bias).copy_((t / (2 + t / 2)).log1p_().view({at.G, N}));
+  });
+  return c;
+}
+
+void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o) {
+  for_heads(in, [&](int64_t item) {
+    const Head at(in, o, item);
+    const Rows1 r(at, in, c, result.share);
+    const Tensor out = at.view(result.out), term = r.u * (r.share * r.gamma).unsqueeze(-1);
+    out.copy_(out.to(at.acc) + r.there(term).view({at.G, at.N, at.D}));
+  });
+}
+
+Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                     const Inputs& in, const Centred& c, const Options& o) {
+  const Tensor result = at::empty_like(delta);
+  for_heads(in, [&](int64_t item) {
+    const Head at(in, o, item);
+    const Rows1 r(at, in, c, share);
+    const Tensor term = (r.u * at.rows(grad_out)).sum(1) * r.gamma;
+    at.view(result).copy_(at.view(delta) - r.there(term).view({at.G, at.N}));
+  });
+  return result;
+}
+
+void centred_grads(const Grads& grads, const Tensor& grad_out, const Tensor& share,
+                   const Tensor& coarse_sum, const Inputs& in, const Centred& c, const Options& o) {
+  for_heads(in, [&](int64_t item) {
+    const Head at(in, o, item);
+    const Rows1 r(at, in, c, share);
+    const double s = at.s;
+    const Tensor g = r.there(at.rows(grad_out)), a = (r.share * r.gamma * s).unsqueeze(-1);
+    // of t, by the damping and by the factor of the mass
+    const Tensor dt = (r.share * (r.u * g).sum(1) * r.gamma * r.gamma * -0.25 +
+                       (0.75 / (1 + r.t * 0.75) - r.gamma / 4) * r.there(at.row(coarse_sum)))
+                          .mul_(s * s)
+                          .unsqueeze(-1);
+    const Tensor dC = at::mm((r.q * a).t(), g), dS = at::mm((r.q * dt).t(), r.q);
+    Tensor dq = a * at::mm(g, r.C.t()) + 2 * dt * at::mm(r.q, r.S);
+    // through the mean query: every valid one has its share
+    const int64_t n = at.valid_queries().size();
+    dq = (dq - dq.sum(0) / static_cast<double>(std::max<int64_t>(1, at.G * n)))
+             .view({at.G, at.N, at.D});
+    if (at.valid_query.defined()) {
+      dq.masked_fill_(at.valid_query.logical_not().unsqueeze(-1), 0);
+    }
+    const Deviations d(at, in, c);
+    const Tensor dk = (at::mm(d.value, dC.t()) + 2 * at::mm(d.key, dS)) * d.weight;
+    const Tensor dv = at::mm(d.key, dC) * d.weight;
+    const auto add = [&](const Tensor& to, const Tensor& x) { to.copy_(to.to(at.acc) + x); };
+    add(at.view(grads.query), dq);
+    add(pick(grads.key, at), dk.narrow(0, 0, at.M));
+    add(pick(grads.value, at), dv.narrow(0, 0, at.M));
+  });
+}
+
+}  // namespace mra::cpu

@@ -1,0 +1,294 @@
+"""pool="centred" and "sampled": the operators against the dense reference, forward and backward.
+
+Their weights are constants for the gradient, so there is no gradcheck by finite differences: the
+reference, which detaches them, is what gradients are compared with. The reference itself is tested
+in test_centred_reference.py."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo.testing
+from helpers import CUDA, Case, assert_same_bits, compare
+from torch.utils.flop_counter import FlopCounterMode
+
+import mra_attention as mra
+from mra_attention import MRAConfig
+from mra_attention.weights import dense_weights
+
+OPS = torch.ops.mra_attention
+POOLS = ["centred", "sampled"]
+FORMS = [(pool, order) for pool in POOLS for order in (0, 1)]
+forms = pytest.mark.parametrize("pool, order", FORMS)
+
+
+@pytest.mark.parametrize("masks", ["none", "key", "query", "both", "padding"])
+@forms
+def test_is_the_reference(pool, order, masks):
+    case = Case("cpu", torch.float64, masks=masks, pool=pool, order=order)
+    ours = case.check()
+    # and so is the plan, which the weights don't change
+    even = Case("cpu", torch.float64, masks=masks, order=order, seed=case.seed)
+    assert torch.equal(case.plan().row_index, even.plan().row_index)
+    reference = mra.reference.mra_attention_reference(
+        case.q, case.k, case.v, case.key_mask, case.query_mask, **case.options
+    )
+    compare({"out": ours["out"]}, None, {"out": reference}, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@forms
+def test_other_dtypes(pool, order, dtype):
+    for masks in ("none", "both"):
+        Case("cpu", dtype, pool=pool, order=order, masks=masks, N=500, M=700, D=32).check()
+
+
+@pytest.mark.parametrize("block_size", [16, 64, (128, 16), (32, 128)])
+@forms
+def test_shapes(pool, order, block_size):
+    """Key heads of one to four query heads, fewer queries than are sampled, short last blocks."""
+    for H, Hk, N, M in ((4, 4, 130, 130), (4, 1, 37, 301), (2, 1, 300, 129), (1, 1, 1, 20)):
+        options = dict(H=H, Hk=Hk, N=N, M=M, block_size=block_size, density=0.2)
+        Case("cpu", torch.float64, **options, masks="both", pool=pool, order=order).check()
+
+
+@forms
+def test_options_beside_it(pool, order):
+    for options in (
+        dict(selection="global"), dict(diagonal_blocks=2, first_blocks=1), dict(scale=0.7),
+        dict(layout=(9, 16), M=150), dict(density=1.0), dict(blocks_per_row=1),
+    ):  # fmt: skip
+        Case("cpu", torch.float64, **options, masks="both", pool=pool, order=order).check()
+
+
+@forms
+def test_a_given_plan_is_the_same(pool, order):
+    case = Case("cpu", torch.float32, masks="both", pool=pool, order=order)
+    assert_same_bits(case.ours(), case.ours(plan=case.plan()))
+
+
+@forms
+def test_same_bits_for_any_number_of_threads(pool, order):
+    case = Case("cpu", torch.float32, N=700, M=700, H=2, Hk=1, B=1, masks="both", pool=pool,
+                order=order)  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = case.ours()
+        torch.set_num_threads(2)
+        assert_same_bits(one, case.ours())
+    finally:
+        torch.set_num_threads(before)
+
+
+@forms
+def test_what_is_masked_may_be_anything(pool, order):
+    case = Case("cpu", torch.float64, masks="both", pool=pool, order=order)
+    expected = case.ours()
+    for x, mask in ((case.q, case.query_mask), (case.k, case.key_mask), (case.v, case.key_mask)):
+        x.masked_fill_(~mask[:, None, :, None], torch.nan)
+    case.grad_out.masked_fill_(~case.query_mask[:, None, :, None], torch.nan)
+    case.grad_lse.masked_fill_(~case.query_mask[:, None], torch.nan)
+    got = {n: x for n, x in case.ours().items()}
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        finite = expected[name].isfinite()
+        torch.testing.assert_close(got[name][finite], expected[name][finite], rtol=0, atol=0)
+
+
+@forms
+def test_nothing_to_attend(pool, order):
+    options = dict(blocks_per_row=1, block_size=32, pool=pool, order=order)
+    k = torch.randn(2, 1, 100, 8)
+    for B, N in ((0, 50), (2, 0)):
+        q = torch.randn(B, 2, N, 8, requires_grad=True)
+        out = mra.mra_attention(q, k[:B], k[:B], **options)
+        assert out.shape == q.shape
+        out.sum().backward()
+    none, all_ = torch.zeros(2, 100, dtype=torch.bool), None
+    for key_mask, query_mask in ((none, all_), (all_, none[:, :50]), (none, none[:, :50])):
+        leaves = [torch.randn(2, n, m, 8).requires_grad_() for n, m in ((2, 50), (1, 100))]
+        out, lse = mra.mra_attention(
+            leaves[0], leaves[1], leaves[1], key_mask, query_mask, return_lse=True, **options
+        )
+        assert (out == 0).all() and (lse == -torch.inf).all()
+        for grad in torch.autograd.grad(out.sum(), leaves):
+            assert (grad == 0).all()
+
+
+def arguments(case):
+    """Of forward, and of backward after it."""
+    o, masks = case.options, (case.key_mask, case.query_mask)
+    forward = (case.q, case.k, case.v, *masks, None, None, None, None, o["density"], *case.block,
+               "row", o["order"], "row", 0, 0, False, None, None, o["pool"])  # fmt: skip
+    out, lse, share, *rest = OPS.forward(*forward)
+    assert all(x.numel() == 0 for x in rest[3:])  # nothing is kept
+    backward = (case.grad_out, case.grad_lse, case.q, case.k, case.v, *masks, out, lse, share,
+                *rest[:3], *case.block, "row", o["order"], False, None, *[None] * 6, None,
+                o["pool"])  # fmt: skip
+    return forward, backward
+
+
+@forms
+def test_operators(pool, order):
+    case = Case("cpu", torch.float64, masks="both", B=1, D=8, pool=pool, order=order)
+    for op, args in zip((OPS.forward, OPS.backward), arguments(case), strict=True):
+        meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
+        for i, (x, y) in enumerate(zip(op(*args), op(*meta), strict=True)):
+            got = (y.shape, y.stride(), y.dtype)
+            assert got == (x.shape, x.stride(), x.dtype), f"{op} result {i}"
+        leaves = op == OPS.forward
+        args = tuple(
+            x.clone().requires_grad_()
+            if leaves and isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for x in args
+        )
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("pool", POOLS)
+def test_compiles_to_one_graph(pool, dynamic):
+    torch._dynamo.reset()
+    config = MRAConfig(density=0.2, block_size=32, pool=pool)
+
+    def model(q, k, v):
+        return mra.mra_attention(q * 2, k, v, config=config) + 1
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    for N in (300, 420, 900) if dynamic else (300,):
+        x = [torch.randn(2, 2, N, 16, requires_grad=True) for _ in range(3)]
+        ours, theirs = compiled(*x), model(*x)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+        grad = torch.randn_like(ours)
+        for a, b in zip(*(torch.autograd.grad(y, x, grad) for y in (ours, theirs)), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_export_with_any_length(pool):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return mra.mra_attention(q, k, v, block_size=32, pool=pool)
+
+    x, dim = torch.randn(1, 2, 300, 16), {2: torch.export.Dim.AUTO}
+    program = torch.export.export(Model(), (x, x, x), dynamic_shapes=(dim,) * 3)
+    y = torch.randn(1, 2, 517, 16)
+    assert torch.equal(program.module()(y, y, y), Model()(y, y, y))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_torch_func_and_autocast(pool):
+    q, k, v = (torch.randn(3, 2, 2, 200, 8, dtype=torch.float64) for _ in range(3))
+
+    def attend(q, k, v):
+        return mra.mra_attention(q, k, v, blocks_per_row=1, block_size=32, pool=pool)
+
+    def loss(q, k, v):
+        return attend(q, k, v).sin().sum()
+
+    expected = torch.stack([attend(*x) for x in zip(q, k, v, strict=True)])
+    assert torch.equal(torch.func.vmap(attend)(q, k, v), expected)
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
+    leaves = [x[0].clone().requires_grad_() for x in (q, k, v)]
+    for got, one in zip(grads, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        assert torch.allclose(got[0], one, atol=1e-12)
+    low = [x[0].float() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = attend(*low)
+    assert torch.equal(mixed, attend(*(x.bfloat16() for x in low)))
+
+
+@forms
+def test_weights_are_the_matrix_it_stands_for(pool, order):
+    case = Case("cpu", torch.float64, Hk=4, masks="both", pool=pool, order=order)
+    config = MRAConfig(**case.options)
+    weights = dense_weights(
+        case.q, case.k, case.key_mask, case.query_mask, config=config, is_causal=False,
+        scale=0.25, plan=case.plan(),
+    )  # fmt: skip
+    compare({"out": weights @ case.v}, None, case.ours(backward=False), torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_modules_take_it(pool):
+    config = MRAConfig(density=0.2, block_size=16, pool=pool)
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True).double()
+    exact = copy.deepcopy(layer)
+    assert mra.replace_attention(layer, config) == 1
+    x = torch.randn(2, 150, 32, dtype=torch.float64)
+    assert not torch.equal(layer(x), exact(x))
+    layer.self_attn.config = config.replace(density=1.0)
+    torch.testing.assert_close(layer(x), exact(x), rtol=1e-9, atol=1e-9)
+
+
+def test_operations_are_counted():
+    q, k, v = (torch.randn(1, h, 128, 16) for h in (2, 1, 1))
+    counts = {}
+    for pool in ("even", *POOLS):
+        with FlopCounterMode(display=False) as counter:
+            mra.mra_attention(q, k, v, block_size=32, pool=pool)
+        counts[pool] = counter.get_total_flops()
+    assert counts["centred"] - counts["even"] == 5 * 16 * 128
+    assert counts["sampled"] - counts["even"] == 133 * 16 * 128
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        (dict(pool=5), TypeError), (dict(pool=None), TypeError), (dict(pool="mean"), ValueError),
+        (dict(pool="centred", coarse="block"), ValueError),
+        (dict(pool="sampled", coarse="none"), ValueError),
+        (dict(pool="centred", levels=((128, 2),)), NotImplementedError),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_pool(options, error):
+    q, k, v = (torch.randn(1, 1, 300, 8) for _ in range(3))
+    for function, tensors in ((mra.mra_attention, (q, k, v)), (mra.make_plan, (q, k))):
+        with pytest.raises(error, match="pool: got"):
+            function(*tensors, block_size=32, **options)
+    with pytest.raises(error, match="pool: got"):
+        MRAConfig(block_size=32, **options)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_causal_is_refused(pool):
+    x = torch.randn(1, 1, 300, 8)
+    plan = mra.make_plan(x, x, is_causal=True)
+    for options in (dict(pool=pool), dict(config=MRAConfig(pool=pool)), dict(plan=plan, pool=pool)):
+        with pytest.raises(NotImplementedError, match="pool: got"):
+            mra.mra_attention(x, x, x, is_causal=True, **options)
+
+
+def test_bad_pool_of_the_operators():
+    case = Case("cpu", torch.float64, pool="centred", order=1)
+    forward, backward = arguments(case)
+    for op, args, coarse in ((OPS.forward, forward, 12), (OPS.backward, backward, 15)):
+        causal = coarse + (5 if op == OPS.forward else 2)
+        for at, value, error in (
+            (-1, "mean", ValueError), (coarse, "block", ValueError),
+            (-2, [128, 2], NotImplementedError), (causal, True, NotImplementedError),
+        ):  # fmt: skip
+            bad = list(args)
+            bad[at] = value
+            if at == causal:
+                bad = [x[:, :, :150] if isinstance(x, torch.Tensor) and x.dim() == 4 else x
+                       for x in bad]  # fmt: skip
+            if at != -2 or op == OPS.forward:
+                with pytest.raises(error, match="pool: got"):
+                    op(*bad)
+    kept = list(backward)
+    even = OPS.forward(*forward[:-1], "even")
+    kept[-8:-2] = [None, even[7], even[8], None, even[10], None]
+    with pytest.raises(ValueError, match="key_mean.*: got some"):
+        OPS.backward(*kept)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_gpus_refuse_it(device):
+    x = torch.randn(1, 1, 300, 8, device=device)
+    with pytest.raises(NotImplementedError, match="pool: got"):
+        mra.mra_attention(x, x, x, block_size=32, pool="centred")
