@@ -27,7 +27,8 @@ def sequence_parallel_attention(
 
     mesh: a :class:`~torch.distributed.device_mesh.DeviceMesh` of one dimension (``mesh["sp"]`` of a
         larger one), or a process group. W must divide H, and divide Hk or be a multiple of it.
-    return_lse, options: as for ``mra_attention``; ``plan`` is not taken.
+    return_lse, options: as for ``mra_attention``; ``plan`` is not taken, nor a ``pool`` other than
+        "even" where W does not divide Hk: it needs all query heads of a key head in one place.
 
     Returns this process's part of out, (B, H, N / W, D), and with ``return_lse`` that of lse,
     (B, H, N / W). Raises TypeError or ValueError that names the argument."""
@@ -39,6 +40,13 @@ def sequence_parallel_attention(
         raise ValueError(
             f"mesh: got {W} processes for {H} query heads and {Hk} key heads, expected a number "
             "that divides the query heads, and divides the key heads or is a multiple of them"
+        )
+    config = options.get("config")
+    pool = options.get("pool", "even") if config is None else config.pool
+    if Hk % W and pool != "even":
+        raise NotImplementedError(
+            f"pool: got {pool!r} for {W} processes and {Hk} key heads, expected 'even' where "
+            "processes share a key head"
         )
     if Hk % W:  # several processes need the same key head
         key, value = (x.repeat_interleave(W // Hk, 1) for x in (key, value))

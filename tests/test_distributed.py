@@ -122,12 +122,15 @@ def sequence_parallel(rank, seed, device):
 
 
 def check_errors(mesh, W):
-    x = torch.randn(1, 3, 16, 8)
+    x, y = torch.randn(1, 3, 16, 8), torch.randn(1, W, 16, 8)
+    weighted = mra.MRAConfig(pool="centred")
     for call, error, match in (
         (lambda: sequence_parallel_attention(x, x, x, mesh=mesh), ValueError, "mesh: got"),
         (lambda: sequence_parallel_attention(x, x, x, mesh="sp"), TypeError, "mesh: got str"),
         (lambda: sequence_parallel_attention(x, x, x, mesh=mesh, plan=1), TypeError, "plan: got"),
-    ):
+        (lambda: sequence_parallel_attention(y, y[:, :1], y[:, :1], mesh=mesh, config=weighted),
+         NotImplementedError, "pool: got"),
+    ):  # fmt: skip
         with pytest.raises(error, match=match):
             call()
 

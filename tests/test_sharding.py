@@ -16,10 +16,11 @@ import mra_attention as mra
 from mra_attention import MRAConfig, MRAMultiheadAttention
 
 W = 2
+POOLS = {"cpu": ["centred", "sampled"], "cuda": []}  # of pool: on the CPU only
 FORMS = [("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1)]
 
 
-def cases():
+def cases(device):
     """(placement of q, k, v; key heads; masks?; options; placement that the output should have)."""
     from torch.distributed.tensor import Replicate, Shard
 
@@ -33,6 +34,8 @@ def cases():
     yield heads, 4, False, dict(selection="global"), heads
     for place, masked in itertools.product((batch, heads), (False, True)):
         yield place, 2, masked, dict(layout=(9, 14)), place
+    for pool, (place, Hk) in itertools.product(POOLS[device], [(batch, 2), (heads, 2)]):
+        yield place, Hk, True, dict(pool=pool), place
     yield whole, 2, True, {}, whole
     yield heads, 1, True, {}, None  # one key head for both processes: anything but heads
     yield sequence, 1, True, {}, None
@@ -48,7 +51,7 @@ def sharded_worker(rank, seed, device):
         placed.append(out.placements[0])
         return out, lse
 
-    for i, (place, Hk, masked, options, expected) in enumerate(cases()):
+    for i, (place, Hk, masked, options, expected) in enumerate(cases(device)):
         tensors, masks, grads = draw(seed + i, Hk, masked, device)
         whole = attend(mra.mra_attention, tensors, masks, grads, **options)
         placed, note = [], (place, Hk, options)
