@@ -97,8 +97,8 @@ def mra_attention_reference(
             q = q - centre_.unsqueeze(-2)
         u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
         t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
-        if weights is not None:  # of the mass too
-            b = b + torch.log1p(t / 2 / (1 + t / 4)).unsqueeze(-1)
+        if weights is not None:  # of the mass too: 1 + gamma t / 2, for any t
+            b = b + torch.log(3 - 2 / (1 + t / 4)).unsqueeze(-1)
 
     # fine: log weights of the keys of the exact blocks, (B, H, N, M); one softmax over both
     live = plan[:, :, x][..., y] & _or_ones(key_mask, query, M)[:, None, None, :]

@@ -57,7 +57,7 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
         inside = inside.masked_fill(~seen, 0)
         t = (shares * inside * inside).sum(-1, keepdim=True)  # s^2 q Sigma q^T
         if not even:
-            b = b + torch.log1p(t / 2 / (1 + t / 4))
+            b = b + torch.log(3 - 2 / (1 + t / 4))
     live = exact[..., y] & valid
     if is_causal:
         live = live & torch.ones(N, M, dtype=torch.bool, device=q.device).tril()

@@ -197,7 +197,8 @@ Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
     const Tensor from_mean = q - mean;
     const Tensor t = (at::mm(from_mean, moments[1]).mul_(from_mean)).sum(1) * (at.s * at.s);
     at.view(c.variance).copy_(t.view({at.G, N}));
-    at.view(c.pooled.row_bias).copy_((t / (2 + t / 2)).log1p_().view({at.G, N}));
+    // log(1 + gamma t / 2), for any t
+    at.view(c.pooled.row_bias).copy_((3 - 2 / (1 + t / 4)).log_().view({at.G, N}));
   });
   return c;
 }
