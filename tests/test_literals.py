@@ -126,3 +126,26 @@ def test_gradients(device, dtype, coarse):
         assert torch.allclose(got.cpu().double(), want, **near), name
     for grad in (dk, dv):
         assert not grad[0, 0, ~mask[0]].any()
+
+
+# pool="centred": the mean query is 2 L, so the keys of A weigh 4 and 16 of 20, those of B 1 and 16
+# of 17. Means: A k 1.8, v 5.4; B k 32/17, v 192/17. The entropy of B's weights is
+# log 17 - 16/17 log 16, so B weighs 17 * 2^(-64/17) * 2^(32/17 or 96/17).
+#   C = 1/2 (0.2 * 0.8 * 1 * 3 + 16/289 * 2 * 12) = 1/2 (0.48 + 384/289)
+#   S = 1/2 (0.16 + 64/289)
+#   q less its mean: -L, L      u = -+C L      t = S L^2      B's weights times 1 + gamma t / 2
+@pytest.mark.parametrize("order", [0, 1])
+def test_centred(order):
+    q, k, v, mask, _ = inputs("cpu", torch.float64)
+    out, lse = mra.mra_attention(
+        q, k, v, mask, blocks_per_row=1, block_size=(32, 16), order=order, scale=1.0,
+        pool="centred", return_lse=True,
+    )  # fmt: skip
+    t = (0.16 + 64 / 289) / 2 * L * L
+    gamma = 1 / (1 + t / 4)
+    for i, (exact, mass, power) in enumerate(((30, 6, -32 / 17), (408, 72, 32 / 17))):
+        weight = 17 * 2**power * (1 + order * gamma * t / 2)
+        first = (2 * i - 1) * L * (0.48 + 384 / 289) / 2 * gamma * weight / (mass + weight)
+        row = (exact + weight * 192 / 17) / (mass + weight) + order * first
+        assert math.isclose(out[0, 0, i, 0], row, rel_tol=1e-13)
+        assert math.isclose(lse[0, 0, i], math.log(mass + weight), rel_tol=1e-13)
