@@ -51,7 +51,7 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     if first:
         seen = past[x][:, y] & valid
         n = seen.sum(-1, keepdim=True).clamp(min=1)
-        shares = seen / n if even else parts * k_count[:, None, None, y] / n
+        shares = seen.to(b.dtype) / n if even else parts * k_count[:, None, None, y] / n
         inside = a if even else scale * deviation @ k.to(deviation.dtype).mT
         inside = inside - (scale * deviation @ k_mean.mT.to(deviation.dtype)).to(b.dtype)[..., y]
         inside = inside.masked_fill(~seen, 0)
