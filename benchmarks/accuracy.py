@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import candidates, minilm, report, whisper
-from benchmarks.cases import DEFAULT, DTYPES, FORMS, PAPER_FORMS, Form, Unsupported, ratio
+from benchmarks.cases import (
+    DEFAULT,
+    DTYPES,
+    FORMS,
+    PAPER_FORMS,
+    WEIGHTED_FORMS,
+    Form,
+    Unsupported,
+    ratio,
+)  # fmt: skip
 from benchmarks.environment import plain
 from benchmarks.inputs import smoothed
 from benchmarks.options import add_common, begin, block_size, listed, shape, share
@@ -27,8 +36,8 @@ from mra_attention import mra_attention
 
 INPUTS = ("synthetic", "minilm", "whisper")
 KINDS = ("mra", "oracle", "candidate", "peer")
-MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS)  # MRA-2-s and MRA-2 first
-HEADS = ("block, global", "row + order 1", "centred, sampled")  # whose errors by head are kept
+MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS, *WEIGHTED_FORMS)  # MRA-2-s and MRA-2 first
+HEADS = ("block, global", "row + order 1", "row + order 1, sampled")  # whose errors by head stay
 LAYERS = {"synthetic": 1, "minilm": 6, "whisper": 4}
 
 
@@ -66,10 +75,8 @@ DENSE = (
     ("oracle", "centred, oracle", candidates.true_mass, candidates.centred),
     ("oracle", "centred, true column weights", candidates.mean_score, candidates.columns),
     ("candidate", "row + order 1, mean-query score", candidates.mean_query_score, _form(DEFAULT)),
-    ("candidate", "centred", candidates.mean_score, candidates.centred),
     ("candidate", "centred, centred score", candidates.centred_score, candidates.centred),
     ("candidate", "centred, curved", candidates.mean_score, candidates.curved),
-    ("candidate", "centred, sampled", candidates.mean_score, candidates.sampled),
     ("candidate", "centred, sampled, centred score", candidates.centred_score, candidates.sampled),
 )
 

@@ -12,7 +12,7 @@ COLORS = {
     "block, global": "#E69F00",
     "block + order 1": "#009E73",
     "row + order 1": "#0072B2",
-    "centred, sampled": "#D55E00",
+    "row + order 1, sampled": "#D55E00",
     "local window": "#CC79A7",
     "local + first tokens": "#56B4E9",
     "Nyströmformer": "#000000",

@@ -24,15 +24,18 @@ class Form:
     coarse: str
     order: int = 0
     selection: str = "row"
+    pool: str = "even"
 
     @property
     def name(self):
         name = self.coarse + (" + order 1" if self.order else "")
-        return name if self.selection == "row" else f"{name}, {self.selection}"
+        name = name if self.selection == "row" else f"{name}, {self.selection}"
+        return name if self.pool == "even" else f"{name}, {self.pool}"
 
 
 FORMS = (Form("none"), Form("block"), Form("block", 1), Form("row"), Form("row", 1))
 DEFAULT = Form("row", 1)
+WEIGHTED_FORMS = (Form("row", 1, pool="centred"), Form("row", 1, pool="sampled"))
 # MRA-2 and MRA-2-s are the paper's; then its budget with row selection, and the default form.
 PAPER_FORMS = (Form("block", 0, "global"), Form("none", 0, "global"), Form("block"), DEFAULT)
 

@@ -14,17 +14,14 @@ import torch
 
 from benchmarks import candidates, report
 from benchmarks.accuracy import DENSE
-from benchmarks.cases import DEFAULT, Form, ratio
+from benchmarks.cases import DEFAULT, WEIGHTED_FORMS, Form, ratio
 from benchmarks.options import add_common, begin, block_size, listed, share
 from mra_attention import mra_attention
 
 TOKENS = 512
 GOALS = {1 / 8: 0.97, 1 / 4: 0.985}  # mean cosine of the default form
-FORMS = (Form("none"), Form("block", 0, "global"), Form("block", 1), DEFAULT)
-DENSE_NAMES = (
-    "row + order 1, oracle", "centred", "centred, curved", "centred, sampled",
-    "centred, sampled, centred score",
-)  # fmt: skip
+FORMS = (Form("none"), Form("block", 0, "global"), Form("block", 1), DEFAULT, *WEIGHTED_FORMS)
+DENSE_NAMES = ("row + order 1, oracle", "centred, curved", "centred, sampled, centred score")
 
 
 def parser():

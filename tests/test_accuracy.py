@@ -34,14 +34,14 @@ def test_synthetic_inputs(tmp_path, capsys):
     assert len(entry["entropy"]) == 2 and all(0 < e < 5.55 for e in entry["entropy"])  # log 256
     assert all(row["status"] == "ok" for row in entry["rows"])
     some, whole = (errors(report, density) for density in (1 / 4, 1.0))
-    assert some["none"] > some["block"] > some["row"] > some["centred"] > 0.01
+    assert some["none"] > some["block"] > some["row"] > some["row + order 1, centred"] > 0.01
     assert some["row + order 1, oracle"] < some["row + order 1"]
-    assert some["centred, oracle"] < some["centred"]
+    assert some["centred, oracle"] < some["row + order 1, centred"]
     for row in entry["rows"]:
         timed = row["kind"] in ("mra", "peer")
         assert (row["ms"] or 0) > 0 if timed else row["ms"] is None
         assert ("heads" in row) == (row["method"] in accuracy.HEADS)
-    for name in (*(form.name for form in accuracy.MRA_FORMS), "centred", "local window"):
+    for name in (*(form.name for form in accuracy.MRA_FORMS), "centred, curved", "local window"):
         assert whole[name] < 1e-5
     sizes = {(row["kind"], tuple(row["block_size"])) for row in entry["rows"]}
     assert ("mra", (32, 16)) in sizes and ("peer", (32, 16)) not in sizes
@@ -49,7 +49,7 @@ def test_synthetic_inputs(tmp_path, capsys):
     assert "blocks of 32x16: error and ms" in printed and "Nyströmformer" in printed
     table = markdown(report)
     assert table.count("| method | density 1/4 | density 1 |") == 2
-    assert f"| centred | {some['centred']:.3f} |" in table
+    assert f"| centred, curved | {some['centred, curved']:.3f} |" in table
 
 
 def test_heads_are_means_over_windows():

@@ -109,6 +109,14 @@ def test_centred_is_the_operator_where_blocks_have_no_spread(weights):
     torch.testing.assert_close(out, exact_attention(q, k, v))
 
 
+@pytest.mark.parametrize("weights, pool", [("mean", "centred"), ("sampled", "sampled")])
+def test_centred_is_the_operator_with_weighted_means(weights, pool):
+    q, k, v = qkv(N=300)
+    plan = make_plan(q, k, density=1 / 4, block_size=(32, 16))
+    out = candidates.centred(q, k, v, plan, weights)
+    torch.testing.assert_close(out, mra_attention(q, k, v, plan=plan, pool=pool))
+
+
 def test_scores_by_hand():
     q, k, _ = qkv(N=70)
     p = (q @ k.mT / 4).softmax(-1)
