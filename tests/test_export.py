@@ -1,12 +1,14 @@
 """torch.export and AOTInductor: programs that outlive the Python that made them."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 
-import helpers
 import pytest
 import torch
-from helpers import CUDA, DEVICES, aoti_example
+from helpers import CUDA, DEVICES, ROOT, aoti_example
 from torch import nn
 from torch.export import Dim
 from torch.fx.experimental import _config as shape_config
@@ -144,9 +146,22 @@ def test_aot_inductor(aoti_package):
     check_package(aoti_package, "cpu")
 
 
+# Not understood: torch 2.11 crashes (SIGSEGV) as it loads the package on an H100.
+@pytest.mark.xfail(reason="loading the package crashes", strict=True)
 @pytest.mark.parametrize("device", [CUDA])
 def test_aot_inductor_on_a_gpu(device, tmp_path):
-    check_package(helpers.aoti_package(device, tmp_path), device)
+    """In a process of its own, which a crash doesn't take along."""
+    code = (
+        "import pathlib, helpers, test_export\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        f"test_export.check_package(helpers.aoti_package({device!r}, folder), {device!r})\n"
+    )
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
 
 
 def check_package(package, device):

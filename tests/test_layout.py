@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, compare, new_seed
+from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, compare, limit, new_seed
 from torch.nn import functional as F
 
 import mra_attention as mra
@@ -72,7 +72,8 @@ def test_density_1_is_exact_attention(device, layout, lead, block_size):
     wide = (x.double() for x in (q, k, v))
     mask = case.key_mask[:, None, None, :]
     exact = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)
-    assert (out - exact).norm() / exact.norm() < 1e-6
+    error = (out - exact).norm() / exact.norm()
+    assert error <= (1e-6 if device == "cpu" else limit(torch.float32, device, 0))
     assert out.transpose(1, 2).is_contiguous()  # (B, N, H, D) memory
 
 
