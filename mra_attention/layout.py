@@ -27,9 +27,7 @@ from torch.nn import functional as F
 
 from . import sharding
 
-__all__ = ["LAYOUT", "Tiles", "check_call", "check_length", "fits", "halvings", "tile_shape"]
-
-LAYOUT = "layout"  # the reason under which calls are counted that don't fit one
+__all__ = ["Tiles", "check_call", "check_length", "fits", "halvings", "tile_shape"]
 
 
 def tile_shape(layout, block):

@@ -10,11 +10,10 @@ from torch.nn import functional as F
 from . import calls
 from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
-from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import make_plan, mra_attention, pad_head_dim
-from .layout import LAYOUT, fits
 from .masks import additive_mask, check_mask, takes_part, weighs
+from .unserved import REASONS, why_exact
 from .weights import dense_weights
 
 __all__ = ["MRAMultiheadAttention", "stats"]
@@ -47,7 +46,8 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
       ones; inside a compiled program nothing is counted), :func:`stats` those of all modules, with
       the reasons.
     - ``config.layout`` holds for self-attention of as many tokens as it has, or more. Others
-      (cross-attention, causal attention, fewer tokens) are exact in the same way.
+      (cross-attention, causal attention, fewer tokens) are exact in the same way; so is causal
+      attention with a ``config.pool`` other than "even".
     - ``dropout`` isn't applied to the weights of MRA attention; training with a nonzero value warns
       once. (Exact calls apply it.)
     - head_dim needn't be a multiple of 8; others are padded with zeros.
@@ -173,7 +173,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
         calls.count("MRAMultiheadAttention", reason)
         if reason is not None and not torch.compiler.is_compiling():
             self.exact_calls += 1  # a counter that a graph reads would recompile it
-        if reason in (None, BELOW, LAYOUT):
+        if reason is None or reason in REASONS:
             attend = self._approximate if reason is None else self._short
             key_mask = takes_part(key_padding_mask)
             out, weights = attend(q, k, v, key_mask, query_mask, is_causal, need_weights)
@@ -195,9 +195,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
             return "no keys"
         if weighs(key_padding_mask):
             return "key_padding_mask"
-        if self.config.layout is not None and not fits(self.config.layout, q, k, is_causal):
-            return LAYOUT
-        return BELOW if below(self.exact_below, q, k, self.config) else None
+        return why_exact(self.config, self.exact_below, q, k, is_causal)
 
     def _approximate(self, q, k, v, key_mask, query_mask, is_causal, need_weights):
         if self.training and self.dropout > 0 and not self._warned_dropout:

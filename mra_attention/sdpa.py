@@ -14,10 +14,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from . import calls
 from ._constant import constant
 from .config import MRAConfig, check_config, check_exact_below
-from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
-from .layout import LAYOUT, fits
+from .unserved import REASONS, why_exact
 
 __all__ = ["mra_sdpa", "replace_sdpa", "stats"]
 
@@ -46,12 +45,10 @@ def mra_sdpa(
     if reason is None and attn_mask is not None:
         mask = _key_mask(query, key, attn_mask)
         reason = "mask of single queries or heads" if mask is None else None
-    if reason is None and config.layout is not None:
-        reason = None if fits(config.layout, query, key, is_causal) else LAYOUT
-    if reason is None and below(exact_below, query, key, config):
-        reason = BELOW
+    if reason is None:
+        reason = why_exact(config, exact_below, query, key, is_causal)
     calls.count("sdpa", reason)
-    if reason in (BELOW, LAYOUT):
+    if reason in REASONS:
         mask = take_part(mask)
         mask = mask if mask is None or query.dim() == 4 else mask.squeeze(1)
         return exact_attention(

@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from . import calls
 from .config import MRAConfig, check_config, check_exact_below
 from .coverage import coverage
-from .crossover import BELOW, below
 from .exact import exact_attention, take_part
 from .functional import mra_attention, pad_head_dim
-from .layout import LAYOUT, fits
+from .unserved import why_exact
 
 __all__ = ["coverage", "patch_mra_model", "register", "stats"]
 
@@ -121,14 +120,8 @@ def _attention(
         for name in _SCORE_ARGUMENTS:
             if kwargs.get(name) is not None:
                 reason = name
-    if (
-        reason is None
-        and config.layout is not None
-        and not fits(config.layout, query, key, is_causal)
-    ):
-        reason = LAYOUT
-    if reason is None and below(exact_below, query, key, config):
-        reason = BELOW
+    if reason is None:
+        reason = why_exact(config, exact_below, query, key, is_causal)
     calls.count("transformers", reason)
     if kwargs.get("output_attentions"):
         calls.warn_once("MRA attention returns no attention weights to transformers")

@@ -302,3 +302,22 @@ def test_gpus_refuse_it(device):
     x = torch.randn(1, 1, 300, 8, device=device)
     with pytest.raises(NotImplementedError, match="pool: got"):
         mra.mra_attention(x, x, x, block_size=32, pool="centred")
+
+
+def test_causal_calls_of_models_are_exact_and_counted():
+    """Where the function refuses; with masks of keys too."""
+    config, x = MRAConfig(density=0.3, block_size=16, pool="centred"), torch.randn(2, 60, 16)
+    module = mra.MRAMultiheadAttention(16, 2, batch_first=True, config=config)
+    exact = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    exact.load_state_dict(module.state_dict())
+    mra.modules.stats(reset=True)
+    out, _ = module(x, x, x, is_causal=True, need_weights=False)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(60)
+    torch.testing.assert_close(out, exact(x, x, x, attn_mask=mask, need_weights=False)[0])
+    module(x, x, x)
+    assert mra.modules.stats() == {"exact: pool": 1, "mra": 1}
+    q = torch.randn(2, 2, 60, 16)
+    mra.sdpa.stats(reset=True)
+    out = mra.mra_sdpa(q, q, q, is_causal=True, config=config)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert torch.equal(out, exact) and mra.sdpa.stats() == {"exact: pool": 1}
