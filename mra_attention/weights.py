@@ -17,7 +17,13 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     share of the block. Order 1 adds P_i gamma_i s q_i.(k_j - k~_y) / n to every key that the
     coarse part may see, which moves weight inside blocks and sums to zero. With a pool other than
     "even" a key has its weight pi_j in place of 1 / c_y, and q_i is less the mean query.
+
+    Raises NotImplementedError for a plan with levels.
     """
+    if plan.levels:
+        raise NotImplementedError(
+            f"need_weights: got True with levels={plan.levels}, expected False beside levels"
+        )
     if plan.layout is not None:
         tiles = Tiles.of(plan.layout, plan.N, plan.block_size)
         plan = dataclasses.replace(plan, N=tiles.length, M=tiles.length, layout=None)

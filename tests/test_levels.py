@@ -232,6 +232,16 @@ def test_torch_func_and_autocast():
     assert torch.equal(mixed, attend(*(x.bfloat16() for x in low)))
 
 
+def test_modules_attend_and_refuse_weights():
+    """A dense matrix of one resolution would not be what the output comes from."""
+    config = MRAConfig(blocks_per_row=1, block_size=16, levels=((64, 1),))
+    module = mra.MRAMultiheadAttention(16, 2, batch_first=True, config=config)
+    x = torch.randn(1, 130, 16)
+    assert module(x, x, x, need_weights=False)[0].shape == x.shape
+    with pytest.raises(NotImplementedError, match="need_weights: got True with levels"):
+        module(x, x, x)
+
+
 def test_nothing_to_attend():
     options = dict(blocks_per_row=1, block_size=32, levels=((64, 2),))
     k = torch.randn(2, 1, 100, 8)
