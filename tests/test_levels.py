@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-import torch._dynamo.testing
 from helpers import CUDA, Case, assert_same_bits, compare
+from tools import check_export, check_one_graph, check_transforms, same_on_meta, track
 from torch.utils.flop_counter import FlopCounterMode
 
 import mra_attention as mra
@@ -155,18 +155,8 @@ def arguments(case):
 def test_operators(coarse, order, is_causal):
     case = LevelsCase(coarse=coarse, order=order, is_causal=is_causal, masks="both", B=1, D=8)
     for op, args in zip((OPS.plan, OPS.forward, OPS.backward), arguments(case), strict=True):
-        meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
-        for i, (x, y) in enumerate(zip(op(*args), op(*meta), strict=True)):
-            got = (y.shape, y.stride(), y.dtype)
-            assert got == (x.shape, x.stride(), x.dtype), f"{op} result {i}"
-        leaves = op == OPS.forward
-        args = tuple(
-            x.clone().requires_grad_()
-            if leaves and isinstance(x, torch.Tensor) and x.is_floating_point()
-            else x
-            for x in args
-        )
-        torch.library.opcheck(op.default, args)
+        same_on_meta(op, args)
+        torch.library.opcheck(op.default, track(args) if op == OPS.forward else args)
 
 
 @pytest.mark.parametrize("coarse, order", FORMS[1:])
@@ -180,56 +170,15 @@ def test_backward_makes_the_means_it_is_not_given(coarse, order):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(dynamic):
-    torch._dynamo.reset()
-    config = MRAConfig(blocks_per_row=2, block_size=32, levels=THREE)
-
-    def model(q, k, v):
-        return mra.mra_attention(q * 2, k, v, config=config) + 1
-
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
-    for N in (300, 420, 900) if dynamic else (300,):
-        x = [torch.randn(2, 2, N, 16, requires_grad=True) for _ in range(3)]
-        ours, theirs = compiled(*x), model(*x)
-        assert torch.allclose(ours, theirs, atol=1e-6)
-        grad = torch.randn_like(ours)
-        for a, b in zip(*(torch.autograd.grad(y, x, grad) for y in (ours, theirs)), strict=True):
-            assert torch.allclose(a, b, atol=1e-5)
-    assert counter.frame_count == 1
+    check_one_graph(MRAConfig(blocks_per_row=2, block_size=32, levels=THREE), dynamic)
 
 
 def test_export_with_any_length():
-    class Model(torch.nn.Module):
-        def forward(self, q, k, v):
-            return mra.mra_attention(q, k, v, blocks_per_row=2, block_size=32, levels=THREE)
-
-    x, dim = torch.randn(1, 2, 300, 16), {2: torch.export.Dim.AUTO}
-    program = torch.export.export(Model(), (x, x, x), dynamic_shapes=(dim,) * 3)
-    y = torch.randn(1, 2, 517, 16)
-    assert torch.equal(program.module()(y, y, y), Model()(y, y, y))
+    check_export(MRAConfig(blocks_per_row=2, block_size=32, levels=THREE))
 
 
 def test_torch_func_and_autocast():
-    q, k, v = (torch.randn(3, 2, 2, 200, 8, dtype=torch.float64) for _ in range(3))
-    options = dict(blocks_per_row=1, block_size=32, levels=((64, 2),))
-
-    def attend(q, k, v):
-        return mra.mra_attention(q, k, v, **options)
-
-    def loss(q, k, v):
-        return attend(q, k, v).sin().sum()
-
-    expected = torch.stack([attend(*x) for x in zip(q, k, v, strict=True)])
-    assert torch.equal(torch.func.vmap(attend)(q, k, v), expected)
-    grads = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(q, k, v)
-    for got, x in zip(grads, (q, k, v), strict=True):
-        leaves = [y[0].clone().requires_grad_() for y in (q, k, v)]
-        one = torch.autograd.grad(loss(*leaves), leaves)[[q is x, k is x, v is x].index(True)]
-        assert torch.allclose(got[0], one, atol=1e-12)
-    low = [x[0].float() for x in (q, k, v)]
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = attend(*low)
-    assert torch.equal(mixed, attend(*(x.bfloat16() for x in low)))
+    check_transforms(MRAConfig(blocks_per_row=1, block_size=32, levels=((64, 2),)))
 
 
 def test_modules_attend_and_refuse_weights():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from helpers import BEST, DEVICES, Case
+from tools import same_on_meta, track
 
 import mra_attention as mra
 
@@ -51,14 +52,6 @@ def backward_args(case, results):
     )  # fmt: skip
 
 
-def track(args):
-    """The same arguments, with gradients wanted of query, key and value."""
-    return tuple(
-        x.clone().requires_grad_() if i < 3 and x.is_floating_point() else x
-        for i, x in enumerate(args)
-    )
-
-
 @pytest.mark.parametrize("mode", MODES, ids=name)
 @pytest.mark.parametrize("device, dtype", BEST + DTYPES[-1:])
 def test_opcheck(device, dtype, mode):
@@ -76,21 +69,9 @@ def test_opcheck(device, dtype, mode):
 @pytest.mark.parametrize("device, dtype", DTYPES)
 def test_meta_agrees_with_the_device(device, dtype, mode):
     case, plan, forward = small(device, dtype, mode)
-
-    def meta(args):
-        return [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
-
-    def same(op, args):
-        real, fake = op(*args), op(*meta(args))
-        for i, (x, y) in enumerate(zip(real, fake, strict=True)):
-            assert y.is_meta
-            got = (y.shape, y.stride(), y.dtype)
-            assert got == (x.shape, x.stride(), x.dtype), f"{op} result {i}"
-        return real
-
-    same(OPS.pool, (case.q, case.query_mask, case.block[0]))
-    same(OPS.plan, plan)
-    same(OPS.backward, backward_args(case, same(OPS.forward, forward)))
+    same_on_meta(OPS.pool, (case.q, case.query_mask, case.block[0]))
+    same_on_meta(OPS.plan, plan)
+    same_on_meta(OPS.backward, backward_args(case, same_on_meta(OPS.forward, forward)))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=name)
