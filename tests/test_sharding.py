@@ -113,16 +113,16 @@ def fsdp_worker(rank, seed, device):
     _, dtype, block = GROUPS[device]
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(device, dtype)
     assert mra.replace_attention(model, MRAConfig(density=0.3, block_size=block)) == 2
-    x = torch.randn(2 * W, 100, 32, dtype=dtype, device=device)
+    x, towards = torch.randn(2, 2 * W, 100, 32, dtype=dtype, device=device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     alone, mesh = copy.deepcopy(model), init_device_mesh(device, (W,))
     for block in model.layers:
         assert isinstance(block.self_attn, MRAMultiheadAttention)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for each, part in ((alone, x), (model, x[2 * rank : 2 * rank + 2])):
+    for each, rows in ((alone, slice(None)), (model, slice(2 * rank, 2 * rank + 2))):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.5)
-        each(part).square().mean().backward()
+        (each(x[rows]) * towards[rows]).mean().backward()
         optimizer.step()
     sharded = dict(model.named_parameters())
     for name, expected in alone.named_parameters():
