@@ -40,7 +40,7 @@ Grads attention_backward(const PooledInputs& in, const BlockList& rows, const Bl
   sums.rows = lse2.numel();
   sums.chunks = ceil_div(sums.rows, 32);
   launch.check(row_sums(sums, launch.stream));
-  p.lse2 = lse2.const_data_ptr<float>();
+  p.lse2 = p.pooled_lse2 = lse2.const_data_ptr<float>();
   p.delta = p.pooled_delta = back.delta.const_data_ptr<float>();
 
   const Tensor grad_query = at::empty_like(in.query);

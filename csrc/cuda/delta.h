@@ -35,10 +35,11 @@ struct BlockRowsParams {
 
 // What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
 // row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
-// the same with delta as BackwardParams::sums.
+// the same with delta as BackwardParams::sums. For pooled keys both may differ.
 struct RowSumsParams {
   const float *lse, *delta, *pooled_delta;  // [heads, rows]
-  float* lse2;                              // [heads, rows]
+  const float* row_bias;                    // [heads, rows] or null: pooled lse is less this
+  float *lse2, *pooled_lse2;                // [heads, rows]; the second where there is row_bias
   float *sums, *pooled_sums;                // [heads, chunks, 2, 32], or null
   int64_t heads, rows, chunks;
   bool beside;  // it may run beside the kernel launched before

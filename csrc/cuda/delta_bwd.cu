@@ -8,6 +8,7 @@ namespace mra::cuda {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr float kLog2e = 1.4426950408889634f;
 
 // Readings of 16 bytes that a lane's part of a row takes.
 template <typename T, int kLanes>
@@ -214,16 +215,20 @@ __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
   const int64_t head = i / padded, row = i - head * padded, at = head * p.rows + row;
   const bool there = row < p.rows;
   const float lse = there ? p.lse[at] : -INFINITY;
-  const float lse2 = fabsf(lse) == INFINITY ? INFINITY : lse * 1.4426950408889634f;
+  const bool weight = fabsf(lse) != INFINITY;
+  const float lse2 = weight ? lse * kLog2e : INFINITY;
+  float pooled_lse2 = lse2;
+  if (p.row_bias != nullptr && weight) pooled_lse2 = (lse - p.row_bias[at]) * kLog2e;
   if (there) p.lse2[at] = lse2;
+  if (there && p.row_bias != nullptr) p.pooled_lse2[at] = pooled_lse2;
   const int64_t to = i / 32 * 64 + i % 32;
-  const auto store = [&](float* sums, const float* delta) {
+  const auto store = [&](float* sums, float lse2, const float* delta) {
     if (sums == nullptr) return;
     sums[to] = lse2;
     sums[to + 32] = there ? delta[at] : 0.f;
   };
-  store(p.sums, p.delta);
-  store(p.pooled_sums, p.pooled_delta);
+  store(p.sums, lse2, p.delta);
+  store(p.pooled_sums, pooled_lse2, p.pooled_delta);
   if (blockIdx.x == 0) wait_for_previous();
 }
 

@@ -12,14 +12,17 @@
 namespace mra::cuda {
 namespace {
 
-// Means of key blocks in the dtype that the kernel multiplies, rounded here unless they came so.
+// Means of key blocks in the dtype that the kernel multiplies, rounded here unless they came so,
+// and for how many keys they stand.
 struct PooledKeys {
-  Tensor key, value, count;
+  Tensor key, value, count, mass, row_bias;
 
   PooledKeys(const std::optional<PooledInputs>& pooled, const Inputs& in, const Options& o,
              const Launch& launch) {
     if (!pooled) return;
     count = pooled->key_count;
+    if (pooled->log_mass.defined()) mass = pooled->log_mass.exp();
+    if (pooled->row_bias.defined()) row_bias = pooled->row_bias.contiguous();
     if (!rounds_pooled(in.key, o)) {
       key = pooled->key;
       value = pooled->value;
@@ -41,25 +44,28 @@ struct PooledKeys {
 
 // What the kernels read of each row, into `p`.
 struct RowSums {
-  Tensor lse2, sums, pooled_sums;
+  Tensor lse2, pooled_lse2, sums, pooled_sums;
 
-  RowSums(BackwardParams& p, const FineBackward& back, const Launch& launch)
-      : lse2(at::empty_like(back.lse)) {
+  RowSums(BackwardParams& p, const FineBackward& back, const Tensor& row_bias, const Launch& launch)
+      : lse2(at::empty_like(back.lse)),
+        pooled_lse2(row_bias.defined() ? at::empty_like(lse2) : lse2) {
     const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
-    const bool one_delta = back.coarse_delta.is_same(back.delta);
+    const bool same = !row_bias.defined() && back.coarse_delta.is_same(back.delta);
     RowSumsParams r{};
     r.heads = int64_t{p.B} * p.H;
     r.rows = p.rows;
     r.chunks = sum_chunks(r.rows);
     if (bulk) sums = at::empty({r.heads, r.chunks, 2, 32}, back.lse.options());
-    pooled_sums = bulk && !one_delta ? at::empty_like(sums) : sums;
+    pooled_sums = bulk && !same ? at::empty_like(sums) : sums;
     r.lse = back.lse.const_data_ptr<float>();
     r.delta = p.delta = back.delta.const_data_ptr<float>();
     r.pooled_delta = p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
+    r.row_bias = data_of<float>(row_bias);
     p.lse2 = r.lse2 = data_of<float>(lse2);
+    p.pooled_lse2 = r.pooled_lse2 = data_of<float>(pooled_lse2);
     p.sums = r.sums = data_of<float>(sums);
     p.pooled_sums = data_of<float>(pooled_sums);
-    if (!one_delta) r.pooled_sums = data_of<float>(pooled_sums);
+    if (!same) r.pooled_sums = data_of<float>(pooled_sums);
     // What comes before it, under coarse = block, is coarse_backward.
     r.beside = launch.device.major == 9 && back.query_block.defined();
     launch.check(row_sums(r, launch.stream));
@@ -75,6 +81,8 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   const PooledKeys keys(pooled, in, o, launch);
   ForwardParams p{};
   fill(p, in, rows, keys.key, keys.value, keys.count, o);
+  p.pooled_mass = data_of<float>(keys.mass);
+  p.row_bias = data_of<float>(keys.row_bias);
 
   FineResult r;
   const auto acc = in.query.options().dtype(at::kFloat);
@@ -110,23 +118,32 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   BackwardParams p{};
   fill(p, in, rows, keys.key, keys.value, keys.count, o);
+  p.pooled_mass = data_of<float>(keys.mass);
   p.column_lists = lists_of(columns);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  const RowSums sums(p, back, launch);
+  p.coarse_sum = data_of<float>(back.coarse_sum);
+  const RowSums sums(p, back, keys.row_bias, launch);
 
+  // Gradients that come from elsewhere lie in tensors laid out as these: the rest is added.
+  const auto or_empty = [](const Tensor& x, const Tensor& like) {
+    return x.defined() ? x : empty_heads_last(like);
+  };
+  const Grads g{or_empty(back.query_extra, in.query), or_empty(back.key_extra, in.key),
+                or_empty(back.value_extra, in.value)};
+  bool add_keys = back.key_extra.defined();
   Tensor key_block = back.key_block, value_block = back.value_block;
   if (pooled) {
     const Tensor shares = pooled_shares(p, dtype, launch, in.query);
-    key_block = key_block.defined() ? key_block.add(shares[0]) : shares[0];
-    value_block = value_block.defined() ? value_block.add(shares[1]) : shares[1];
+    if (pooled->weights.defined()) {
+      spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
+      add_keys = true;
+    } else {
+      key_block = key_block.defined() ? key_block.add(shares[0]) : shares[0];
+      value_block = value_block.defined() ? value_block.add(shares[1]) : shares[1];
+    }
   }
 
-  // The gradients of order 1 come in tensors of their own, laid out as these: the rest is added.
-  p.add = back.query_extra.defined();
-  const Grads g = p.add ? Grads{back.query_extra, back.key_extra, back.value_extra}
-                        : Grads{empty_heads_last(in.query), empty_heads_last(in.key),
-                                empty_heads_last(in.value)};
   p.grad_q = g.query.mutable_data_ptr();
   p.grad_k = g.key.mutable_data_ptr();
   p.grad_v = g.value.mutable_data_ptr();
@@ -137,9 +154,11 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.k_block = data_of<float>(key_block);
   p.v_block = data_of<float>(value_block);
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
+  p.add = back.query_extra.defined();
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   ++p.queue;
   p.beside = launch.device.major == 9;
+  p.add = add_keys;
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

@@ -38,8 +38,14 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
                        int64_t N, const Options& o);
 
 // Gradients of the pooled keys and values of `p`, divided by the count of their block: what each of
-// its rows gets. [2, B, Hk, nk, D] float32: keys, values. The rows are cut into parts so that the
-// device is full; the parts' sums take O(multiprocessors) memory.
+// its rows gets; whole where there is pooled_mass. [2, B, Hk, nk, D] float32: keys, values. The
+// rows are cut into parts so that the device is full; the parts' sums take O(multiprocessors)
+// memory.
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like);
+
+// Such gradients, whole, to the keys and values of each block by their weights [B, Hk, nk *
+// block_k]. Fills grad_key and grad_value, [B, Hk, M, D] T.
+void spread_shares(const Tensor& shares, const Tensor& weights, const Tensor& grad_key,
+                   const Tensor& grad_value, const Options& o, const Launch& launch);
 
 }  // namespace mra::cuda

@@ -17,6 +17,13 @@ inline constexpr int kBackwardKeys = sizeof(T) == 2 ? (DP <= 64    ? (kWarps <= 
 template <typename T, int DP, int kWarps>
 inline constexpr int kRowsRegisters = sizeof(T) == 2 && DP <= 64 ? (kWarps <= 2 ? 128 : 168) : 255;
 
+// Of the rows of a tile: lse (log2 units) and delta for pooled keys and for the others, and the
+// sums of the gradients of pooled logits so far.
+template <int kRows>
+struct RowState {
+  float lse[2][kRows], delta[2][kRows], coarse[kRows];
+};
+
 template <typename T, int DP, int kWarps>
 __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     backward_rows_kernel(const BackwardParams p) {
@@ -41,18 +48,17 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
   };
   load(q, p.q, p.q_strides);
   load(grad_out, p.grad_out, p.grad_out_strides);
-  KeyStream<T, DP, kKeys, kWarps> keys(p, smem + sizeof(T) * 2 * tile_rows * kLdT, b, h, first_row,
-                                       rows);
-
-  float lse[2], delta[2], pooled_delta[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row + g + 8 * half;
+  RowState<tile_rows>& sums = *reinterpret_cast<RowState<tile_rows>*>(grad_out + tile_rows * kLdT);
+  for (int r = threadIdx.x; r < tile_rows; r += 32 * kWarps) {
     const int64_t i = head * p.rows + first_row + r;
-    lse[half] = r < rows ? p.lse2[i] : INFINITY;
-    delta[half] = r < rows ? p.delta[i] : 0.f;
-    pooled_delta[half] = r < rows ? p.pooled_delta[i] : 0.f;
+    sums.lse[0][r] = r < rows ? p.pooled_lse2[i] : INFINITY;
+    sums.delta[0][r] = r < rows ? p.pooled_delta[i] : 0.f;
+    sums.lse[1][r] = r < rows ? p.lse2[i] : INFINITY;
+    sums.delta[1][r] = r < rows ? p.delta[i] : 0.f;
   }
+  KeyStream<T, DP, kKeys, kWarps> keys(p, reinterpret_cast<char*>(&sums + 1), b, h, first_row,
+                                       rows);
+  float lse[2] = {}, delta[2] = {};  // of pooled keys, then of the others
 
   constexpr bool kKeepRows = sizeof(T) == 2 && DP <= 64;  // both stay in registers
   Fragments<T, kKeepRows ? DP : Mma<T>::kStep> q_rows, grad_rows;
@@ -75,11 +81,18 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     const T* k = keys.k_tiles + tile % 2 * keys.kTile;
     const T* v = keys.v_tiles + tile % 2 * keys.kTile;
     const bool pooled = tile < keys.pooled_tiles;
+    if (tile == 0 || tile == keys.pooled_tiles) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        lse[half] = sums.lse[!pooled][row + g + 8 * half];
+        delta[half] = sums.delta[!pooled][row + g + 8 * half];
+      }
+    }
     float s[kKeys / 8][4] = {}, ds[kKeys / 8][4];
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[n][i] = pooled ? -pooled_delta[i / 2] : -delta[i / 2];
+      for (int i = 0; i < 4; ++i) ds[n][i] = -delta[i / 2];
     }
     if constexpr (kKeepRows) {
       multiply_nt<T, DP>(s, q_rows, k, kLdT, p.tf32_scores);
@@ -97,6 +110,10 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) ds[n][i] *= exp2_approx(fmaf(s[n][i], scale, -lse[i / 2]));
+    }
+    if (pooled && p.coarse_sum != nullptr) {
+      sum_columns(ds, sums.coarse + row, tile, keys.pooled_tiles,
+                  p.coarse_sum + head * p.rows + first_row + row, rows - row);
     }
     multiply_pn<T>(acc, ds, k, kLdT, 0, p.tf32);
   }
@@ -130,7 +147,7 @@ cudaError_t launch_backward_rows(const BackwardParams& p, const Device& device,
                                  cudaStream_t stream) {
   auto needed = [&](int warps) {
     return with_warps(warps, [&](auto w) {
-      return sizeof(T) * 2 * w * 16 * kLd<T, DP> +
+      return sizeof(T) * 2 * w * 16 * kLd<T, DP> + sizeof(RowState<16 * w>) +
              KeyStream<T, DP, kBackwardKeys<T, DP, w>, w>::shared_bytes(p);
     });
   };

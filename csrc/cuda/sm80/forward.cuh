@@ -47,6 +47,8 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
   softmax.start(p.state_mean == nullptr ? nullptr : p.state_mean + list * p.D, p.state_lse + list,
                 p.D);
 
+  const float* row_bias =
+      p.row_bias == nullptr ? nullptr : p.row_bias + head * p.rows + first_row + row;
   constexpr bool kKeepRows = sizeof(T) == 2 && DP <= 128;  // the queries stay in registers
   Fragments<T, kKeepRows ? DP : Mma<T>::kStep> q_rows;
   // Turn -1 only fetches the first tile.
@@ -74,7 +76,7 @@ __global__ void __maxnreg__((kForwardRegisters<T, DP>)) forward_kernel(const For
     }
     softmax.update(s, scale);
     multiply_pn<T>(softmax.acc, s, keys.v_tiles + buffer * keys.kTile, kLdT, 0, p.tf32);
-    if (tile + 1 == keys.pooled_tiles) softmax.keep_pooled();
+    if (tile + 1 == keys.pooled_tiles) softmax.end_pooled(row_bias, rows - row);
   }
   wait_for_copies();
 

@@ -35,6 +35,7 @@ struct KeyStream {
 
   int b, hk, first_row, rows, x;
   const T *k, *v, *pooled_k, *pooled_v;
+  const int* masses;
   const int* list;
   int list_count, pooled_blocks, pooled_tiles, tiles;
   // The window of 32 granules that is being fetched, the same in every warp: this lane's granule.
@@ -70,6 +71,8 @@ struct KeyStream {
     const int64_t pooled_head = (static_cast<int64_t>(b) * p.Hk + hk) * p.nk * p.D;
     pooled_k = static_cast<const T*>(p.pooled_k) + pooled_head;
     pooled_v = static_cast<const T*>(p.pooled_v) + pooled_head;
+
+    masses = masses_of(p, b, hk);
 
     x = first_row / p.list_rows;
     const int64_t head = static_cast<int64_t>(b) * p.H + h;
@@ -201,7 +204,8 @@ struct KeyStream {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int r = threadIdx.x + i * kThreads;
-      if (r < kKeys) bias[r] = count[i] > 0 ? log2f(static_cast<float>(count[i])) : kNone;
+      if (r >= kKeys) continue;
+      bias[r] = count[i] <= 0 ? kNone : pooled ? log2f(mass_of(p, count[i])) : 0.f;
     }
     if (!pooled && p.causal) {
       const int first = first_of(tile, threadIdx.x % kGranules);
@@ -212,13 +216,13 @@ struct KeyStream {
     }
   }
 
-  // Keys that key r of a tile stands for, 0: it has no weight. Called by whole warps.
+  // Bits of how many keys key r of a tile stands for, 0: it has no weight. Called by whole warps.
   __device__ int keys_behind(int tile, int r) const {
     if (tile < pooled_tiles) {
       const int y = tile * kKeys + r;
       if (r >= kKeys || y >= pooled_blocks) return 0;
       if (p.list_rows != 1 && (bitmap[y / 32] >> y % 32 & 1)) return 0;
-      return p.key_count[static_cast<int64_t>(b) * p.nk + y];
+      return masses[y];
     }
     const int first = first_of(tile, r / 16 % kGranules), j = first + r % 16;
     if (r >= kKeys || first < 0 || j >= p.M) return 0;

@@ -41,6 +41,9 @@ struct Problem {
   const void* pooled_k;  // [B, Hk, nk, D] T, contiguous, or null: no pooled keys
   const void* pooled_v;  // [B, Hk, nk, D] T, contiguous
   const int* key_count;  // [B, nk]
+  // [B, Hk, nk] or null: for how many keys a pooled one stands where that is not its block's count;
+  // 0 for an empty block
+  const float* pooled_mass;
 
   Lists row_lists;  // for each row list its key blocks
 
@@ -52,6 +55,8 @@ struct ForwardParams : Problem {
   const float* state_lse;   // [B, H, lists]
   void* out;                // [B, H, rows, D] T
   Strides out_strides;
+  // [B, H, rows] or null: what is added to all pooled logits of a row, natural units
+  const float* row_bias;
   float* lse;    // [B, H, rows]
   float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
   // [B, Hk, 2, DP, DP] bfloat16 or null: C and Sigma; the order-1 term is then added to `out`
@@ -62,7 +67,8 @@ struct BackwardParams : Problem {
   Lists column_lists;    // for each key block its row lists
   const void* grad_out;  // [B, H, rows, D] T
   Strides grad_out_strides;
-  const float* lse2;          // [B, H, rows] lse in log2 units, +inf for a row without weight
+  // [B, H, rows] lse in log2 units, +inf for a row without weight; for pooled keys less row_bias
+  const float *lse2, *pooled_lse2;
   const float* delta;         // [B, H, rows]
   const float* pooled_delta;  // [B, H, rows]
   // The same for bulk copies, or null: [B, H, sum_chunks(rows), 2, 32], lse2 and delta of 32 rows,
@@ -77,6 +83,7 @@ struct BackwardParams : Problem {
   const int* row_count;  // [B, rows] or null: the gradient is divided by it
   Strides grad_q_strides;
   const float* q_block;
+  float* coarse_sum;  // [B, H, rows] or null: sums of the gradients of pooled logits
 
   // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] where defined
   void *grad_k, *grad_v;

@@ -90,7 +90,7 @@ struct RowStream {
     grad =
         static_cast<const T*>(p.grad_out) + b * p.grad_out_strides.b + at.h * p.grad_out_strides.h;
     const int64_t head = (static_cast<int64_t>(b) * p.H + at.h) * p.rows;
-    lse = p.lse2 + head;
+    lse = (kPooled ? p.pooled_lse2 : p.lse2) + head;
     delta = (kPooled ? p.pooled_delta : p.delta) + head;
   }
 

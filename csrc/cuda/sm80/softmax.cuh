@@ -47,6 +47,18 @@ struct OnlineSoftmax {
     }
   }
 
+  // Behind the last pooled keys: adds each row's bias [rows of the warp] (or null) to their logits.
+  __device__ __forceinline__ void end_pooled(const float* bias, int present) {
+    if (bias != nullptr) {
+      const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (g + 8 * half < present) max[half] += bias[g + 8 * half] * kLog2e;
+      }
+    }
+    keep_pooled();
+  }
+
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

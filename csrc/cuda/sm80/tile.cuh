@@ -97,6 +97,16 @@ __device__ __forceinline__ List list_of(const Lists& lists, int64_t head, int wh
                                                                                        : room)};
 }
 
+// For how many keys each pooled key of a key head stands, [nk]: bits that nothing waits for until
+// mass_of.
+__device__ __forceinline__ const int* masses_of(const Problem& p, int b, int hk) {
+  if (p.pooled_mass == nullptr) return p.key_count + static_cast<int64_t>(b) * p.nk;
+  return reinterpret_cast<const int*>(p.pooled_mass) + (static_cast<int64_t>(b) * p.Hk + hk) * p.nk;
+}
+__device__ __forceinline__ float mass_of(const Problem& p, int bits) {
+  return p.pooled_mass == nullptr ? static_cast<float>(bits) : __int_as_float(bits);
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -104,6 +114,27 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Sums over the columns of a warp's 16 rows, added to those of the tiles before, which shared
+// memory holds in `sums`; with the last of `tiles` tiles they go `to` the rows that are present.
+// Each is written and read by one thread.
+template <int kTiles>
+__device__ __forceinline__ void sum_columns(const float (&c)[kTiles][4], float* sums, int tile,
+                                            int tiles, float* to, int present) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int r = g + 8 * half;
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) sum += c[n][2 * half] + c[n][2 * half + 1];
+    sum = quad_sum(sum);
+    if (threadIdx.x % 4 != 0) continue;
+    if (tile > 0) sum += sums[r];
+    sums[r] = sum;
+    if (tile + 1 == tiles && r < present) to[r] = sum;
+  }
 }
 
 template <typename T>

@@ -144,10 +144,9 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = key + g + 8 * half;
-    const int count =
-        r < at.keys ? p.key_count[static_cast<int64_t>(at.b) * p.nk + at.first_key + r] : 0;
-    live[half] = count > 0;
-    bias[half] = count > 0 ? log2_approx(static_cast<float>(count)) : -INFINITY;
+    const float mass = r < at.keys ? mass_of(p, masses_of(p, at.b, at.hk)[at.first_key + r]) : 0.f;
+    live[half] = mass > 0.f;
+    bias[half] = live[half] ? log2_approx(mass) : -INFINITY;
   }
   const int tiles = uniform(at.group * at.tiles);
   float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(256, 2)
   attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
 
   const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
-  const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {
+  const auto store = [&](float (&c)[DP / 8][4], float scale, float* to) {
     const float factor[2] = {scale, scale};
     finish_rows(c, factor, live, nullptr, 0, p.D);
     store_rows<float>(c, to + (head * p.nk + at.first_key + key) * p.D, p.D, at.keys - key, 0, p.D);

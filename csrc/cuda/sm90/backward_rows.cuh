@@ -58,15 +58,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     const BackwardRowsWork at = s.work[place];
     if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
-    float lse[2], delta[2], pooled_delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = warp_row + g + 8 * half;
-      lse[half] = s.sums[place][r / 32][0][r % 32];
-      delta[half] = s.sums[place][r / 32][1][r % 32];
-      pooled_delta[half] = at.pooled_tiles > 0 ? s.pooled_sums[place][r / 32][1][r % 32] : 0.f;
-    }
-
+    float lse[2] = {}, delta[2] = {};  // of pooled keys, then of the others
     float acc[DP / 8][4] = {}, c[kKeys / 8][4], ds[kKeys / 8][4];
     uint32_t a[kKeys / 16][4];
     auto start_scores = [&](int tile) {
@@ -92,20 +84,29 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
       const bool pooled = tile < at.pooled_tiles;
       pin(c);
       pin(ds);
+      if (tile == 0 || tile == at.pooled_tiles) {
+        const auto& sums = pooled ? s.pooled_sums[place] : s.sums[place];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = warp_row + g + 8 * half;
+          lse[half] = sums[r / 32][0][r % 32];
+          delta[half] = sums[r / 32][1][r % 32];
+        }
+      }
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
       barrier_arrive(kEarly && last ? &s.rows_empty[0] : &ring.v_empty[stage]);
-      const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ds[n][i] = (ds[n][i] - d[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
+          ds[n][i] = (ds[n][i] - delta[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
         }
       }
+      if (pooled && p.coarse_sum != nullptr) s.add_coarse_sums(p, at, warp_row, tile, ds);
       pack<T>(a, ds);
     };
     // Once the gradient of the tile before has left, the place that it took.

@@ -43,14 +43,11 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
     barrier_wait(&s.rows_full[slot], turn / 2 & 1);
     const BackwardRowsWork at = s.work[slot];
     if (at.rows == 0) break;
-    float lse[2], delta[2], pooled_delta[2];
+    float lse[2] = {}, delta[2] = {};  // of pooled keys, then of the others
     bool live[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + g + 8 * half;
-      lse[half] = s.sums[slot][0][0][r];
-      delta[half] = s.sums[slot][0][1][r];
-      pooled_delta[half] = at.pooled_tiles > 0 ? s.pooled_sums[slot][0][1][r] : 0.f;
       live[half] = r < at.rows;
       if (live[half] && p.row_mask != nullptr) {
         live[half] = p.row_mask[static_cast<int64_t>(at.b) * p.rows + at.first_row + r];
@@ -66,6 +63,14 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
     for (int tile = 0; tile < at.tiles; ++tile, ++at_tile) {
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
       const bool pooled = tile < at.pooled_tiles;
+      if (tile == 0 || tile == at.pooled_tiles) {
+        const auto& sums = pooled ? s.pooled_sums[slot][0] : s.sums[slot][0];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          lse[half] = sums[0][row + g + 8 * half];
+          delta[half] = sums[1][row + g + 8 * half];
+        }
+      }
       float c[8][4] = {}, ds[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
       multiply_nt<T>(c, s.q[slot], row, ring.k[stage], lane);
@@ -77,14 +82,14 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       barrier_wait(&ring.v_full[stage], phase);
       multiply_nt<T>(ds, s.grad_out[slot], row, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
-      const float d[2] = {pooled ? pooled_delta[0] : delta[0], pooled ? pooled_delta[1] : delta[1]};
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          ds[n][i] = (ds[n][i] - d[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
+          ds[n][i] = (ds[n][i] - delta[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
         }
       }
+      if (pooled && p.coarse_sum != nullptr) s.add_coarse_sums(p, at, row, tile, ds);
       multiply_pn<T>(acc, ds, ring.k[stage], lane);
       barrier_arrive(&ring.k_empty[stage]);
     }

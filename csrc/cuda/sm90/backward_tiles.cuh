@@ -42,6 +42,7 @@ struct BackwardRowsTiles {
   // Of each 32 rows lse (log2 units) and delta; for pooled keys.
   alignas(16) float sums[kPlaces][kRows / 32][2][32], pooled_sums[kPlaces][kRows / 32][2][32];
   alignas(16) float q_block[2][DP];  // of every other tile
+  float coarse_sum[kRows];           // each written and read by one thread
   BackwardRowsWork work[kPlaces];
   uint64_t rows_full[kPlaces], rows_empty[kPlaces];
   uint32_t bitmap[1];
@@ -51,6 +52,16 @@ struct BackwardRowsTiles {
     barrier_init_ring(rows_full, rows_empty, kWarps);
     ring.init();
     barrier_init_done();
+  }
+
+  // Adds up the gradients of the pooled logits of a warp's 16 rows, from `row` on of the tile.
+  template <int kTiles>
+  __device__ __forceinline__ void add_coarse_sums(const BackwardParams& p,
+                                                  const BackwardRowsWork& at, int row, int tile,
+                                                  const float (&ds)[kTiles][4]) {
+    const int64_t head = static_cast<int64_t>(at.b) * p.H + at.h;
+    sum_columns(ds, coarse_sum + row, tile, at.pooled_tiles,
+                p.coarse_sum + head * p.rows + at.first_row + row, at.rows - row);
   }
 
   // By one warp.

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       wgmma_commit();
     };
     // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh.
-    auto weigh = [&](int tile, float(&factor)[2]) {
+    auto weigh = [&](int tile, float (&factor)[2]) {
       const int stage = (before + tile) % kStages;
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       }
       barrier_arrive(&ring.k_empty[stage]);
       const bool grown = softmax.weigh(c, scale, factor);
-      if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
+      if (tile + 1 == at.pooled_tiles)
+        softmax.end_pooled(row_bias(p, at, warp_row), at.rows - warp_row);
       return grown;
     };
     // The place of the tile before is given back once its output has left.

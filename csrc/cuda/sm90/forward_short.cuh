@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       }
       barrier_arrive(&ring.k_empty[stage]);
       softmax.update(c, scale);
-      if (tile + 1 == at.pooled_tiles) softmax.keep_pooled();
+      if (tile + 1 == at.pooled_tiles) softmax.end_pooled(row_bias(p, at, row), at.rows - row);
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);

@@ -33,6 +33,13 @@ struct ForwardWork {
   float state_lse;
 };
 
+// Of rows from `row` on of a tile, or null.
+__device__ __forceinline__ const float* row_bias(const ForwardParams& p, const ForwardWork& at,
+                                                 int row) {
+  if (p.row_bias == nullptr) return nullptr;
+  return p.row_bias + (static_cast<int64_t>(at.b) * p.H + at.h) * p.rows + at.first_row + row;
+}
+
 // kWarps attend 16 rows each; kStages tiles of keys.
 template <int DP, int kWarps, int kStages>
 struct ForwardTiles {

@@ -168,7 +168,7 @@ struct KeyProducer {
 #pragma unroll
     for (int i = 0; i < kKeys / 32; ++i) {
       const int y = tile * kKeys + 32 * i + lane;
-      counts[i] = y < at.pooled_blocks ? p.key_count[static_cast<int64_t>(at.b) * p.nk + y] : 0;
+      counts[i] = y < at.pooled_blocks ? masses_of(p, at.b, at.hk)[y] : 0;
     }
   }
 
@@ -179,7 +179,7 @@ struct KeyProducer {
       const bool there = y0 + 32 * i + lane < at.pooled_blocks;
       const bool selected = there && bitmap(turn)[y0 / 32 + i] >> lane & 1;
       s.bias[stage][32 * i + lane] =
-          there && !selected ? log2_approx(static_cast<float>(counts[i])) : -INFINITY;
+          there && !selected ? log2_approx(mass_of(p, counts[i])) : -INFINITY;
     }
     if (lane == 0) s.plain[stage] = 0;
     if (lane < kKeys / 16) s.first[stage][lane] = INT_MIN / 2;
@@ -243,7 +243,7 @@ struct KeyProducer {
   __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows,
                         int from) {
     const int stage = fetched % kStages;
-    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
+    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t (&to)[kPanels][kKeys][64]) {
       barrier_expect(full, kKeys * DP * 2);
       if (lane >= copies) return;
 #pragma unroll
