@@ -39,8 +39,8 @@ class MRAConfig:
         at its own size. Selection "row"; on the CPU. See docs/algorithm.md.
     pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
         "centred" as the head's mean query weighs them, "sampled" as a sample of 64 of its queries
-        does. The last two err less where queries agree on some keys; without levels and is_causal;
-        on the CPU. Their weights are constants for the gradient.
+        does. The last two err less where queries agree on some keys; without levels and is_causal.
+        Their weights are constants for the gradient.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """

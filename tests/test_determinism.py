@@ -19,6 +19,11 @@ MODES = [
     for selection in ("row", "global")
     for is_causal in (False, True)
 ]  # fmt: skip
+MODES += [
+    pytest.param(dict(pool=pool, order=order, is_causal=False), id=f"{pool}-{order}")
+    for pool in ("centred", "sampled")
+    for order in (0, 1)
+]
 
 
 def make(device, dtype, mode, **more):

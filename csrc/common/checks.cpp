@@ -166,12 +166,6 @@ void check_levels(const Tensor& x, const Options& o) {
                               " on a GPU, expected none there (levels run on the CPU)");
 }
 
-void check_pooling(const Tensor& x, const Options& o) {
-  TORCH_CHECK_NOT_IMPLEMENTED(o.pool == Pool::even || !x.is_cuda(), "pool: got '",
-                              o.pool == Pool::centred ? "centred" : "sampled",
-                              "' on a GPU, expected 'even' there (the others run on the CPU)");
-}
-
 // What this device has no kernel for.
 void check_device(const char* name, const Tensor& x, int64_t block_q) {
   if (!x.is_cuda()) return;
@@ -207,7 +201,6 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
   check_lists(plan, in.query, o);
   check_device("query", in.query, o.block_q);
   check_levels(in.query, o);
-  check_pooling(in.query, o);
   return o;
 }
 

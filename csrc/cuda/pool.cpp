@@ -69,17 +69,18 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
   PooledInputs pooled;
   Pools pools(in.query);
   const bool coarse = o.coarse != Coarse::none;
-  if (has_order1(o)) pooled.moments = pool_moments(in, o, &pooled, {});
+  const bool even = o.pool == Pool::even;  // else coarse means are made by centre
+  if (has_order1(o) && even) pooled.moments = pool_moments(in, o, &pooled, {});
   if (query) {
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
   }
   if (!pooled.moments.defined()) {
-    const bool rounded = rounds_pooled(in.key, o);
+    const bool rounded = rounds_pooled(in.key, o) && even;
     if (key || coarse) {
       pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
                 rounded ? &pooled.key_rounded : nullptr);
     }
-    if (coarse) {
+    if (coarse && even) {
       pools.add(in.value, in.key_mask, o.block_k, pooled.value, nullptr,
                 rounded ? &pooled.value_rounded : nullptr);
     }
