@@ -161,11 +161,6 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
               moments_type(in.query.scalar_type()), in.query);
 }
 
-void check_levels(const Tensor& x, const Options& o) {
-  TORCH_CHECK_NOT_IMPLEMENTED(o.levels.empty() || !x.is_cuda(), "levels: got ", o.levels.size(),
-                              " on a GPU, expected none there (levels run on the CPU)");
-}
-
 // What this device has no kernel for.
 void check_device(const char* name, const Tensor& x, int64_t block_q) {
   if (!x.is_cuda()) return;
@@ -190,7 +185,6 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
   const int64_t D = check_query_key(query, key, key_mask, query_mask, call.is_causal);
   const Options o = check_options(call, Budget::required, D);
   check_device("query", query, o.block_q);
-  check_levels(query, o);
   return o;
 }
 
@@ -200,7 +194,6 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
   const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required, D);
   check_lists(plan, in.query, o);
   check_device("query", in.query, o.block_q);
-  check_levels(in.query, o);
   return o;
 }
 

@@ -6,11 +6,13 @@
 #include "../common/budget.h"
 #include "coarse_bwd.h"
 #include "delta.h"
+#include "level_stages.h"
 #include "problem.h"
 
 namespace mra::cuda {
 
 CoarseState coarse(const PooledInputs& in, const BlockList& rows, const Options& o) {
+  if (!o.levels.empty()) return coarse_levels(in, rows, o);
   const Launch launch(in.query);
   ForwardParams p{};
   fill(p, in, rows, o);
@@ -56,6 +58,7 @@ Grads attention_backward(const PooledInputs& in, const BlockList& rows, const Bl
 
 Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const BlockList& columns,
                       const BlockRows& back, const Options& o) {
+  if (!o.levels.empty()) return coarse_levels_backward(in, rows, columns, back, o);
   const Launch launch(in.query);
   if (!at::isReducedFloatingType(in.type)) {
     return attention_backward(in, rows, columns, back, o, launch);

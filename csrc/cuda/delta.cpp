@@ -8,6 +8,7 @@
 
 #include "../common/budget.h"
 #include "launch.h"
+#include "level_stages.h"
 
 namespace mra::cuda {
 namespace {
@@ -86,6 +87,10 @@ Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse) 
 // grad_out [B, H, N, D], lse and delta [B, H, N] float32 -> the sums of each query block.
 BlockRows block_rows(const Tensor& grad_out_in, const Tensor& lse_in, const Tensor& delta_in,
                      int64_t block_q) {
+  // A warp sums up to 128 rows.
+  if (block_q > 128) {
+    return merge_block_rows(block_rows(grad_out_in, lse_in, delta_in, 128), block_q / 128);
+  }
   const Launch launch(grad_out_in);
   const Tensor grad_out = with_aligned_rows(grad_out_in);
   const Tensor lse = lse_in.contiguous(), delta = delta_in.contiguous();

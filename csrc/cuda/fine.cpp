@@ -6,6 +6,7 @@
 
 #include "../common/budget.h"
 #include "delta.h"
+#include "level_stages.h"
 #include "pool.h"
 #include "problem.h"
 
@@ -46,11 +47,13 @@ struct PooledKeys {
 struct RowSums {
   Tensor lse2, pooled_lse2, sums, pooled_sums;
 
-  RowSums(BackwardParams& p, const FineBackward& back, const Tensor& row_bias, const Launch& launch)
+  RowSums(BackwardParams& p, const FineBackward& back, const Tensor& row_bias, bool levels,
+          const Launch& launch)
       : lse2(at::empty_like(back.lse)),
         pooled_lse2(row_bias.defined() ? at::empty_like(lse2) : lse2) {
     const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
-    const bool same = !row_bias.defined() && back.coarse_delta.is_same(back.delta);
+    // The kernels of levels read coarse_delta itself.
+    const bool same = levels || (!row_bias.defined() && back.coarse_delta.is_same(back.delta));
     RowSumsParams r{};
     r.heads = int64_t{p.B} * p.H;
     r.rows = p.rows;
@@ -59,7 +62,8 @@ struct RowSums {
     pooled_sums = bulk && !same ? at::empty_like(sums) : sums;
     r.lse = back.lse.const_data_ptr<float>();
     r.delta = p.delta = back.delta.const_data_ptr<float>();
-    r.pooled_delta = p.pooled_delta = back.coarse_delta.const_data_ptr<float>();
+    r.pooled_delta = p.pooled_delta =
+        (levels ? back.delta : back.coarse_delta).const_data_ptr<float>();
     r.row_bias = data_of<float>(row_bias);
     p.lse2 = r.lse2 = data_of<float>(lse2);
     p.pooled_lse2 = r.pooled_lse2 = data_of<float>(pooled_lse2);
@@ -67,7 +71,7 @@ struct RowSums {
     p.pooled_sums = data_of<float>(pooled_sums);
     if (!same) r.pooled_sums = data_of<float>(pooled_sums);
     // What comes before it, under coarse = block, is coarse_backward.
-    r.beside = launch.device.major == 9 && back.query_block.defined();
+    r.beside = launch.device.major == 9 && back.query_block.defined() && !levels;
     launch.check(row_sums(r, launch.stream));
   }
 };
@@ -79,8 +83,11 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
                 const Options& o) {
   const Launch launch(in.query);
   const PooledKeys keys(pooled, in, o, launch);
+  // With levels: exact attention first, or from the state of the coarse part.
+  const bool levels = !o.levels.empty(), cells = levels && pooled;
+  const BlockList exact = levels ? rows_of(rows, o.resolutions[0]) : rows;
   ForwardParams p{};
-  fill(p, in, rows, keys.key, keys.value, keys.count, o);
+  fill(p, in, exact, cells ? Tensor() : keys.key, cells ? Tensor() : keys.value, keys.count, o);
   p.pooled_mass = data_of<float>(keys.mass);
   p.row_bias = data_of<float>(keys.row_bias);
 
@@ -88,7 +95,11 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   const auto acc = in.query.options().dtype(at::kFloat);
   r.out = empty_heads_last(in.query);
   r.lse = at::empty({p.B, p.H, p.rows}, acc);
-  if (o.order == 1 && o.coarse != Coarse::none) r.share = at::empty({p.B, p.H, p.rows}, acc);
+  if (has_order1(o)) {
+    const auto count = static_cast<int64_t>(o.resolutions.size());
+    r.share =
+        cells ? at::empty({p.B, p.H, count, p.rows}, acc) : at::empty({p.B, p.H, p.rows}, acc);
+  }
   if (state) {
     p.state_mean = state->mean.const_data_ptr<float>();
     p.state_lse = state->lse.const_data_ptr<float>();
@@ -96,7 +107,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.out = r.out.mutable_data_ptr();
   p.out_strides = strides_of(r.out);
   p.lse = data_of<float>(r.lse);
-  p.share = data_of<float>(r.share);
+  if (!cells) p.share = data_of<float>(r.share);
   p.moments = const_bytes_of(moments);
   // A plan that was given comes without one.
   Tensor queue = rows.queues;
@@ -106,6 +117,12 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(queue));
   launch.check(forward(p, dtype_of(in.query), launch.device, launch.stream));
   r.order1 = p.moments != nullptr;
+  if (cells) {
+    cells_forward(p, keys.key, keys.value, r.share, levels_of(rows, keys.count, o),
+                  dtype_of(in.query), launch);
+  } else if (levels && r.share.defined()) {
+    r.share = split_shares(r.share, state->parts, o.block_q);
+  }
   return r;
 }
 
@@ -116,14 +133,16 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   const Dtype dtype = dtype_of(in.query);
   const PooledKeys keys(pooled, in, o, launch);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
+  const bool levels = !o.levels.empty(), cells = levels && pooled;
+  const BlockList exact = levels ? rows_of(rows, o.resolutions[0]) : rows;
   BackwardParams p{};
-  fill(p, in, rows, keys.key, keys.value, keys.count, o);
+  fill(p, in, exact, cells ? Tensor() : keys.key, cells ? Tensor() : keys.value, keys.count, o);
   p.pooled_mass = data_of<float>(keys.mass);
   p.column_lists = lists_of(columns);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
   p.coarse_sum = data_of<float>(back.coarse_sum);
-  const RowSums sums(p, back, keys.row_bias, launch);
+  const RowSums sums(p, back, keys.row_bias, levels, launch);
 
   // Gradients that come from elsewhere lie in tensors laid out as these: the rest is added.
   const auto or_empty = [](const Tensor& x, const Tensor& like) {
@@ -134,7 +153,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   bool add_keys = back.key_extra.defined();
   Tensor key_block = back.key_block, value_block = back.value_block;
   if (pooled) {
-    const Tensor shares = pooled_shares(p, dtype, launch, in.query);
+    const Tensor shares = cells ? cells_columns(p, keys.key, keys.value, keys.count,
+                                                back.coarse_delta, rows, columns, o, dtype, launch)
+                                : pooled_shares(p, dtype, launch, in.query);
     if (pooled->weights.defined()) {
       spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
       add_keys = true;
@@ -155,6 +176,11 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.v_block = data_of<float>(value_block);
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
   p.add = back.query_extra.defined();
+  if (cells) {
+    cells_rows(p, keys.key, keys.value, back.coarse_delta, levels_of(rows, keys.count, o), dtype,
+               launch);
+    p.add = true;
+  }
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   ++p.queue;
   p.beside = launch.device.major == 9;

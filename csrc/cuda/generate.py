@@ -11,6 +11,9 @@ SM80 = {
     "backward_rows": "backward_rows",
     "backward_columns": "backward_columns",
     "backward_pooled": "backward_columns",
+    "cells_forward": "cells_forward",
+    "cells_rows": "cells_rows",
+    "cells_columns": "cells_columns",
 }
 SM90 = {
     "forward": "forward",
@@ -39,6 +42,13 @@ template cudaError_t launch_{name}<{arguments}>(const {params}&, const Device&, 
 """
 
 
+def params_of(kernel):
+    """The struct that an attention kernel takes."""
+    if kernel.startswith("cells"):
+        return "CellsForward" if kernel == "cells_forward" else "CellsBackward"
+    return "ForwardParams" if kernel.startswith("forward") else "BackwardParams"
+
+
 def write(folder, files):
     folder = Path(__file__).parent / folder / "instances"
     folder.mkdir(exist_ok=True)
@@ -57,7 +67,7 @@ def attention(namespace, kernels, types, dims):
             header,
             kernel,
             f"{TYPES[short]}, {dim}",
-            "ForwardParams" if kernel.startswith("forward") else "BackwardParams",
+            params_of(kernel),
         )
         for kernel, header in kernels.items()
         for short in types

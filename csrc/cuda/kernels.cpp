@@ -108,6 +108,25 @@ cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& 
   });
 }
 
+cudaError_t cells_forward(const CellsForward& p, Dtype dtype, const Device& device,
+                          cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_cells_forward<decltype(t), d()>(p, device, stream);
+  });
+}
+cudaError_t cells_rows(const CellsBackward& p, Dtype dtype, const Device& device,
+                       cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_cells_rows<decltype(t), d()>(p, device, stream);
+  });
+}
+cudaError_t cells_columns(const CellsBackward& p, Dtype dtype, const Device& device,
+                          cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_cells_columns<decltype(t), d()>(p, device, stream);
+  });
+}
+
 std::vector<KernelInfo> kernel_table() {
   constexpr const char* all = "float32, float16, bfloat16";
   constexpr const char* dims = "8..256 (32, 64, 128, 256)";
@@ -120,6 +139,7 @@ std::vector<KernelInfo> kernel_table() {
       {"plan", "plan_stream", "csrc/cuda/plan_stream.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_map", "csrc/cuda/plan_map.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_global", "csrc/cuda/plan_global.cu", "sm_80+", "float32 means", "8..256"},
+      {"plan", "plan_level", "csrc/cuda/plan_levels.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "transpose", "csrc/cuda/plan_transpose.cu", "sm_80+", "-", "-"},
       {"coarse", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", "float32 means", dims},
       {"coarse", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", "float32 means",
@@ -127,6 +147,11 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "coarse_backward", "csrc/cuda/coarse_bwd.cu", "sm_80+", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"coarse", "backward_pooled", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
+      {"coarse", "coarse_levels", "csrc/cuda/coarse_levels.cu", "sm_80+", "float32 means",
+       "8..256"},
+      {"coarse", "cells_forward", "csrc/cuda/sm80/cells_forward.cuh", "sm_80+", all, dims},
+      {"coarse", "cells_rows", "csrc/cuda/sm80/cells_rows.cuh", "sm_80+", all, dims},
+      {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "sm80/params.h"
+#include "sm80/cells.h"
 
 namespace mra::cuda {
 
@@ -14,6 +14,10 @@ cudaError_t forward(ForwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+// Coarse cells of calls with levels.
+cudaError_t cells_forward(const CellsForward&, Dtype, const Device&, cudaStream_t);
+cudaError_t cells_rows(const CellsBackward&, Dtype, const Device&, cudaStream_t);
+cudaError_t cells_columns(const CellsBackward&, Dtype, const Device&, cudaStream_t);
 
 // A row of the table that info() prints.
 struct KernelInfo {

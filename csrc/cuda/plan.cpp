@@ -10,6 +10,7 @@
 
 #include "../common/budget.h"
 #include "launch.h"
+#include "level_stages.h"
 #include "problem.h"
 
 namespace mra::cuda {
@@ -25,6 +26,7 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 // the block-coarse state comes with them.
 Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>& pooled,
              int64_t N, const Options& options) {
+  if (!options.levels.empty()) return plan_levels(query, key, N, options);
   const Launch launch(query.mean);
   const int64_t B = query.mean.size(0), H = query.mean.size(1), nq = query.mean.size(2);
   const int64_t nk = key.mean.size(2);

@@ -7,6 +7,7 @@
 
 #include "../common/budget.h"
 #include "launch.h"
+#include "level_stages.h"
 #include "moments.h"
 #include "problem.h"
 
@@ -65,7 +66,9 @@ Pooled pool(const Tensor& x, const OptTensor& mask, int64_t block) {
   return out;
 }
 
-PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key) {
+namespace {
+
+PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool key) {
   PooledInputs pooled;
   Pools pools(in.query);
   const bool coarse = o.coarse != Coarse::none;
@@ -75,7 +78,7 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
   }
   if (!pooled.moments.defined()) {
-    const bool rounded = rounds_pooled(in.key, o) && even;
+    const bool rounded = rounds_pooled(in.key, o) && even && o.levels.empty();
     if (key || coarse) {
       pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
                 rounded ? &pooled.key_rounded : nullptr);
@@ -86,6 +89,27 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
     }
   }
   pools.run();
+  return pooled;
+}
+
+}  // namespace
+
+// With levels those of block_q and block_k first, in one launch, and from them the others.
+PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key) {
+  if (o.levels.empty()) return pool_blocks(in, o, query, key);
+  Options finest = o;
+  finest.order = 0;  // every resolution has moments of its own
+  PooledInputs pooled = pool_blocks(in, finest, query, key);
+  const auto all = [&](Tensor& mean, Tensor& count, bool queries) {
+    const Pooled pools = pool_levels({mean, count}, Tensor(), o, queries);
+    mean = pools.mean;
+    count = pools.count;
+  };
+  if (query) all(pooled.query, pooled.query_count, true);
+  if (pooled.key.defined()) all(pooled.key, pooled.key_count, false);
+  if (pooled.value.defined()) {
+    pooled.value = pool_levels({pooled.value, Tensor()}, pooled.key_count, o, false).mean;
+  }
   return pooled;
 }
 
