@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import Case, relative_error
+from helpers import CUDA, Case, new_seed, relative_error
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,6 +125,57 @@ def test_best_scores_are_chosen():
         assert plan.to_dense()[0, 0, x].nonzero().flatten().tolist() == exact
     tied = mra.make_plan(0 * q, k, block_size=32, blocks_per_row=1, levels=((128, 1), (64, 1)))
     assert tied.to_dense()[..., 0].all() and tied.density() == 1 / 8
+
+
+def integers(seed, N, M, H=4, Hk=2, D=8, levels=(), masks=False):
+    """Small integers, whose block means and scores float32 holds exactly (counts are powers of
+    two, the scale is 1/4), and masks that leave half of each block but nothing of one of the
+    coarsest: the plan is then one set, ties included, on every device."""
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randint(-2, 3, (2, heads, L, D), generator=g).float()
+            for heads, L in ((H, N), (Hk, M)))  # fmt: skip
+    if not masks:
+        return q, k, None, None
+
+    def mask(L):
+        keep = torch.arange(L) % 16 < 8
+        keep[levels[0][0] : 2 * levels[0][0]] = False
+        return torch.stack([keep, torch.ones(L, dtype=torch.bool)])
+
+    return q, k, mask(M), mask(N)
+
+
+def assert_same_lists(device, inputs, **options):
+    there = [None if x is None else x.to(device) for x in inputs]
+    ours, theirs = (mra.make_plan(*x, scale=0.25, **options) for x in (there, inputs))
+    for name in ("row_start", "row_count", "row_index"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(theirs, name)), (name, options)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("block_size", [(32, 16), (32, 32), (32, 128), (64, 32), (128, 16)])
+@pytest.mark.parametrize("device", [CUDA])
+def test_same_lists_as_on_the_cpu(device, block_size, is_causal, masks):
+    """Ties included."""
+    seed, b = new_seed(), max(block_size)
+    N, M = 12 * b + 16, (12 if is_causal else 8) * b + 16
+    for levels in (((2 * b, 3),), ((4 * b, 1), (2 * b, 3)), ((4 * b, 9), (2 * b, 99))):
+        inputs = integers(seed, N, M, levels=levels, masks=masks)
+        for diagonal, first in itertools.product((0, 1, 5), (0, 2)):
+            for budget in (dict(density=0.25), dict(blocks_per_row=3)):
+                assert_same_lists(
+                    device, inputs, block_size=block_size, levels=levels, is_causal=is_causal,
+                    diagonal_blocks=diagonal, first_blocks=first, **budget,
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_long_rows(device):
+    """Of candidates at the coarsest resolution: fewer rows of scores at a time, or a workspace."""
+    for blocks in (1000, 4000, 12000, 70000):
+        inputs = integers(new_seed(), 1024, 64 * blocks, H=2, Hk=1)
+        assert_same_lists(device, inputs, block_size=(32, 16), blocks_per_row=5, levels=((64, 40),))
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
