@@ -72,6 +72,7 @@ class Case:
     diagonal_blocks: int = 0
     first_blocks: int = 0
     is_causal: bool = False
+    levels: tuple = ()
     inputs: str = "normal"
     forms: tuple = FORMS
     goal: Goal = Goal(exact=None)
@@ -101,7 +102,7 @@ class Case:
     def selection_options(self):
         """What make_plan takes, besides ``selection``."""
         names = ("density", "blocks_per_row", "block_size", "diagonal_blocks", "first_blocks",
-                 "is_causal")  # fmt: skip
+                 "is_causal", "levels")  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def options(self, form):
@@ -116,11 +117,12 @@ class Case:
         )
         kv = "" if (self.Hk, self.M) == (self.H, self.N) else f" Hk{self.Hk} M{self.M}"
         blocks = "x".join(map(str, dict.fromkeys(self.block_size)))
+        levels = "".join(f", {cells} cells of {block}" for block, cells in self.levels)
         causal = ", causal" if self.is_causal else ""
         inputs = f", {self.inputs} inputs" if self.inputs != "normal" else ""
         return (
             f"B{self.B} H{self.H} N{self.N} D{self.D}{kv} {self.dtype}, blocks of {blocks}, "
-            f"{budget}{causal}{inputs}"
+            f"{budget}{levels}{causal}{inputs}"
         )
 
 

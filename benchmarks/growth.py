@@ -4,7 +4,7 @@ blocks a row.
 The exact part is linear then; not all is. The plan scores (N / 64)² pairs of blocks, and "row" has
 N (N / 64) pairs of a query and a block: in the end the time of a token grows with N. So the
 operator ``plan`` (with its pooling of queries and keys) is timed alone too, and each row says its
-share.
+share. With ``--levels`` the blocks are a few more sizes, and both stay nearly linear.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks import formulas, report
 from benchmarks.backends import Context, list_backends
 from benchmarks.cases import Case, Form
 from benchmarks.environment import free_bytes, plain
-from benchmarks.options import add_common, add_sizes, begin
+from benchmarks.options import add_common, add_sizes, begin, levels
 from benchmarks.report import say
 from benchmarks.speed import new_row, prepare, refuse, time_rows
 from benchmarks.timing import make_timer
@@ -37,6 +37,8 @@ def parser():
     add("--min", type=int, default=1 << 12, metavar="N", help="first N; each next is twice that")
     add("--max", type=int, default=1 << 20, metavar="N")
     add("--base", type=int, default=1 << 14, metavar="N", help="what time per token is set against")
+    add("--levels", type=levels, default=(), metavar="BLOCK:CELLS,...", help="coarser resolutions, "
+        "the coarsest first: 4096:8,512:16; their results are not checked here")  # fmt: skip
     add("--seconds", type=float, default=0.3, help="time for each row")
     add("--longest", type=float, default=3.0, help="seconds that one call may take: a form stops "
         "where it would take longer, or not fit in memory")  # fmt: skip
@@ -47,7 +49,8 @@ def main(argv):
     args = parser().parse_args(argv[1:])
     device, result = begin("growth", args, argv)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    sizes = {"dtype": dtype, "block_size": args.block_size, "blocks_per_row": args.blocks_per_row}
+    sizes = {"dtype": dtype, "block_size": args.block_size, "blocks_per_row": args.blocks_per_row,
+             "levels": args.levels}  # fmt: skip
     rows = result["rows"] = []
     result["base"] = args.base
     report.print_environment(result)

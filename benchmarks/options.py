@@ -42,6 +42,14 @@ def block_size(text):
     return (values[0], values[-1])
 
 
+def levels(text):
+    """block:cells pairs, the coarsest first, as ``levels`` of mra_attention."""
+    pairs = [listed(int)(pair.replace(":", ",")) for pair in listed()(text)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected block:cells,...")
+    return tuple(map(tuple, pairs))
+
+
 def share(text):
     """A density: 0.0625 or 1/16."""
     top, _, bottom = text.partition("/")

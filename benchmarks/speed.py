@@ -106,7 +106,7 @@ def prepare(backend, context, rows, last, show=report.print_row):
     row that failed."""
     try:
         ready = backend.setup(context)
-        if ready.form is None:
+        if ready.form is None or context.case.levels:  # the check knows two resolutions
             ready.run(last)()
             return ready
         found = None
