@@ -36,7 +36,7 @@ class MRAConfig:
         ``((1024, 8), (256, 16))``. Blocks are powers of two, each at least twice the next. Cells
         of the first one are the candidates; the best of each row are split into cells of the next,
         those of ``block_size`` are exact within the budget, and a cell that isn't split is coarse
-        at its own size. Selection "row"; on the CPU. See docs/algorithm.md.
+        at its own size. Selection "row". See docs/algorithm.md.
     pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
         "centred" as the head's mean query weighs them, "sampled" as a sample of 64 of its queries
         does. The last two err less where queries agree on some keys; without levels and is_causal.
