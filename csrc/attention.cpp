@@ -79,7 +79,7 @@ Planned make_plan(const Stages& stages, const PooledInputs& means,
                     "density, blocks_per_row, block_q, block_k: got a plan of up to ", pairs,
                     " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
-  return stages.plan({means.query, means.query_count}, {means.key, means.key_count}, coarse, N, o);
+  return stages.plan({means.query, means.query_count}, {means.key, means.key_count, means.beside}, coarse, N, o);
 }
 
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of

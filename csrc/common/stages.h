@@ -13,6 +13,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -64,6 +65,8 @@ struct Options {
 struct Pooled {
   Tensor mean;   // [B, H or Hk, n, D] acc, contiguous; zeros for an empty block
   Tensor count;  // [B, n] int32, contiguous
+  // CUDA: what was launched last writes neither of them, and a plan may run beside it.
+  bool beside = false;
 };
 
 // Lists of blocks. As rows: for each query block its key blocks; as columns: for each key block
@@ -74,7 +77,9 @@ struct BlockList {
   Tensor count;  // [B, H, n] int32
   Tensor index;  // [B, H, capacity] int32
   // CUDA, where it made the lists: [2] int32, zeros. Kernels count there what they have taken.
-  Tensor queues;
+  Tensor queues{};
+  // CUDA: what columns are made from. A kernel beside that one must not get its memory.
+  std::array<Tensor, 3> held{};
 };
 
 // Softmax state of the block-coarse part of one query block, the same for all of its rows.
@@ -111,6 +116,10 @@ struct PooledInputs {
   // all coarse logits of a row, [B, H, N] acc.
   Tensor weights{}, log_mass{}, row_bias{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
+  // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
+  // could be that of what runs beside it.
+  bool beside = false;
+  Tensor held{};
 };
 
 // What Options.pool other than even makes of the inputs (docs/algorithm.md). All acc.

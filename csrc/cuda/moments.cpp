@@ -24,7 +24,7 @@ bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch)
 #ifdef MRA_SM90A
 
 Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
-                    const Tensor& key_count) {
+                    const Tensor& key_count, const std::function<void()>& launch_beside) {
   const int64_t B = in.key.size(0), Hk = in.key.size(1), M = in.key.size(2), D = in.key.size(3);
   const int64_t nk = ceil_div(M, o.block_k);
   const Launch launch(in.key);
@@ -73,6 +73,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
                                       : sm90::launch_moments<128>(p, launch.device, launch.stream);
   if (error == cudaErrorNotSupported) return {};
   launch.check(error);
+  launch_beside();
   if (!sums.defined()) return matrices;
   Order1Sum s{};
   s.dtype = Dtype::bf16;
@@ -87,12 +88,19 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   s.matrices = p.matrices;
   s.factor = 1.f;
   launch.check(order1_sum(s, launch.stream));
+  if (pooled != nullptr) {
+    pooled->beside = true;
+    pooled->held = sums;
+  }
   return matrices;
 }
 
 #else
 
-Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&) { return {}; }
+Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&,
+                    const std::function<void()>&) {
+  return {};
+}
 
 #endif
 

@@ -1,6 +1,8 @@
 // C and Sigma of order 1 where a kernel makes them from one reading of keys and values.
 #pragma once
 
+#include <functional>
+
 #include "../common/stages.h"
 #include "launch.h"
 
@@ -10,8 +12,9 @@ namespace mra::cuda {
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch);
 
 // Moments as kept for backward (moments_dim), or undefined where no kernel does it. Fills the key
-// part of `pooled` too unless it is null.
+// part of `pooled` too unless it is null. `launch_beside` launches what may run beside the first of
+// two kernels; it is called unless the result is undefined.
 Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
-                    const Tensor& key_count);
+                    const Tensor& key_count, const std::function<void()>& launch_beside = [] {});
 
 }  // namespace mra::cuda

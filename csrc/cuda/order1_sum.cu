@@ -21,6 +21,7 @@ __device__ __forceinline__ void add(float4& sum, const float4& v, float factor =
 // ...; then the lanes are summed in order.
 template <typename S>
 __global__ void __launch_bounds__(kThreads) total_kernel(const Order1Sum p, int lanes) {
+  let_next_start();
   __shared__ float4 partial[kThreads];
   __shared__ int scratch[32];
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 kThreads

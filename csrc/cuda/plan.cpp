@@ -50,6 +50,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   p.count = rows.count.mutable_data_ptr<int32_t>();
   p.index = rows.index.mutable_data_ptr<int32_t>();
   p.queues = rows.queues.mutable_data_ptr<int32_t>();
+  p.beside = key.beside;
   const auto with_coarse = [&] {
     if (!pooled) return;
     const CoarseState& state = planned.coarse.emplace(
@@ -112,6 +113,7 @@ BlockList transpose(const BlockList& rows, int64_t nk) {
   p.nk = static_cast<int>(nk);
   p.capacity = capacity;
   launch.check(plan_transpose(p, launch.device, launch.stream));
+  columns.held = {row_start, row_count, row_index};
   return columns;
 }
 

@@ -15,6 +15,7 @@ struct PlanParams {
   int32_t* count;          // [B, H, nq]
   int32_t* index;          // [B, H, nq * row_capacity]; zeros behind the lists
   int32_t* queues;         // [2], set to zero
+  bool beside;             // it may run beside the kernel launched before
 
   // The block-coarse state (CoarseState of common/stages.h), made where v_mean isn't null.
   const float* v_mean;  // [B, Hk, nk, D] or null

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
     }
   }
   for (int64_t i = place.total + threadIdx.x; i < capacity; i += Tile::kThreads) index[i] = 0;
+  if (p.beside && blockIdx.x == 0) wait_for_previous();
   if (p.v_mean == nullptr) return;
   __syncthreads();
   mean_of_values<kTiles, (Tile::kCols > 32 ? 8 : 4)>(
@@ -182,7 +183,7 @@ cudaError_t plan_map(const PlanParams& p, int64_t budget, cudaStream_t stream) {
     using Tile = decltype(tile);
     const auto kernel = plan_map_kernel<Tile, tiles, blocks>;
     return launch_grid(kernel, p.B * p.H, Tile::kThreads, MapShape<Tile, tiles>(p).bytes(), stream,
-                       p, budget);
+                       Beside{p.beside}, p, budget);
   });
 }
 

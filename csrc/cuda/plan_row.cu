@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     // No barrier: a next tile is there with a workspace only, and its keys are written after the
     // barrier of its first stage. Its copies go to the ring, which the selection does not read.
   }
+  if (p.beside && blockIdx.x == 0) wait_for_previous();
 }
 
 template <class Tile, int kSteps, bool kWorkspace = false>
@@ -128,8 +129,9 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
   const auto kernel = plan_row_kernel<Tile, kSteps, kWorkspace>;
   const int words = Tile::kRingWords + (kWorkspace ? 0 : Tile::kRows * config.pitch);
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
-  return launch_grid(kernel, config.ctas, Tile::kThreads, words * sizeof(float), stream, p,
-                     config.pitch, tiles, static_cast<uint32_t*>(workspace));
+  return launch_grid(kernel, config.ctas, Tile::kThreads, words * sizeof(float), stream,
+                     Beside{p.beside}, p, config.pitch, tiles,
+                     static_cast<uint32_t*>(workspace));
 }
 
 using Wide8 = ScoreTile<2, 4, 4, 2>;  // 256 columns

@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) plan_stream_kernel(const Pl
       p.count[list] = kept[i].count;
     }
   }
+  if (p.beside && blockIdx.x == 0) wait_for_previous();
 }
 
 }  // namespace
@@ -119,7 +120,8 @@ bool plan_stream_fits(const PlanParams& p, const Device& device) {
 
 cudaError_t plan_stream(const PlanParams& p, cudaStream_t stream) {
   const int64_t tiles = int64_t{p.B} * p.H * ((p.nq + kRows - 1) / kRows);
-  return launch_grid(plan_stream_kernel, tiles, Tile::kThreads, sizeof(Shared), stream, p);
+  return launch_grid(plan_stream_kernel, tiles, Tile::kThreads, sizeof(Shared), stream,
+                     Beside{p.beside}, p);
 }
 
 }  // namespace mra::cuda

@@ -49,7 +49,10 @@ class Pools {
     t.log2_block = log2_of(block);
   }
 
-  void run() const { launch_.check(pool_forward(p_, launch_.stream)); }
+  void run(bool beside = false) {
+    p_.beside = beside;
+    launch_.check(pool_forward(p_, launch_.stream));
+  }
 
  private:
   const Launch launch_;
@@ -73,11 +76,18 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
   Pools pools(in.query);
   const bool coarse = o.coarse != Coarse::none;
   const bool even = o.pool == Pool::even;  // else coarse means are made by centre
-  if (has_order1(o) && even) pooled.moments = pool_moments(in, o, &pooled, {});
-  if (query) {
+  const auto add_queries = [&] {
+    if (!query) return;
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
+  };
+  if (has_order1(o) && even) {
+    pooled.moments = pool_moments(in, o, &pooled, {}, [&] {
+      add_queries();
+      pools.run(true);
+    });
   }
   if (!pooled.moments.defined()) {
+    add_queries();
     const bool rounded = rounds_pooled(in.key, o) && even && o.levels.empty();
     if (key || coarse) {
       pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
@@ -87,8 +97,8 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
       pools.add(in.value, in.key_mask, o.block_k, pooled.value, nullptr,
                 rounded ? &pooled.value_rounded : nullptr);
     }
+    pools.run();
   }
-  pools.run();
   return pooled;
 }
 

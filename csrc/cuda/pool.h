@@ -23,6 +23,7 @@ struct PoolParams {
   int tensors;
   int B, D;
   Dtype dtype;
+  bool beside;  // it may run beside the kernel launched before
 };
 
 // All tensors in one launch.

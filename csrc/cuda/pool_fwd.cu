@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
       }
     }
   }
+  if (p.beside && blockIdx.x == 0) wait_for_previous();
 }
 
 struct LaunchPool {
@@ -121,7 +122,8 @@ struct LaunchPool {
       p.ctas[i] = static_cast<int>((int64_t{p.B} * t.H * p.windows[i] + kWarps - 1) / kWarps);
       ctas += p.ctas[i];
     }
-    return launch_grid(pool_kernel<T, kLanes>, ctas, kWarps * 32, 0, stream, p);
+    return launch_grid(pool_kernel<T, kLanes>, ctas, kWarps * 32, 0, stream,
+                       Beside{p.beside}, p);
   }
 };
 

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
+  let_next_start();
   if (threadIdx.x == 0) {
     s.init(4 * kPanels);
     barrier_init_done();
