@@ -4,7 +4,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitizer.py
 
 racecheck needs a build of its own on Hopper (MRA_RACECHECK=1, docs/kernels.md): `make sanitize`. It
-compares nothing (the tests do); it prints how many calls ran. Not collected by pytest.
+compares nothing (the tests do); it prints how many calls ran. Options named behind it (`levels
+pool`) leave only the calls that have one of them. Not collected by pytest.
 """
 
 import itertools
@@ -48,13 +49,29 @@ def cases():
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
+    # weighted means, and more than two resolutions
+    pools = itertools.product(
+        DTYPES, ["centred", "sampled"], [0, 1], [64, 80, 256], ["none", "both"]
+    )
+    for dtype, pool, order, D, masks in pools:
+        options = dict(N=150, M=330, D=D, order=order, block_size=32, masks=masks)
+        yield dtype, options | dict(pool=pool)
+    levels = itertools.product(DTYPES, FORMS, [False, True], [64, 128])
+    for dtype, (coarse, order), is_causal, D in levels:
+        options = dict(N=1100, M=1100, D=D, coarse=coarse, order=order, is_causal=is_causal)
+        yield (
+            dtype,
+            options | dict(block_size=32, masks="both", levels=((512, 2), (128, 4))),
+        )
 
 
 def main():
     if not torch.cuda.is_available():
         sys.exit("sanitizer.py: needs a CUDA device")
-    calls = 0
+    calls, wanted = 0, set(sys.argv[1:])
     for dtype, options in cases():
+        if wanted and not wanted & set(options):
+            continue
         case = Case("cuda", dtype, **options)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         out, lse = mra.mra_attention(
