@@ -3,6 +3,9 @@ k, v. Error is ‖o - exact‖ / ‖exact‖ of a head, mean over heads, layers 
 attention in float64 on the same inputs. For each density, every method may spend as many
 multiply-adds as exact attention to that share of the keys; MRA's pooled part comes on top.
 
+Inputs are rounded to ``--dtype``, in which times are taken, of ``--batch`` entries at once: layers
+and windows in turns. Errors are those of the method in float32 on the same rounded inputs.
+
 ``--inputs synthetic`` are sequences in which neighbours resemble each other: noise smoothed over
 ``--smooth`` positions; queries and keys share half of their variance, and are scaled so that
 ``--spread`` is about the standard deviation of the logits. ``minilm`` and ``whisper`` are real
@@ -12,11 +15,14 @@ encoders, reading text and listening to speech.
 import argparse
 import dataclasses
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
 
-from benchmarks import candidates, minilm, report, whisper
+from benchmarks import candidates, frontier, minilm, report, whisper
+from benchmarks.backends import SDPA
 from benchmarks.cases import (
     DEFAULT,
     DTYPES,
@@ -30,12 +36,12 @@ from benchmarks.cases import (
 from benchmarks.environment import plain
 from benchmarks.inputs import smoothed
 from benchmarks.options import add_common, begin, block_size, listed, shape, share
-from benchmarks.peers import PEERS
+from benchmarks.peers import BLOCK_PEERS, PEERS, local, local_global
 from benchmarks.timing import make_timer
 from mra_attention import mra_attention
 
 INPUTS = ("synthetic", "minilm", "whisper")
-KINDS = ("mra", "oracle", "candidate", "peer")
+KINDS = ("mra", "oracle", "candidate", "block peer", "peer")
 MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS, *WEIGHTED_FORMS)  # MRA-2-s and MRA-2 first
 HEADS = ("block, global", "row + order 1", "row + order 1, sampled")  # whose errors by head stay
 LAYERS = {"synthetic": 1, "minilm": 6, "whisper": 4}
@@ -55,6 +61,7 @@ def parser():
     add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
     add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
     add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
+    add("--batch", type=int, help="entries that are timed at once; those that there are")
     add("--seconds", type=float, default=0.0, help="time for each row beyond the fewest runs")
     add("--no-time", dest="time", action="store_false", help="errors only")
     add("--picture", metavar="FILE", help="error against time and against a head's entropy")
@@ -83,12 +90,14 @@ DENSE = (
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """``run(query, key, value)``. A dense one needs memory N * M and is not timed."""
+    """``run(query, key, value)``. A dense one needs memory N * M and is not timed. ``fast(query,
+    key, value)`` makes what is timed on CUDA in its place, another way to the same result."""
 
     kind: str
     name: str
     run: object
     dense: bool = False
+    fast: object = None
 
 
 def methods(kinds, block_size, density):
@@ -102,9 +111,34 @@ def methods(kinds, block_size, density):
     for kind, name, score, attention in DENSE:
         run = functools.partial(candidates.planned, score, attention, block_size, density)
         found.append(Method(kind, name, run, dense=True))
+    for name, peer in BLOCK_PEERS.items():
+        fast = FAST.get(name) and functools.partial(FAST[name], **options)
+        found.append(Method("block peer", name, functools.partial(peer, **options), fast=fast))
     for name, peer in PEERS.items():
-        found.append(Method("peer", name, functools.partial(peer, density=density)))
+        fast = FAST.get(name) and functools.partial(FAST[name], density=density)
+        found.append(Method("peer", name, functools.partial(peer, density=density), fast=fast))
     return [method for method in found if method.kind in kinds]
+
+
+def _flex(*qkv, density, first_tokens):
+    from benchmarks.flex import flex_windows
+
+    run, plain = flex_windows(*qkv, density, first_tokens), local_global if first_tokens else local
+    wanted = plain(*(t[:1] for t in qkv), density).float()
+    difference = (run(*qkv)[:1] - wanted).norm() / wanted.norm()
+    if difference > 0.02:
+        raise RuntimeError(f"FlexAttention differs from the window by {difference:.2g}")
+    return run
+
+
+# On CUDA. PISA's products are those of our default form, whose kernels are what it is timed with.
+FAST = {
+    "local window": functools.partial(_flex, first_tokens=False),
+    "local + first tokens": functools.partial(_flex, first_tokens=True),
+    "PISA": lambda query, key, value, **options: functools.partial(
+        mra_attention, **options, **dataclasses.asdict(DEFAULT)
+    ),
+}
 
 
 def synthetic(sizes, smooth, spread, seed):
@@ -154,23 +188,64 @@ def by_head(x, layers):
     return [round(value, 4) for value in x.unflatten(0, (-1, layers)).mean(0).flatten().tolist()]
 
 
-def measure(method, qkv, exact, layers, timer):
-    """One row: its errors and, with a timer, the median milliseconds of a call on all inputs."""
+@dataclasses.dataclass
+class Inputs:
+    """query, key, value of the errors, float32 or wider, and of the times, both (B, H, N, D); the
+    second are a batch of entries of the first, in turns, in the dtype of the times."""
+
+    qkv: tuple
+    timed: tuple
+
+    @classmethod
+    def of(cls, qkv, device, dtype, batch):
+        qkv = qkv.to(device, dtype)
+        at = torch.arange(batch or qkv.shape[1], device=device) % qkv.shape[1]
+        exact = qkv if dtype == torch.float64 else qkv.float()
+        return cls(exact.unbind(0), qkv[:, at].unbind(0))
+
+
+def measure(method, inputs, exact, layers, timer):
+    """One row: its errors and, with a timer, the median milliseconds of a call on the batch."""
     row = {"kind": method.kind, "method": method.name}
     try:
         if method.dense:
-            entries = zip(*(t.float().split(1) for t in qkv), strict=True)
+            entries = zip(*(t.split(1) for t in inputs.qkv), strict=True)
             out = torch.cat([method.run(*entry) for entry in entries])
         else:
-            out = method.run(*qkv)
-        error = errors(out, exact)
-        ms = timer.measure(lambda: method.run(*qkv)).median if timer and not method.dense else None
+            out = method.run(*inputs.qkv)
+        error, ms = errors(out, exact), None
+        if timer and not method.dense:
+            ms = timer.measure(functools.partial(timed_run(method, inputs), *inputs.timed)).median
     except Exception as problem:  # one method that can't run is a row that says why
         return row | {"status": "not supported", "reason": plain(problem)}
     row |= {"status": "ok", "error": error.mean().item(), "worst": error.max().item(), "ms": ms}
     if method.name in HEADS:
         row["heads"] = by_head(error, layers)
     return row
+
+
+def timed_run(method, inputs):
+    """What is timed: ``run``, or what ``fast`` makes on CUDA."""
+    if method.fast is None or inputs.timed[0].device.type != "cuda":
+        return method.run
+    return method.fast(*inputs.timed)
+
+
+def measure_exact(inputs, exact, layers, timer):
+    """The row of exact attention: the rounding and the time of the fastest of torch's kernels."""
+    count = min(len(exact), len(inputs.timed[0]))
+    qkv, exact = Inputs(tuple(t[:count] for t in inputs.timed), inputs.timed), exact[:count]
+    if inputs.timed[0].device.type != "cuda":
+        return measure(
+            Method("exact", "exact", F.scaled_dot_product_attention), qkv, exact, layers, timer
+        )
+    rows = []
+    for name, backend in SDPA.items():
+        with sdpa_kernel(backend):
+            method = Method("exact", f"exact {name}", F.scaled_dot_product_attention)
+            rows.append(measure(method, qkv, exact, layers, timer if name != "math" else None))
+    ran = [row for row in rows if row["status"] == "ok"]
+    return min(ran, key=lambda row: row["ms"] or math.inf)
 
 
 @torch.no_grad()
@@ -185,38 +260,41 @@ def measure_inputs(name, args, device, result):
         entry |= {"status": "not supported", "reason": str(problem)}
         report.say(f"{name}: not supported: {problem}")
         return
-    qkv = qkv.to(device, DTYPES[dtype]).unbind(0)
-    layers = layers if qkv[0].shape[0] % layers == 0 else 1
-    exact, entropy = exact_attention(*qkv)
-    timer = make_timer(device, args.seconds, 3) if args.time else None
-    whole = measure(
-        Method("exact", "exact", F.scaled_dot_product_attention), qkv, exact, layers, timer
-    )
-    entry |= {"status": "ok", "shape": list(qkv[0].shape), "layers": layers}
-    entry |= {"entropy": by_head(entropy, layers), "exact": whole}
-    report.say(f"{name}, B, H, N, D = {tuple(qkv[0].shape)}, {dtype}; exact: {cell(whole)}")
+    inputs = Inputs.of(qkv, device, DTYPES[dtype], args.batch)
+    layers = layers if qkv.shape[1] % layers == 0 else 1
+    exact, entropy = exact_attention(*inputs.qkv)
+    timer = make_timer(device, args.seconds) if args.time else None
+    whole = measure_exact(inputs, exact, layers, timer)
+    entry |= {"status": "ok", "shape": list(qkv.shape[1:]), "batch": len(inputs.timed[0])}
+    entry |= {"layers": layers, "entropy": by_head(entropy, layers), "exact": whole}
+    cell = functools.partial(_cell, unit=report.time_unit(device.type))
+    report.say(f"{name}, B, H, N, D = {tuple(qkv.shape[1:])}, {dtype}, timed as {entry['batch']} "
+               f"entries; {whole['method']}: {cell(whole)}")  # fmt: skip
     sizes = args.block_size or [(32, 32)]
     for size in sizes:
         kinds = [kind for kind in args.kind if kind != "peer" or size == sizes[0]]
         report.say(
-            f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and ms" * args.time
+            f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and time" * args.time
         )
         report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
         lists = [methods(kinds, size, density) for density in args.density]
         for group in zip(*lists, strict=True):
             rows = []
             for density, method in zip(args.density, group, strict=True):
-                row = measure(method, qkv, exact, layers, timer)
+                row = measure(method, inputs, exact, layers, timer)
                 rows.append({"block_size": list(size), "density": density} | row)
             entry["rows"] += rows
             report.write_json(args.json, result)
             report.say(f"  {group[0].name:<34}" + "".join(f"{cell(row):>20}" for row in rows))
+    if whole["ms"]:
+        entry["comparison"] = frontier.compare(entry["rows"], whole["ms"])
+        frontier.print_comparison(entry["comparison"], report.time_unit(device.type))
 
 
-def cell(row):
+def _cell(row, unit):
     if row["status"] != "ok":
         return row["reason"][:18]
-    return f"{row['error']:.4f}" + (f" {row['ms']:9.2f}" if row["ms"] else " " * 10)
+    return f"{row['error']:.4f}" + (f" {unit(row['ms']):>11}" if row["ms"] else " " * 12)
 
 
 def main(argv):

@@ -1,4 +1,5 @@
-"""FlexAttention over one of our plans: the list of blocks made before the timing, for free.
+"""FlexAttention over one of our plans, or over windows: the list of blocks made before the timing,
+for free.
 
 FlexAttention's kernels need mask blocks that are multiples of their tiles, and torch's own tiles
 are up to 128: a plan of smaller blocks gets tiles of its block size. For the forward kernel options
@@ -10,7 +11,11 @@ import contextlib
 import unittest.mock
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from benchmarks.peers import BLOCK, FIRST, budget, windows
+
+TILE = 64  # of the windows' masks: their budgets are a few such tiles
 
 
 def flex_attend(plan, case):
@@ -44,6 +49,31 @@ def block_mask(plan):
         torch.zeros_like(count), torch.zeros_like(index), count, index,
         BLOCK_SIZE=plan.block_size, seq_lengths=(plan.N, plan.M),
     )  # fmt: skip
+
+
+def flex_windows(query, key, value, density, first_tokens=False):
+    """Function (query, key, value) -> out, compiled: ``peers.local``, or ``local_global`` with
+    ``first_tokens``. The arguments give sizes and device."""
+    mask = window_mask(query.shape[2], key.shape[2], budget(density, key), first_tokens, key.device)
+    torch._dynamo.reset()  # one recompilation a call: it has a limit, and a cache on disk
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    options = {"block_mask": mask, "kernel_options": {"BLOCK_M": TILE, "BLOCK_N": TILE}}
+    return lambda query, key, value: compiled(query, key, value, **options)
+
+
+def window_mask(N, M, count, first_tokens, device):
+    """BlockMask of windows as peers.py has them, ``count`` keys a query. By tables with an entry
+    for each query, so that all densities compile to one kernel."""
+    first = count // FIRST if first_tokens else 0
+    low, width = windows(N, M, count - first, first, device=device)
+    low = low.repeat_interleave(BLOCK)[:N]
+    high, front = low + width, torch.full_like(low, first)
+    low[:first], high[:first] = 0, M  # the first tokens see all
+
+    def seen(b, h, i, j):
+        return (j < front[i]) | ((j >= low[i]) & (j < high[i]))
+
+    return create_block_mask(seen, None, None, N, M, device, BLOCK_SIZE=TILE)
 
 
 class _Compiling:

@@ -5,17 +5,25 @@ Each takes query (B, H, N, D), key and value (B, H, M, D), N = M, in any floatin
 keys for each query costs as much. Returns (B, H, N, D) of the same dtype and device. Symbols as in
 docs/notation.md; s is 1/sqrt(D). Nothing is trained: those that learn a projection get a random
 one.
+
+BLOCK_PEERS take ``block_size`` (bq, bk) too. They select blocks by the product of block means and
+run the selected ones by the operator, so that both are as fast as ours.
 """
 
 import torch
 import torch.nn.functional as F
 
+from mra_attention import make_plan, mra_attention
+
 __all__ = [
-    "PEERS", "linformer", "linformer_means", "local", "local_global", "nystrom", "performer",
+    "BLOCK_PEERS", "PEERS", "linformer", "linformer_means", "local", "local_global", "nystrom",
+    "performer", "pisa", "sla", "windows",
 ]  # fmt: skip
 
 BLOCK = 32  # queries that share a window
 NEWTON_STEPS = 6
+FIRST = 4  # one in so many keys of a local + first budget is one of the first tokens
+NEGLIGIBLE = 0.1  # share of the blocks that SLA drops
 
 
 def local(query, key, value, density, block=BLOCK):
@@ -27,7 +35,7 @@ def local_global(query, key, value, density, block=BLOCK):
     """Sliding window, and a quarter of the budget for the first tokens, seen by all; they see all
     (Longformer, BigBird)."""
     count = budget(density, key)
-    first = count // 4
+    first = count // FIRST
     out = _windowed(query, key, value, count - first, first, block)
     whole = F.scaled_dot_product_attention(query[:, :, :first], key, value)
     return torch.cat([whole, out[:, :, first:]], 2)
@@ -37,9 +45,7 @@ def _windowed(query, key, value, width, first, block):
     """Each block of queries attends to ``width`` keys in a row around it, and the ``first``."""
     N, M = query.shape[2], key.shape[2]
     nq = -(-N // block)
-    width = min(width, M - first)
-    start = torch.arange(nq, device=query.device) * block + (block - width) // 2
-    start = start.clamp(first, M - width)
+    start, width = windows(N, M, width, first, block, query.device)
     index = start[:, None] + torch.arange(width, device=query.device)
     front = torch.arange(first, device=query.device).expand(nq, -1)
     index = torch.cat([front, index], 1).flatten()  # nq * (first + width)
@@ -49,6 +55,14 @@ def _windowed(query, key, value, width, first, block):
     return out.unflatten(1, (-1, nq)).flatten(2, 3)[:, :, :N]
 
 
+def windows(N, M, width, first, block=BLOCK, device=None):
+    """The first key of each query block's window, (nq,), and the windows' width; none holds one of
+    the ``first`` keys."""
+    width = min(width, M - first)
+    start = torch.arange(-(-N // block), device=device) * block + (block - width) // 2
+    return start.clamp(first, M - width), width
+
+
 def nystrom(query, key, value, density):
     """Nyströmformer: softmax(s Q K~') pinv(softmax(s Q~ K~')) softmax(s Q~ K') V, with the means of
     m runs of tokens as landmarks Q~ and K~, and its iteration for the pseudo-inverse. Both long
@@ -56,10 +70,10 @@ def nystrom(query, key, value, density):
     m = max(1, budget(density, key) // 2)
     q, k = (segment_means(t, m) for t in (query, key))
     s = query.shape[-1] ** -0.5
-    weights = lambda a, b: (s * a.float() @ b.float().mT).softmax(-1)  # noqa: E731
+    weights = lambda a, b: (s * (a @ b.mT).float()).softmax(-1)  # noqa: E731
     right = F.scaled_dot_product_attention(q, key, value).float()
     middle = pseudo_inverse(weights(q, k)) @ right
-    return (weights(query, k) @ middle).to(query.dtype)
+    return weights(query, k).to(query.dtype) @ middle.to(query.dtype)
 
 
 def segment_means(x, m):
@@ -112,6 +126,72 @@ def performer(query, key, value, density, seed=0):
     return (q @ (k.mT @ value.float()) / mass.clamp(min=1e-30)).to(query.dtype)
 
 
+def sla(query, key, value, density, block_size):
+    """Sparse-linear attention (Zhang et al., SLA, arXiv 2509.24006): softmax over the keys of each
+    query block's best key blocks, linear attention with softmax features over those of the others
+    but the lowest tenth, which is dropped.
+
+    It adds a trained projection of the linear part to the other, zero before training. Untrained,
+    both count by the share that the pooled map softmax(s Q~ K~'), by which it selects, gives their
+    blocks."""
+    bq, bk = block_size
+    plan = make_plan(query, key, density=density, block_size=block_size)
+    near = mra_attention(query, key, value, plan=plan, coarse="none")
+    chosen, s = plan.to_dense(), query.shape[-1] ** -0.5
+    pooled = (s * _means(query, bq) @ _means(key, bk).mT).float().softmax(-1)
+    dropped = min(int(NEGLIGIBLE * plan.nk), plan.nk - 1)
+    lowest = pooled.masked_fill(chosen, 2).topk(dropped, -1, largest=False).indices
+    marginal = (~chosen).scatter(-1, lowest, False)
+    share = (pooled * marginal).sum(-1) / (pooled * (marginal | chosen)).sum(-1)
+
+    marginal = marginal.to(query.dtype)
+    features = _blocks(query.softmax(-1), bq)
+    k, v = _blocks(key.softmax(-1), bk), _blocks(value, bk)
+    state = (marginal @ (k.mT @ v).flatten(-2)).unflatten(-1, (k.shape[-1], -1))
+    mass = features @ (marginal @ k.sum(-2)).unsqueeze(-1)
+    far = features @ state / mass.clamp(min=1e-6)
+    share = share[..., None, None].to(query.dtype)
+    out = (1 - share) * _blocks(near, bq) + share * far
+    return out.flatten(2, 3)[:, :, : query.shape[2]]
+
+
+def pisa(query, key, value, density, block_size):
+    """Piecewise sparse attention (Li et al., PISA, arXiv 2602.01077): softmax over the keys of each
+    query block's best key blocks, for every other block exp(s q_i.k~_y) on the sum of its values,
+    and for all of those together the first-order term z_i s q_i H / M with one H = Σ (k - k~)' v of
+    the whole head. That is ``coarse="row", order=1`` without damping."""
+    bk = block_size[1]
+    plan = make_plan(query, key, density=density, block_size=block_size)
+    near, lse = mra_attention(query, key, value, plan=plan, coarse="none", return_lse=True)
+    M, s = key.shape[2], query.shape[-1] ** -0.5
+    rows = torch.arange(query.shape[2], device=query.device) // block_size[0]
+    k_mean, v_mean = _means(key, bk), _means(value, bk)
+    k, v = _blocks(key, bk), _blocks(value, bk)
+    H = ((k - k_mean.unsqueeze(3)).mT @ v).sum(2)
+    b = (s * query @ k_mean.mT).to(lse.dtype) + _counts(M, bk, lse).log()
+    b = b.masked_fill(plan.to_dense()[:, :, rows], -torch.inf)
+    total = torch.logaddexp(lse, b.logsumexp(-1)).unsqueeze(-1)
+    w = (b - total).exp().to(query.dtype)
+    out = (lse.unsqueeze(-1) - total).exp().to(query.dtype) * near + w @ v_mean
+    return out + w.sum(-1, keepdim=True) * (s / M * query @ H)
+
+
+def _blocks(x, block):
+    """x (B, H, L, D) by blocks, (B, H, n, block, D), the last one filled up with zeros."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+
+
+def _counts(L, block, like):
+    """Rows of each block, (n,)."""
+    at = torch.arange(0, L, block, device=like.device, dtype=like.dtype)
+    return (L - at).clamp(max=block)
+
+
+def _means(x, block):
+    """Means of blocks, (B, H, n, D)."""
+    return _blocks(x, block).sum(3) / _counts(x.shape[2], block, x)[:, None]
+
+
 def budget(density, key):
     """Keys for each query."""
     return max(1, min(key.shape[2], round(density * key.shape[2])))
@@ -125,3 +205,4 @@ PEERS = {
     "Linformer, means": linformer_means,
     "Performer": performer,
 }
+BLOCK_PEERS = {"SLA, untrained": sla, "PISA": pisa}

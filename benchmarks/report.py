@@ -25,6 +25,18 @@ def print_environment(env):
     say(f"{', '.join(parts)}, torch {env['torch']}{commit}")
 
 
+def time_unit(device_type):
+    """How times in milliseconds are written: microseconds on CUDA."""
+    if device_type == "cuda":
+        return lambda ms: f"{1e3 * ms:.0f} µs"
+    return lambda ms: f"{digits(ms)} ms"
+
+
+def digits(x):
+    """Three significant digits or more, never an exponent."""
+    return f"{x:.{3 if x < 1 else 2 if x < 10 else 1 if x < 100 else 0}f}"
+
+
 def number(x, spec):
     """``x`` by a format, a dash where there is none."""
     return "-" if x is None else format(x, spec)

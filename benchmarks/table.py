@@ -7,11 +7,14 @@ the files under benchmarks/results, never typed; a test compares them.
 """
 
 import argparse
+import functools
 import json
 import re
 from pathlib import Path
 
 from benchmarks.cases import PASSES, ratio
+from benchmarks.frontier import sentence
+from benchmarks.report import digits, time_unit
 
 DASH = "–"
 
@@ -168,32 +171,44 @@ def _layout(report):
 
 
 def _accuracy(report):
-    """A table for each input and block size: one line for each method, a column a density."""
-    parts = []
+    """For each input what OURS are at equal time, then a table for each block size: one line for
+    each method, a column a density."""
+    parts, unit = [], time_unit(report["device_type"])
     for entry in report["inputs"]:
         if entry["status"] != "ok":
             parts.append(f"{entry['inputs']}: {entry['reason']}\n")
             continue
-        exact = entry["exact"]["ms"]
-        exact = f"; exact attention {_digits(exact)} ms" if exact else ""
+        B, H, N, D = entry["shape"]
+        about = f"{entry['inputs']}, B{B} H{H} N{N} D{D} {entry['dtype']}"
+        exact, batch = entry["exact"]["ms"], entry.get("batch", B)
+        exact = f"; exact attention {unit(exact)}" if exact else ""
+        exact += f" for {batch} entries" if exact and batch != B else ""
+        if "comparison" in entry:
+            parts += [f"{about}{exact}\n", _comparison(entry["comparison"], unit)]
         for size in dict.fromkeys(tuple(row["block_size"]) for row in entry["rows"]):
             here = [row for row in entry["rows"] if tuple(row["block_size"]) == size]
-            B, H, N, D = entry["shape"]
-            blocks = "x".join(map(str, dict.fromkeys(size)))
-            parts.append(f"{entry['inputs']}, B{B} H{H} N{N} D{D} {entry['dtype']}, blocks of "
-                         f"{blocks}{exact}\n")  # fmt: skip
-            parts.append(_by_density(here, "method", _error))
+            parts.append(f"{about}, blocks of {'x'.join(map(str, dict.fromkeys(size)))}{exact}\n")
+            parts.append(_by_density(here, "method", functools.partial(_error, unit=unit)))
+    name = "microseconds" if report["device_type"] == "cuda" else "milliseconds"
     notes = (
-        "Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows. Behind it the "
-        "milliseconds of one call on all of them; forms without are dense prototypes."
+        f"Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows. Behind it the {name} "
+        "of one call on all of them; forms without are dense prototypes."
     )
     return "\n".join([*parts, notes + "\n"])
 
 
-def _error(row):
+def _comparison(comparison, unit):
+    heads = ["form", "error / MRA-2's in the same time", "below half of exact attention's time"]
+    lines = [heads, ["---"] * 3]
+    for form in comparison["forms"]:
+        lines.append([form["form"], *sentence(form, comparison["exact_ms"], unit)])
+    return _table(lines)
+
+
+def _error(row, unit):
     if row["status"] != "ok":
         return row["reason"]
-    return f"{row['error']:.3f}" + (f" ({_digits(row['ms'])})" if row["ms"] else "")
+    return f"{row['error']:.3f}" + (f" ({unit(row['ms']).split()[0]})" if row["ms"] else "")
 
 
 def _embeddings(report):
@@ -228,7 +243,7 @@ def _passes(case, chosen):
 
 
 def _ms(rows):
-    cells = [_digits(row["ms"]["median"]) if row else DASH for row in rows]
+    cells = [digits(row["ms"]["median"]) if row else DASH for row in rows]
     return " / ".join(cells) if any(rows) else DASH
 
 
@@ -265,8 +280,3 @@ def _goal(rows):
             continue
         parts.append(" / ".join(dict.fromkeys(cells)))
     return "; ".join(parts)
-
-
-def _digits(ms):
-    """Three significant digits, never an exponent."""
-    return f"{ms:.{3 if ms < 1 else 2 if ms < 10 else 1 if ms < 100 else 0}f}"

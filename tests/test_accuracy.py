@@ -10,9 +10,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import accuracy, embeddings  # noqa: E402
+from benchmarks import accuracy, embeddings, frontier  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
-from benchmarks.peers import PEERS  # noqa: E402
+from benchmarks.peers import BLOCK_PEERS, PEERS  # noqa: E402
 from benchmarks.table import markdown  # noqa: E402
 from examples.documents import load_documents, load_library  # noqa: E402
 
@@ -38,15 +38,19 @@ def test_synthetic_inputs(tmp_path, capsys):
     assert some["row + order 1, oracle"] < some["row + order 1"]
     assert some["centred, oracle"] < some["row + order 1, centred"]
     for row in entry["rows"]:
-        timed = row["kind"] in ("mra", "peer")
+        timed = row["kind"] in ("mra", "peer", "block peer")
         assert (row["ms"] or 0) > 0 if timed else row["ms"] is None
         assert ("heads" in row) == (row["method"] in accuracy.HEADS)
-    for name in (*(form.name for form in accuracy.MRA_FORMS), "centred, curved", "local window"):
+    forms = [form.name for form in accuracy.MRA_FORMS]
+    for name in (*forms, *BLOCK_PEERS, "centred, curved", "local window"):
         assert whole[name] < 1e-5
     sizes = {(row["kind"], tuple(row["block_size"])) for row in entry["rows"]}
-    assert ("mra", (32, 16)) in sizes and ("peer", (32, 16)) not in sizes
+    assert {("mra", (32, 16)), ("block peer", (32, 16))} < sizes
+    assert ("peer", (32, 16)) not in sizes
     printed = capsys.readouterr().out
-    assert "blocks of 32x16: error and ms" in printed and "Nyströmformer" in printed
+    assert "blocks of 32x16: error and time" in printed and "Nyströmformer" in printed
+    assert "error at equal time over that of MRA-2" in printed
+    assert [form["form"] for form in entry["comparison"]["forms"]] == list(frontier.OURS)
     table = markdown(report)
     assert table.count("| method | density 1/4 | density 1 |") == 2
     assert f"| centred, curved | {some['centred, curved']:.3f} |" in table
@@ -78,7 +82,7 @@ def test_files_of_real_inputs(tmp_path, capsys):
         assert entry["inputs"] == name and entry["shape"] == [layers, 2, 96, 16]
         assert entry["layers"] == layers and len(entry["entropy"]) == 2 * layers
         assert all(row["kind"] == "mra" and row["ms"] is None for row in entry["rows"])
-    assert "error and ms" not in capsys.readouterr().out
+    assert "error and time" not in capsys.readouterr().out
 
 
 def test_what_is_missing_is_a_reason(tmp_path, capsys, monkeypatch):
@@ -100,9 +104,27 @@ def test_a_method_that_cannot_run_is_a_row():
     def broken():
         raise RuntimeError("no such kernel\nand more")
 
-    row = accuracy.measure(accuracy.Method("peer", "x", broken), (), None, 1, None)
+    none = accuracy.Inputs((), ())
+    row = accuracy.measure(accuracy.Method("peer", "x", broken), none, None, 1, None)
     assert row["status"] == "not supported" and row["reason"] == "no such kernel"
-    assert accuracy.cell(row) == "no such kernel"
+    assert accuracy._cell(row, None) == "no such kernel"
+
+
+def test_errors_are_those_of_rounded_inputs_and_times_of_a_batch():
+    qkv, cpu = torch.randn(3, 4, 2, 64, 16), torch.device("cpu")
+    for batch, order in ((None, [0, 1, 2, 3]), (6, [0, 1, 2, 3, 0, 1]), (2, [0, 1])):
+        inputs = accuracy.Inputs.of(qkv, cpu, torch.bfloat16, batch)
+        for x, exact, timed in zip(qkv, inputs.qkv, inputs.timed, strict=True):
+            assert exact.dtype == torch.float32 and torch.equal(exact, x.bfloat16().float())
+            assert timed.dtype == torch.bfloat16 and torch.equal(timed, x.bfloat16()[order])
+        out, _ = accuracy.exact_attention(*inputs.qkv)
+        rounding = accuracy.measure_exact(inputs, out, 1, None)["error"]
+        assert 1e-4 < rounding < 0.02  # of bfloat16
+        for method in accuracy.methods(accuracy.KINDS, (32, 32), 1.0):
+            if method.name in accuracy.FAST:
+                assert accuracy.timed_run(method, inputs) is method.run  # on a CPU
+            if method.kind in ("mra", "block peer"):  # exact, and not in bfloat16
+                assert accuracy.measure(method, inputs, out, 1, None)["error"] < 1e-5
 
 
 def test_picture(tmp_path):

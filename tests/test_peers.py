@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import candidates, peers  # noqa: E402
+from benchmarks import candidates, flex, peers  # noqa: E402
 from mra_attention import make_plan, mra_attention  # noqa: E402
 
 exact_attention = F.scaled_dot_product_attention
@@ -31,6 +31,77 @@ def test_peers_keep_shape_and_dtype(name, dtype):
     q, k, v = (t.to(dtype) for t in qkv(N=77))
     out = peers.PEERS[name](q, k, v, 1 / 8)
     assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", peers.BLOCK_PEERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [(32, 32), (64, 32)])
+def test_block_peers_keep_shape_and_dtype(name, dtype, block_size):
+    q, k, v = (t.to(dtype) for t in qkv(N=150))
+    peer = peers.BLOCK_PEERS[name]
+    out = peer(q, k, v, 1 / 8, block_size)
+    assert out.shape == q.shape and out.dtype == dtype and out.isfinite().all()
+    whole = peer(q, k, v, 1.0, block_size)
+    assert relative(whole, exact_attention(q, k, v)) < (0.01 if dtype == torch.bfloat16 else 1e-5)
+
+
+def dense_blocks(q, k, density, bq, bk):
+    """Whether each key is selected for each query (B, H, N, M), and the block of each row."""
+    chosen = make_plan(q, k, density=density, block_size=(bq, bk)).to_dense()
+    x, y = torch.arange(q.shape[2]) // bq, torch.arange(k.shape[2]) // bk
+    return chosen[:, :, x][..., y], chosen, x, y
+
+
+def means(t, block):
+    return torch.stack([part.mean(2) for part in t.split(block, 2)], 2)
+
+
+def test_pisa_is_its_equation():
+    q, k, v = qkv(N=100)
+    live, _, _, y = dense_blocks(q, k, 1 / 4, 32, 16)
+    s, k_mean = 16**-0.5, means(k, 16)
+    exact = (s * q @ k.mT).exp() * live
+    far = (s * q @ k_mean[:, :, y].mT).exp() * ~live
+    H = (k - k_mean[:, :, y]).mT @ v
+    rows = exact @ v + far @ v + far.sum(-1, keepdim=True) * s * (q @ H) / 100
+    expected = rows / (exact + far).sum(-1, keepdim=True)
+    torch.testing.assert_close(peers.pisa(q, k, v, 1 / 4, (32, 16)), expected)
+    # Our default form, whose damping is gone where logits hardly vary.
+    small = [peers.pisa(q / 50, k, v, 1 / 4, (32, 16)), mra_attention(q / 50, k, v, density=1 / 4,
+             block_size=(32, 16))]  # fmt: skip
+    torch.testing.assert_close(*small, rtol=1e-4, atol=1e-4)
+
+
+def test_sla_is_its_equation():
+    q, k, v = qkv(N=200)
+    live, chosen, x, y = dense_blocks(q, k, 1 / 4, 32, 16)  # 13 key blocks: 4 exact, 1 dropped
+    pooled = (means(q, 32) @ means(k, 16).mT / 4).softmax(-1)
+    left = pooled.masked_fill(chosen, 2)
+    marginal = ~chosen & (left > left.amin(-1, keepdim=True))
+    assert marginal.sum(-1).unique().tolist() == [8]
+    near = exact_attention(q, k, v, attn_mask=live)
+    linear = (q.softmax(-1) @ k.softmax(-1).mT) * marginal[:, :, x][..., y]
+    far = linear @ v / linear.sum(-1, keepdim=True)
+    share = ((pooled * marginal).sum(-1) / (pooled * (marginal | chosen)).sum(-1))[:, :, x, None]
+    expected = share * far + (1 - share) * near
+    torch.testing.assert_close(peers.sla(q, k, v, 1 / 4, (32, 16)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first_tokens", [False, True])
+@pytest.mark.parametrize("N, count", [(100, 40), (70, 7), (20, 20)])
+def test_windows_as_a_block_mask(first_tokens, N, count):
+    """The mask of FlexAttention on CUDA keeps what the plain windows see."""
+    mask = flex.window_mask(N, N, count, first_tokens, torch.device("cpu"))
+    i, j = torch.arange(N)[:, None], torch.arange(N)[None]
+    seen = mask.mask_mod(0, 0, i, j)
+    q, k, v = qkv(N=N)
+    plain = peers.local_global if first_tokens else peers.local
+    expected = plain(q, k, v, count / N)
+    torch.testing.assert_close(exact_attention(q, k, v, attn_mask=seen), expected)
+    blocks = mask.to_dense()[0, 0].bool()
+    tiles = torch.nn.functional.pad(seen, (0, -N % flex.TILE, 0, -N % flex.TILE))
+    tiles = tiles.unflatten(0, (-1, flex.TILE)).unflatten(-1, (-1, flex.TILE)).any(-1).any(1)
+    assert torch.equal(blocks, tiles)
 
 
 @pytest.mark.parametrize("peer", [peers.local, peers.local_global])
