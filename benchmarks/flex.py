@@ -55,7 +55,6 @@ def flex_windows(query, key, value, density, first_tokens=False):
     """Function (query, key, value) -> out, compiled: ``peers.local``, or ``local_global`` with
     ``first_tokens``. The arguments give sizes and device."""
     mask = window_mask(query.shape[2], key.shape[2], budget(density, key), first_tokens, key.device)
-    torch._dynamo.reset()  # one recompilation a call: it has a limit, and a cache on disk
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     options = {"block_mask": mask, "kernel_options": {"BLOCK_M": TILE, "BLOCK_N": TILE}}
     return lambda query, key, value: compiled(query, key, value, **options)

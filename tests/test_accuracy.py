@@ -121,8 +121,7 @@ def test_errors_are_those_of_rounded_inputs_and_times_of_a_batch():
         rounding = accuracy.measure_exact(inputs, out, 1, None)["error"]
         assert 1e-4 < rounding < 0.02  # of bfloat16
         for method in accuracy.methods(accuracy.KINDS, (32, 32), 1.0):
-            if method.name in accuracy.FAST:
-                assert accuracy.timed_run(method, inputs) is method.run  # on a CPU
+            assert (method.fast is not None) == (method.name in accuracy.FAST)
             if method.kind in ("mra", "block peer"):  # exact, and not in bfloat16
                 assert accuracy.measure(method, inputs, out, 1, None)["error"] < 1e-5
 
@@ -182,3 +181,19 @@ def test_embeddings_of_two_documents(tmp_path, capsys):
     assert 0.5 < found["none"] < found["block, global"] < found["row + order 1"] < 1
     assert report["documents"] == 2 and report["rows"][0]["goal"] == 0.97
     assert f"| row + order 1 | {found['row + order 1']:.4f}, " in markdown(report)
+
+
+@pytest.mark.gpu
+def test_times_on_a_gpu():
+    """Every method runs there, in float32 for errors and in bfloat16 for times."""
+    device, qkv = torch.device("cuda"), torch.randn(3, 2, 2, 300, 32)
+    inputs = accuracy.Inputs.of(qkv, device, torch.bfloat16, 4)
+    exact, _ = accuracy.exact_attention(*inputs.qkv)
+    timer = accuracy.make_timer(device, 0.0, 3)
+    assert accuracy.measure_exact(inputs, exact, 1, timer)["status"] == "ok"
+    for method in accuracy.methods(("mra", "block peer", "peer"), (32, 32), 1 / 4):
+        row = accuracy.measure(method, inputs, exact, 1, timer)
+        assert row["status"] == "ok" and row["reason"] is None and row["ms"] > 0, row
+        cpu = accuracy.Inputs(*[tuple(t.cpu() for t in x) for x in (inputs.qkv, inputs.timed)])
+        there = accuracy.measure(method, cpu, exact.cpu(), 1, None)
+        assert row["error"] == pytest.approx(there["error"], rel=0.02)
