@@ -9,22 +9,25 @@ Each input is attended to twice: in the order it comes in, and with blocks that 
 ``video``   the same in three dimensions
 ``china``, ``flower``  the two photographs of scikit-learn (427 x 640): pixels of patches of 8 x 8,
             standardised and projected at random. Real pictures, but no trained network
+``vit ...`` the same and three of scikit-image's, seen by a trained vision transformer: q, k, v of
+            its 12 layers of 6 heads of 64, and a class token in front (vit.py)
 ``points``  uniform in a square or a cube, in no order; weights fall with the distance as a Gaussian
             of 0.03 to 0.24, one width a head; values are waves across the square
 
-Queries and keys of all but points share half of their variance and are scaled so that ``--spread``
-is the standard deviation of the logits.
+Queries and keys of all but the last two share half of their variance and are scaled so that
+``--spread`` is the standard deviation of the logits.
 """
 
 import argparse
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import report
+from benchmarks import report, vit
 from benchmarks.approximation import overlap
-from benchmarks.cases import FORMS, Unsupported, ratio
+from benchmarks.cases import FORMS, WEIGHTED_FORMS, Unsupported, ratio
 from benchmarks.options import add_common, begin, block_size, listed, share
 from mra_attention import make_plan, mra_attention, order_points
 from mra_attention.layout import Tiles
@@ -32,7 +35,8 @@ from mra_attention.layout import Tiles
 INPUTS = {
     "field 64x64": (64, 64), "field 37x37 + 1": (37, 37), "video 8x24x24": (8, 24, 24),
     "china 53x80": (53, 80), "flower 53x80": (53, 80), "points 2-D": 2, "points 3-D": 3,
-}  # fmt: skip
+} | {f"vit {name} {H}x{W}": (H, W) for name, (*_, (H, W)) in vit.PHOTOGRAPHS.items()}  # fmt: skip
+SHOWN = (*FORMS, *WEIGHTED_FORMS)
 POINTS = 4096
 PATCH = 8  # pixels a side
 WIDTHS = (0.03, 0.06, 0.12, 0.24)
@@ -60,21 +64,21 @@ def main(argv):
     report.say(
         "|o - exact| / |exact|, mean over heads: as it comes -> in patches or along the curve"
     )
-    report.say(f"{'input':<18}{'density':>8}" + "".join(f"{form.name:>18}" for form in FORMS))
+    report.say(f"{'input':<22}{'density':>8}" + "".join(f"{form.name:>24}" for form in SHOWN))
     for name in args.input:
         generator = torch.Generator().manual_seed(args.seed)
         try:
             q, k, v, orders = inputs(name, args, generator, device)
         except Unsupported as error:
             result["rows"].append({"input": name, "status": "not supported", "reason": str(error)})
-            report.say(f"{name:<18}not supported: {error}")
+            report.say(f"{name:<22}not supported: {error}")
             continue
         exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
         for density in args.density:
             for row in _rows(name, args, density, q, k, v, orders, exact):
                 result["rows"].append(row)
             cells = _cells(result["rows"][-len(orders) :])
-            report.say(f"{name:<18}{ratio(density):>8}" + "".join(f"{cell:>18}" for cell in cells))
+            report.say(f"{name:<22}{ratio(density):>8}" + "".join(f"{cell:>24}" for cell in cells))
     report.write_json(args.json, result)
     return result
 
@@ -89,8 +93,8 @@ def _rows(name, args, density, q, k, v, orders, exact):
         row = {"input": name, "status": "ok", "reason": None, "N": q.shape[2], "order": order}
         row |= {"layout": layout, "density": density, "blocks": plan.nk}
         row |= {"exact_pairs": exact_pairs(plan), "overlap": overlap(plan.to_dense()), "errors": {}}
-        for form in FORMS:
-            out = mra_attention(*x, coarse=form.coarse, order=form.order, **options)
+        for form in SHOWN:
+            out = mra_attention(*x, **dataclasses.asdict(form), **options)
             error = (out - wanted).flatten(2).norm(dim=-1) / wanted.flatten(2).norm(dim=-1)
             row["errors"][form.name] = error.mean().item()
         yield row
@@ -110,14 +114,17 @@ def exact_pairs(plan):
 
 
 def _cells(rows):
-    return [" -> ".join(f"{row['errors'][form.name]:.3f}" for row in rows) for form in FORMS]
+    return [" -> ".join(f"{row['errors'][form.name]:.3f}" for row in rows) for form in SHOWN]
 
 
 def inputs(name, args, generator, device):
-    """query, key, value (1, H, N, D) float32 and the orders to compare: [(name, index or None,
+    """query, key, value (B, H, N, D) float32 and the orders to compare: [(name, index or None,
     layout or None)]."""
     H, D, sides = args.heads, args.head_dim, INPUTS[name]
-    if name.startswith("points"):
+    if name.startswith("vit"):
+        qkv, _ = vit.encode(name.split()[1])
+        orders = [("as it comes", None, None), ("patches", None, sides)]
+    elif name.startswith("points"):
         points = torch.rand(1, POINTS, sides, generator=generator)
         qkv = nearby(points, H, D, generator)
         index = order_points(points)[:, None, :, None]
