@@ -56,8 +56,10 @@ def flex_windows(query, key, value, density, first_tokens=False):
     ``first_tokens``. The arguments give sizes and device."""
     mask = window_mask(query.shape[2], key.shape[2], budget(density, key), first_tokens, key.device)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    options = {"block_mask": mask, "kernel_options": {"BLOCK_M": TILE, "BLOCK_N": TILE}}
-    return lambda query, key, value: compiled(query, key, value, **options)
+    options = {
+        "fwd_BLOCK_M": TILE, "fwd_BLOCK_N": TILE, "fwd_num_stages": 3, "fwd_num_warps": 4,
+    }  # fmt: skip
+    return lambda *qkv: compiled(*qkv, block_mask=mask, kernel_options=options)
 
 
 def window_mask(N, M, count, first_tokens, device):
@@ -65,7 +67,7 @@ def window_mask(N, M, count, first_tokens, device):
     for each query, so that all densities compile to one kernel."""
     first = count // FIRST if first_tokens else 0
     low, width = windows(N, M, count - first, first, device=device)
-    low = low.repeat_interleave(BLOCK)[:N]
+    low = low.int().repeat_interleave(BLOCK, output_size=BLOCK * len(low))[:N]
     high, front = low + width, torch.full_like(low, first)
     low[:first], high[:first] = 0, M  # the first tokens see all
 

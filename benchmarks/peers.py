@@ -10,6 +10,8 @@ BLOCK_PEERS take ``block_size`` (bq, bk) too. They select blocks by the product 
 run the selected ones by the operator, so that both are as fast as ours.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -78,10 +80,13 @@ def nystrom(query, key, value, density):
 
 def segment_means(x, m):
     """Means of m runs of rows, as equal as whole rows allow: (B, H, L, D) to (B, H, m, D)."""
-    at = torch.arange(x.shape[2], device=x.device) * m // x.shape[2]
+    L = x.shape[2]
+    if L % m == 0:
+        return x.unflatten(2, (m, -1)).mean(3)
     sums = x.new_zeros(*x.shape[:2], m, x.shape[3], dtype=torch.float32)
-    sums.index_add_(2, at, x.float())
-    return (sums / torch.bincount(at, minlength=m)[:, None]).to(x.dtype)
+    sums.index_add_(2, torch.arange(L, device=x.device) * m // L, x.float())
+    ends = -(-torch.arange(m + 1, device=x.device) * L // m)  # rounded up
+    return (sums / ends.diff()[:, None]).to(x.dtype)
 
 
 def pseudo_inverse(a, steps=NEWTON_STEPS):
@@ -98,10 +103,15 @@ def pseudo_inverse(a, steps=NEWTON_STEPS):
 def linformer(query, key, value, density, seed=0):
     """Linformer's softmax(s Q (E K)') E V with m random rows E of length about 1, where m is the
     budget. A trained E does better."""
-    m, M = budget(density, key), key.shape[2]
-    generator = torch.Generator().manual_seed(seed)
-    project = torch.randn(m, M, generator=generator).to(key) * M**-0.5
+    project = random_rows(budget(density, key), key.shape[2], seed, key.dtype, key.device)
     return F.scaled_dot_product_attention(query, project @ key, project @ value)
+
+
+@functools.lru_cache(16)
+def random_rows(m, M, seed, dtype, device):
+    """(m, M), fixed as parameters are."""
+    rows = torch.randn(m, M, generator=torch.Generator().manual_seed(seed))
+    return (rows * M**-0.5).to(device, dtype)
 
 
 def linformer_means(query, key, value, density):
@@ -114,16 +124,21 @@ def performer(query, key, value, density, seed=0):
     """Performer's positive features: exp(q w' - |q|²/2) for r orthogonal w of Gaussian length, of
     q and k each times s^(1/2). Features and both products count, so r is half of the budget. The
     largest exponents are taken off, of a query on its own, of the keys together."""
-    r, D = max(1, budget(density, key) // 2), query.shape[-1]
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(-(-r // D), D, D, generator=generator)
-    lengths = torch.randn(r, D, generator=generator).norm(dim=-1, keepdim=True)
-    w = (torch.linalg.qr(draws).Q.flatten(0, 1)[:r] * lengths).to(query.device)
-    q, k = (t.float() * D**-0.25 for t in (query, key))
+    w = features(max(1, budget(density, key) // 2), query.shape[-1], seed, query.device)
+    q, k = (t.float() * query.shape[-1] ** -0.25 for t in (query, key))
     q, k = (t @ w.mT - t.square().sum(-1, keepdim=True) / 2 for t in (q, k))
     q, k = (q - q.amax(-1, keepdim=True)).exp(), (k - k.amax((-2, -1), keepdim=True)).exp()
     mass = q @ k.sum(-2, keepdim=True).mT
     return (q @ (k.mT @ value.float()) / mass.clamp(min=1e-30)).to(query.dtype)
+
+
+@functools.lru_cache(16)
+def features(r, D, seed, device):
+    """Performer's w, (r, D), fixed as parameters are."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(-(-r // D), D, D, generator=generator)
+    lengths = torch.randn(r, D, generator=generator).norm(dim=-1, keepdim=True)
+    return (torch.linalg.qr(draws).Q.flatten(0, 1)[:r] * lengths).to(device)
 
 
 def sla(query, key, value, density, block_size):
@@ -145,11 +160,11 @@ def sla(query, key, value, density, block_size):
     share = (pooled * marginal).sum(-1) / (pooled * (marginal | chosen)).sum(-1)
 
     marginal = marginal.to(query.dtype)
-    features = _blocks(query.softmax(-1), bq)
+    q = _blocks(query.softmax(-1), bq)
     k, v = _blocks(key.softmax(-1), bk), _blocks(value, bk)
     state = (marginal @ (k.mT @ v).flatten(-2)).unflatten(-1, (k.shape[-1], -1))
-    mass = features @ (marginal @ k.sum(-2)).unsqueeze(-1)
-    far = features @ state / mass.clamp(min=1e-6)
+    mass = q @ (marginal @ k.sum(-2)).unsqueeze(-1)
+    far = q @ state / mass.clamp(min=1e-6)
     share = share[..., None, None].to(query.dtype)
     out = (1 - share) * _blocks(near, bq) + share * far
     return out.flatten(2, 3)[:, :, : query.shape[2]]
@@ -183,8 +198,7 @@ def _blocks(x, block):
 
 def _counts(L, block, like):
     """Rows of each block, (n,)."""
-    at = torch.arange(0, L, block, device=like.device, dtype=like.dtype)
-    return (L - at).clamp(max=block)
+    return (L - torch.arange(0, L, block, device=like.device)).clamp(max=block).to(like.dtype)
 
 
 def _means(x, block):

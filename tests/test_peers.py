@@ -122,6 +122,11 @@ def test_segment_means_by_hand():
     x = torch.tensor([1.0, 3.0, 5.0, 7.0, 11.0]).view(1, 1, 5, 1)
     assert peers.segment_means(x, 2).flatten().tolist() == [3.0, 9.0]
     assert torch.equal(peers.segment_means(x, 5), x)
+    x = torch.randn(1, 2, 41, 3)
+    for m in (1, 7, 12, 40):
+        at = torch.arange(41) * m // 41
+        wanted = torch.stack([x[:, :, at == run].mean(2) for run in range(m)], 2)
+        torch.testing.assert_close(peers.segment_means(x, m), wanted)
 
 
 def test_pseudo_inverse_and_nystrom():
