@@ -12,7 +12,10 @@ COLORS = {
     "block, global": "#E69F00",
     "block + order 1": "#009E73",
     "row + order 1": "#0072B2",
+    "row + order 1, centred": "#8C510A",
     "row + order 1, sampled": "#D55E00",
+    "SLA, untrained": "#999933",
+    "PISA": "#882255",
     "local window": "#CC79A7",
     "local + first tokens": "#56B4E9",
     "Nyströmformer": "#000000",
@@ -44,7 +47,7 @@ def _times(axes, entry, rows, device):
     for name, color in COLORS.items():
         shown = [row for row in rows if row["method"] == name and row["ms"] and row["density"] < 1]
         if shown:
-            style = PEERS_DASHED if shown[0]["kind"] == "peer" else {"marker": "o"}
+            style = PEERS_DASHED if shown[0]["kind"].endswith("peer") else {"marker": "o"}
             points = [row["ms"] for row in shown], [row["error"] for row in shown]
             axes.plot(*points, color=color, label=name, markersize=4, **style)
     if entry["exact"]["ms"]:
@@ -52,7 +55,7 @@ def _times(axes, entry, rows, device):
     densities = sorted({row["density"] for row in rows if row["density"] < 1})
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("milliseconds, forward, all inputs")
+    axes.set_xlabel("milliseconds, forward, the batch")
     axes.set_ylabel("relative error")
     blocks = "x".join(map(str, dict.fromkeys(rows[0]["block_size"]))) if rows else ""
     axes.set_title(f"{entry['inputs']}: densities {', '.join(map(ratio, densities))}, blocks of "
