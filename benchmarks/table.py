@@ -190,10 +190,11 @@ def _accuracy(report):
             parts.append(f"{about}, blocks of {'x'.join(map(str, dict.fromkeys(size)))}{exact}\n")
             parts.append(_by_density(here, "method", functools.partial(_error, unit=unit)))
     name = "microseconds" if report["device_type"] == "cuda" else "milliseconds"
-    notes = (
-        f"Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows. Behind it the {name} "
-        "of one call on all of them; forms without are dense prototypes."
-    )
+    notes = "Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows."
+    if any(row.get("ms") for entry in report["inputs"] for row in entry["rows"]):
+        notes += (
+            f" Behind it the {name} of one call on all of them; forms without are dense prototypes."
+        )
     return "\n".join([*parts, notes + "\n"])
 
 
