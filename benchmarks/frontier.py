@@ -79,23 +79,20 @@ def compare(rows, exact_ms):
 def sentence(form, exact_ms, unit):
     """(ratios to MRA-2, who is ahead below half of exact attention's time), in words."""
     ratios = ", ".join(f"{r['ratio']:.2f} at {unit(r['ms'])}" for r in form["ratios"])
-    half = exact_ms / 2
-    if form["fastest_ms"] > half:
-        ahead = f"has no row below {unit(half)}: {unit(form['fastest_ms'])} at least"
-    elif not form["ahead"]:
-        ahead = f"ahead of all at {form['budgets']} budgets up to {unit(half)}"
-    else:
-        last = {row["method"]: row for row in form["ahead"]}  # the longest time of each
-        parts = [_behind(rival, row, form, unit) for rival, row in last.items()]
-        ahead = f"ahead of all up to {unit(half)} but " + ", ".join(parts)
-    return ratios or "no time in common", ahead
-
-
-def _behind(rival, row, form, unit):
-    until = f"until {unit(row['ms'])}"
-    if row["ours"] is None:
-        return f"{rival} {until}, faster than this form's first row"
-    return f"{rival} {until} ({row['error']:.3f} against {row['ours']:.3f})"
+    half, first = exact_ms / 2, form["fastest_ms"]
+    if first > half:
+        return ratios or "no time in common", f"first row at {unit(first)}, later than {unit(half)}"
+    last = {row["method"]: row for row in form["ahead"] if row["ours"] is not None}
+    behind = [
+        f"{rival} until {unit(row['ms'])} ({row['error']:.3f} against {row['ours']:.3f})"
+        for rival, row in last.items()
+    ]
+    others = ""
+    if form["first_budget_ms"] < first:
+        others = f" (others from {unit(form['first_budget_ms'])})"
+    where = f"first row at {unit(first)}{others}; from there to {unit(half)} "
+    where += f"behind {', '.join(behind)}" if behind else "ahead of all"
+    return ratios or "no time in common", where
 
 
 def print_comparison(result, unit):

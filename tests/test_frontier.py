@@ -39,7 +39,7 @@ def test_ratio_to_mra2_where_both_are():
     assert form["ratios"] == [{"ms": 2, "ratio": pytest.approx(0.5)}]
     assert form["ahead"] == [] and form["fastest_ms"] == 0.5
     assert frontier.sentence(form, 10, MICRO) == (
-        "0.50 at 2000 µs", "ahead of all at 4 budgets up to 5000 µs",
+        "0.50 at 2000 µs", "first row at 500 µs; from there to 5000 µs ahead of all",
     )  # fmt: skip
 
 
@@ -55,14 +55,14 @@ def test_who_is_ahead_below_half_of_exact():
     assert early == {"ms": 1, "method": "window", "error": 0.3, "ours": None}
     assert frontier.sentence(form, 10, MICRO) == (
         "no time in common",
-        "ahead of all up to 5000 µs but window until 1000 µs, faster than this form's first row",
+        "first row at 2000 µs (others from 1000 µs); from there to 5000 µs ahead of all",
     )
     measured += rows("linear", "block peer", (3, 0.05))
     (form,) = frontier.compare(measured, 10)["forms"]
     text = frontier.sentence(form, 10, MICRO)[1]
-    assert "linear until 4000 µs (0.050 against 0.100)" in text
+    assert text.endswith("to 5000 µs behind linear until 4000 µs (0.050 against 0.100)")
     (form,) = frontier.compare(measured, 3)["forms"]
-    assert frontier.sentence(form, 3, MICRO)[1] == "has no row below 1500 µs: 2000 µs at least"
+    assert frontier.sentence(form, 3, MICRO)[1] == "first row at 2000 µs, later than 1500 µs"
 
 
 def test_units():
