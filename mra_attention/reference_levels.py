@@ -11,6 +11,7 @@ coarse cell of a query.
 """
 
 import torch
+from torch.nn.functional import pad
 
 from .reference import _moments, _or_ones, _past, coarse, fine, pool, row_budgets, take_best
 
@@ -76,9 +77,11 @@ def mra_attention_levels(
     for level, (C, S) in enumerate(moments):
         b = logs[level].masked_fill(empty.unsqueeze(-1), -torch.inf)
         share = (b - lse.masked_fill(empty, 0).unsqueeze(-1)).exp().sum(-1)
+        # A row of queries at a time has the same moments: no matrix for each of them.
         q = query.to(C.dtype)
-        u = s * (q.unsqueeze(-2) @ C[:, :, x[level]]).squeeze(-2)
-        t = s * s * ((q.unsqueeze(-2) @ S[:, :, x[level]]).squeeze(-2) * q).sum(-1)
+        rows = pad(q, (0, 0, 0, -N % sizes[level][0])).unflatten(2, (C.shape[2], -1))
+        u = s * (rows @ C).flatten(2, 3)[:, :, :N]
+        t = s * s * ((rows @ S).flatten(2, 3)[:, :, :N] * q).sum(-1)
         out = out + ((share / (1 + t / 4)).unsqueeze(-1) * u).to(out.dtype)
     return (out, lse) if return_lse else out
 
