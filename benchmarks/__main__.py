@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-COMMANDS = ("memory", "growth", "accuracy", "embeddings", "layout", "minilm", "whisper", "table")
+COMMANDS = ("memory", "growth", "levels", "accuracy", "embeddings", "layout", "minilm", "whisper",
+            "table")  # fmt: skip
 
 
 def main(argv=None):

@@ -34,7 +34,7 @@ from benchmarks.cases import (
     ratio,
 )  # fmt: skip
 from benchmarks.environment import plain
-from benchmarks.inputs import smoothed
+from benchmarks.inputs import smooth
 from benchmarks.options import add_common, begin, block_size, listed, shape, share
 from benchmarks.peers import BLOCK_PEERS, PEERS, local, local_global
 from benchmarks.timing import make_timer
@@ -141,14 +141,9 @@ FAST = {
 }
 
 
-def synthetic(sizes, smooth, spread, seed):
+def synthetic(sizes, length, spread, seed):
     """query, key, value (B, H, N, D), float32."""
-    B, H, N, D = sizes
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(4, B, H, D, N + smooth - 1, generator=generator)
-    x = smoothed(noise, torch.hann_window(smooth + 2, periodic=False)[1:-1])
-    x = x.transpose(-1, -2).contiguous()
-    return torch.stack([*((spread / 2) ** 0.5 * (x[:2] + x[2])), x[3]])
+    return torch.stack(smooth(sizes, (length,), spread, torch.Generator().manual_seed(seed)))
 
 
 def load(name, args):

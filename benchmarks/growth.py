@@ -38,7 +38,7 @@ def parser():
     add("--max", type=int, default=1 << 20, metavar="N")
     add("--base", type=int, default=1 << 14, metavar="N", help="what time per token is set against")
     add("--levels", type=levels, default=(), metavar="BLOCK:CELLS,...", help="coarser resolutions, "
-        "the coarsest first: 4096:8,512:16; their results are not checked here")  # fmt: skip
+        "the coarsest first: 4096:8,512:16; their errors: python -m benchmarks levels")  # fmt: skip
     add("--seconds", type=float, default=0.3, help="time for each row")
     add("--longest", type=float, default=3.0, help="seconds that one call may take: a form stops "
         "where it would take longer, or not fit in memory")  # fmt: skip

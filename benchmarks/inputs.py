@@ -6,6 +6,8 @@
                 few directions whose course all heads share. So blocks have means to choose by, some
                 key blocks win, and query blocks beside each other choose many of the same
 ``minilm``      q, k, v of a real encoder (minilm.py)
+
+``smooth`` is what the commands accuracy and levels have besides.
 """
 
 import torch
@@ -53,6 +55,23 @@ def correlated(case, generator):
     query += shared[:, :, :N].repeat_interleave(H // Hk, 1)
     key = (1 - SHARED) ** 0.5 * series(Hk, M, D) + shared[:, :, :M]
     return scale * query, scale * key, series(Hk, M, D)
+
+
+def smooth(sizes, lengths, spread, generator):
+    """query, key, value (B, H, N, D), float32: sums of noise smoothed over each of ``lengths``
+    positions. Queries and keys share half of their variance, and are scaled so that ``spread`` is
+    about the standard deviation of the logits."""
+    B, H, N, D = sizes
+    x = 0
+    for length in lengths:
+        noise = torch.randn(
+            4, B, H, D, N + length - 1, generator=generator, device=generator.device
+        )
+        window = torch.hann_window(length + 2, periodic=False, device=generator.device)[1:-1]
+        x = x + smoothed(noise, window)
+    x = (x / len(lengths) ** 0.5).transpose(-1, -2).contiguous()
+    scale = (spread / 2) ** 0.5
+    return scale * (x[0] + x[2]), scale * (x[1] + x[2]), x[3]
 
 
 def smoothed(noise, weights):

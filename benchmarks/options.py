@@ -77,14 +77,15 @@ def add_common(parser):
     parser.add_argument("--commit", help="commit to name in the file where git cannot be asked")
 
 
-def add_sizes(parser, heads):
+def add_sizes(parser, heads, blocks_per_row=16):
     """Sizes of a command that measures against N, beside N."""
     add = parser.add_argument
     add("--heads", type=int, default=heads)
     add("--head-dim", type=int, default=64)
     add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
     add("--block-size", type=block_size, default=(64, 64))
-    add("--blocks-per-row", type=int, default=16)
+    kind = int if isinstance(blocks_per_row, int) else listed(int)
+    add("--blocks-per-row", type=kind, default=blocks_per_row)
     add("--pass", dest="passes", type=ordered_passes, default=list(PASSES))
 
 
@@ -93,7 +94,7 @@ def speed_parser():
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
         "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "growth, accuracy, embeddings, layout, minilm, whisper, table (each has --help).",
+        "growth, levels, accuracy, embeddings, layout, minilm, whisper, table (each has --help).",
     )
     add = parser.add_argument
     add_common(parser)

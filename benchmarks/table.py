@@ -49,7 +49,7 @@ def replaced(readme, name, text):
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
     kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
-    kinds |= {"accuracy": _accuracy, "embeddings": _embeddings}
+    kinds |= {"accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels}
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -142,6 +142,32 @@ def _growth(report):
         if row["status"] != "ok":
             notes += f" {row['form']}, {row['pass']}, from N {row['N']}: {row['reason']}."
     return _table(lines) + "\n" + notes + "\n"
+
+
+def _levels(report):
+    """A table for each input: one line for each budget; "a / b" is forward / forward + backward."""
+    parts = []
+    for name in dict.fromkeys(row["inputs"] for row in report["rows"]):
+        lines = [["blocks a row", "levels", "error", "ms", "error of two levels in that time"]]
+        lines.append(["---"] * 5)
+        for row in report["rows"]:
+            if row["inputs"] != name or row["status"] != "ok":
+                continue
+            both = [
+                " / ".join(form(row[key][p]) if row[key].get(p) else DASH for p in PASSES)
+                for key, form in (("ms", _digits), ("two_levels", "{:.4f}".format))
+            ]
+            cells = [", ".join(f"{cells} of {block}" for block, cells in row["levels"]) or DASH]
+            cells += [f"{row['error']:.4f}", both[0], both[1] if row["levels"] else ""]
+            lines.append([str(row["blocks_per_row"]), *cells])
+        parts.append(f"{name}:\n\n{_table(lines)}")
+    notes = (
+        "Error: ‖o − exact‖ / ‖exact‖ of sampled rows, mean over sampled heads. Median "
+        "milliseconds, forward / forward + backward. Levels: so many cells a row of blocks of so "
+        "many tokens; error of two levels: between the rows without levels, error and time as "
+        "logarithms."
+    )
+    return "\n".join([*parts, notes + "\n"])
 
 
 def _layout(report):
