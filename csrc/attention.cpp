@@ -148,7 +148,7 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   if (has_order1(o) && centred) {
     stages.centred_term(result, in, *centred, o);
   } else if (has_order1(o) && !result.order1) {
-    add_order1(stages, result, in, pooled, o);
+    stages.order1(result, in, pooled, o);
   }
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
@@ -197,11 +197,14 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.coarse_delta = stages.centred_delta(grad_out, share, grads.delta, in, *centred, o);
     grads.coarse_sum = at::empty_like(grads.delta);
   } else if (has_order1(o)) {
-    const Order1Grads first = order1_grads(stages, grad_out, share, grads.delta, in, pooled, o);
+    const Order1Grads first =
+        stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;
     grads.value_extra = first.value;
+    grads.key_block = first.key_block;
+    grads.value_block = first.value_block;
   }
 
   // coarse: gradients of the pooled inputs
@@ -211,8 +214,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     if (!block_rows) block_rows = all_block_rows(stages, grad_out, lse, grads.coarse_delta, o);
     const Grads shares = stages.coarse_backward(pooled, rows, columns, *block_rows, o);
     grads.query_block = shares.query;
-    grads.key_block = shares.key;
-    grads.value_block = shares.value;
+    const auto plus = [](const Tensor& x, const Tensor& y) { return y.defined() ? x.add(y) : x; };
+    grads.key_block = plus(shares.key, grads.key_block);
+    grads.value_block = plus(shares.value, grads.value_block);
   }
 
   // fine

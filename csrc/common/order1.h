@@ -27,27 +27,27 @@ inline PooledInputs means_of(const PooledInputs& all, const Resolution& r) {
   return one;
 }
 
-inline void add_order1(const Stages& stages, FineResult& result, const Inputs& in,
-                       PooledInputs& pooled, const Options& o) {
-  if (o.levels.empty()) return stages.order1(result, in, pooled, o);
+// Stages order1 and order1_backward of a device that has them for one resolution.
+template <class Stage>
+void order1_of_each(Stage order1, FineResult& result, const Inputs& in, PooledInputs& pooled,
+                    const Options& o) {
   for (size_t r = 0; r < o.resolutions.size(); ++r) {
     FineResult one{result.out, result.lse, result.share.select(2, r).contiguous()};
     PooledInputs means = means_of(pooled, o.resolutions[r]);
-    stages.order1(one, in, means, options_of(o, o.resolutions[r]));
+    order1(one, in, means, options_of(o, o.resolutions[r]));
+    if (r == 0) pooled.moments = means.moments;
   }
 }
-
-// With levels coarse_delta is [resolutions, B, H, N].
-inline Order1Grads order1_grads(const Stages& stages, const Tensor& grad_out, const Tensor& share,
-                                const Tensor& delta, const Inputs& in, const PooledInputs& pooled,
-                                const Options& o) {
-  if (o.levels.empty()) return stages.order1_backward(grad_out, share, delta, in, pooled, o);
+template <class Stage>
+Order1Grads order1_grads_of_each(Stage order1_backward, const Tensor& grad_out, const Tensor& share,
+                                 const Tensor& delta, const Inputs& in, const PooledInputs& pooled,
+                                 const Options& o) {
   Order1Grads sum;
   std::vector<Tensor> deltas;
   for (size_t r = 0; r < o.resolutions.size(); ++r) {
     const Order1Grads one =
-        stages.order1_backward(grad_out, share.select(2, r).contiguous(), delta, in,
-                               means_of(pooled, o.resolutions[r]), options_of(o, o.resolutions[r]));
+        order1_backward(grad_out, share.select(2, r).contiguous(), delta, in,
+                        means_of(pooled, o.resolutions[r]), options_of(o, o.resolutions[r]));
     deltas.push_back(one.coarse_delta);
     if (r == 0) {
       sum = one;

@@ -167,12 +167,12 @@ struct Grads {
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
 
 // Whether means, and with them moments, are kept for backward. Weighted ones are made again. Under
-// causal every block of queries has moments of its own, with levels every resolution.
+// causal every block of queries has moments of its own. With levels those of block_k are kept.
 inline bool keeps_means(const Options& o) {
   return o.coarse != Coarse::none && o.pool == Pool::even;
 }
 inline bool keeps_moments(const Options& o) {
-  return has_order1(o) && keeps_means(o) && !o.causal && o.levels.empty();
+  return has_order1(o) && keeps_means(o) && !o.causal;
 }
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.
@@ -183,10 +183,13 @@ inline int64_t moments_dim(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <
 
 // Gradient through C, S, gamma and the query. That through P is left to the caller.
 struct Order1Grads {
-  Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i
+  Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i; with levels
+                        // [resolutions, B, H, N]
   // Laid out as fine_backward's results, which may take these tensors and add to them.
   Tensor query;       // [B, H, N, D] T, zeros at rows whose share is 0
   Tensor key, value;  // [B, Hk, M, D] T, zeros at masked keys
+  // Where defined: what every valid key of a block gets besides, [B, Hk, nk, D] acc.
+  Tensor key_block{}, value_block{};
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
@@ -262,7 +265,8 @@ struct Stages {
   //   gamma_i P_i u_i,   u_i = s q_i C,   gamma_i = 1 / (1 + t_i / 4),   t_i = s^2 q_i S q_i^T
   // with P = result.share. C and S (Sigma in docs/notation.md) are the within-block moments of
   // (k, v) and (k, k), averaged over the valid keys; with causal, over the key blocks wholly before
-  // the query block.
+  // the query block. With levels once for every resolution, each with a share and moments of its
+  // own.
   // Leaves the moments in PooledInputs where they are kept.
   void (*order1)(FineResult& result, const Inputs&, PooledInputs&, const Options&);
   Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,

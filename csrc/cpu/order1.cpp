@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../common/budget.h"
+#include "../common/order1.h"
 #include "stages_cpu.h"
 #include "views.h"
 
@@ -311,6 +312,7 @@ class Order1 {
 }  // namespace
 
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {
+  if (!o.levels.empty()) return order1_of_each(order1, result, in, pooled, o);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_order1",
                                   [&] {
                                     const Order1<scalar_t> term(in, pooled, result.share, o);
@@ -322,6 +324,9 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
 
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o) {
+  if (!o.levels.empty()) {
+    return order1_grads_of_each(order1_backward, grad_out, share, delta, in, pooled, o);
+  }
   Order1Grads grads;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_order1_backward",

@@ -108,7 +108,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.out_strides = strides_of(r.out);
   p.lse = data_of<float>(r.lse);
   if (!cells) p.share = data_of<float>(r.share);
-  p.moments = const_bytes_of(moments);
+  if (!levels) p.moments = const_bytes_of(moments);
   // A plan that was given comes without one.
   Tensor queue = rows.queues;
   if (!queue.defined() && launch.device.major == 9 && in.query.scalar_type() != at::kFloat) {

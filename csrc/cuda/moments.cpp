@@ -54,7 +54,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     p.k_mean = pooled->key.mutable_data_ptr<float>();
     p.v_mean = pooled->value.mutable_data_ptr<float>();
     p.key_count = count.mutable_data_ptr<int>();
-    if (rounds_pooled(in.key, o)) {
+    if (rounds_pooled(in.key, o) && o.levels.empty()) {
       pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
       pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());
       p.k_rounded = pooled->key_rounded.mutable_data_ptr();

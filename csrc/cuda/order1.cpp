@@ -12,6 +12,7 @@
 #include "../common/stages.h"
 #include "launch.h"
 #include "moments.h"
+#include "order1_levels.h"
 #include "problem.h"
 #include "sm90/moments.h"
 #include "sm90/order1_keys.h"
@@ -193,7 +194,13 @@ struct Term {
 
 }  // namespace
 
+Tensor order1_moments(const Inputs& in, const PooledInputs& pooled, const Options& o) {
+  const Launch launch(in.query);
+  return Term(launch, in, pooled, o).moments();
+}
+
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {
+  if (!o.levels.empty()) return order1_levels(result, in, pooled, o);
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
   const Tensor moments = term.moments();
@@ -209,7 +216,7 @@ namespace {
 // Rows of the backward on the generic kernels: fills grads.query and grads.coarse_delta, returns dC
 // and dSigma.
 Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                     const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
+                     const Tensor& share, const Tensor& delta, const Order1Grads& grads, bool add) {
   const int64_t B = term.B, H = term.H, N = term.N;
   const Tensor weights = at::empty({2, B, H, N}, term.acc());
   float* weight = weights.mutable_data_ptr<float>();
@@ -222,6 +229,7 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   p.weight_s = weight + B * H * N;
   p.grad_q = grads.query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grads.query);
+  p.add = add;
   term.launch.check(order1_rows(p, term.launch.stream));
 
   Order1Gram g{};
@@ -270,7 +278,8 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Order1Gr
 
 // backward_rows in one reading of the rows, or undefined where no kernel does it.
 Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                               const Tensor& share, const Tensor& delta, const Order1Grads& grads) {
+                               const Tensor& share, const Tensor& delta, const Order1Grads& grads,
+                               bool add) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;
@@ -292,6 +301,7 @@ Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Te
   p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   p.grad_q = grads.query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grads.query);
+  p.add = add;
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
   p.sums = sums.mutable_data_ptr<float>();
   const cudaError_t error = term.dim == 64
@@ -309,19 +319,23 @@ Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Te
 
 }  // namespace
 
-Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
-                            const Inputs& in, const PooledInputs& pooled, const Options& o) {
+Tensor order1_grad_rows(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
+                        const Inputs& in, const PooledInputs& pooled, const Options& o,
+                        const Order1Grads& grads, bool add) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  const Tensor grad_out = with_aligned_rows(grad_out_in);
-  Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query), empty_heads_last(in.key),
-                    empty_heads_last(in.value)};
-  const Tensor moments = term.moments();
-  Tensor moment_grads = backward_rows_on_hopper(term, moments, grad_out, share, delta, grads);
-  if (!moment_grads.defined()) {
-    moment_grads = backward_rows(term, moments, grad_out, share, delta, grads);
-  }
-  if (keys_on_hopper(term, moment_grads, grads)) return grads;
+  const Tensor grad_out = with_aligned_rows(grad_out_in), moments = term.moments();
+  const Tensor moment_grads =
+      backward_rows_on_hopper(term, moments, grad_out, share, delta, grads, add);
+  if (moment_grads.defined()) return moment_grads;
+  return backward_rows(term, moments, grad_out, share, delta, grads, add);
+}
+
+void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const PooledInputs& pooled,
+                      const Options& o, const Order1Grads& grads, bool add) {
+  const Launch launch(in.query);
+  const Term term(launch, in, pooled, o);
+  if (!add && keys_on_hopper(term, moment_grads, grads)) return;
   Order1Keys p{};
   term.fill(p, moment_grads, term.M, term.Hk,
             order1_keys_warps(term.dtype, term.dim, launch.device));
@@ -338,7 +352,20 @@ Order1Grads order1_backward(const Tensor& grad_out_in, const Tensor& share, cons
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
   p.grad_v_strides = strides_of(grads.value);
+  p.add = add;
   launch.check(order1_keys(p, launch.stream));
+}
+
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                            const Inputs& in, const PooledInputs& pooled, const Options& o) {
+  if (!o.levels.empty()) {
+    return order1_levels_backward(grad_out, share, delta, in, pooled, o);
+  }
+  const Launch launch(in.query);
+  const Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query),
+                          empty_heads_last(in.key), empty_heads_last(in.value)};
+  const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
+  order1_grad_keys(moment_grads, in, pooled, o, grads, false);
   return grads;
 }
 

@@ -63,7 +63,7 @@ struct Order1Products {
 };
 
 struct Order1Rows : Order1Products {
-  bool backward;
+  bool backward, add;  // add: grad_q holds a part already
   float scale;
   const void* q;  // [B, H, N, D] T
   Strides q_strides;
@@ -82,6 +82,7 @@ struct Order1Rows : Order1Products {
 };
 
 struct Order1Keys : Order1Products {
+  bool add;           // grad_k and grad_v hold a part already
   const void *k, *v;  // [B, Hk, M, D] T
   Strides k_strides, v_strides;
   const float *k_mean, *v_mean;  // [B, Hk, nk, D]

@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
       matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
       const auto value = [&](int n, int i) { return live[i / 2] ? c[n][i] : 0.f; };
       matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l), value);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l), value, p.add);
       matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l), value);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l), value, p.add);
     }
   }
 }

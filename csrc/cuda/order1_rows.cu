@@ -165,10 +165,11 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
     for (int panel = 0; panel < P::kPanels; ++panel) {
       if constexpr (!P::kResident) multiply(panel);
       Emit<T, P::kTiles, false> emit;
-      emit.store(panel * P::kPanel, p.D, row, [&](int n, int i) {
+      const auto value = [&](int n, int i) {
         const int half = i / 2;
         return a[half] == 0.f && b[half] == 0.f ? 0.f : a[half] * x[n][i] + 2 * b[half] * w[n][i];
-      });
+      };
+      emit.store(panel * P::kPanel, p.D, row, value, p.add);
     }
   }
 }

@@ -144,7 +144,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Rows of T that a warp writes from its sums, or adds them to: 16 bytes a lane.
+// Rows of T that a warp writes from its sums, or adds them to: 16 bytes a lane. kAdd: always adds,
+// to what is fetched ahead.
 template <typename T, int kTiles, bool kAdd>
 struct Emit {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -169,7 +170,7 @@ struct Emit {
 
   // value(n, i): entry i of 8-wide tile n, as the warp's sums lie.
   template <class Row, class Value>
-  __device__ __forceinline__ void store(int n0, int D, Row row, Value value) {
+  __device__ __forceinline__ void store(int n0, int D, Row row, Value value, bool add = kAdd) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -185,7 +186,7 @@ struct Emit {
           transpose_quad(w);
           const int d = n0 + (4 * q + t) * 8;
           const bool inside = to != nullptr && d < D;
-          if constexpr (kAdd) {
+          if (add) {
             uint4 o{};
             if constexpr (kAhead) {
               o = old[q][half];
@@ -209,7 +210,7 @@ struct Emit {
           const int d = n0 + 8 * n + 2 * t;
           if (to == nullptr || d >= D) continue;
           float2 sum = make_float2(value(n, 2 * half), value(n, 2 * half + 1));
-          if constexpr (kAdd) {
+          if (add) {
             const float2 before = load_pair(to + d);
             sum.x += before.x, sum.y += before.y;
           }

@@ -104,12 +104,12 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
 
 }  // namespace
 
-// With levels those of block_q and block_k first, in one launch, and from them the others.
+// With levels those of block_q and block_k first, in one launch, and from them the others; moments
+// are those of block_k.
 PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool key) {
   if (o.levels.empty()) return pool_blocks(in, o, query, key);
-  Options finest = o;
-  finest.order = 0;  // every resolution has moments of its own
-  PooledInputs pooled = pool_blocks(in, finest, query, key);
+  PooledInputs pooled = pool_blocks(in, o, query, key);
+  pooled.key_rounded = pooled.value_rounded = Tensor();  // of all resolutions, by what reads them
   const auto all = [&](Tensor& mean, Tensor& count, bool queries) {
     const Pooled pools = pool_levels({mean, count}, Tensor(), o, queries);
     mean = pools.mean;

@@ -16,6 +16,7 @@ struct Order1Rows {
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
+  bool add;     // grad_q holds a part already
   float* sums;  // [B, H, chunks, 2, DP, DP]: parts of dC and of dSigma / 2, times n
 };
 

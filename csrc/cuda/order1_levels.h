@@ -1,0 +1,26 @@
+// Order 1 of calls with levels, and the parts of order1.cpp that it is made of: those take one
+// resolution, as a call without levels.
+#pragma once
+
+#include "../common/stages.h"
+
+namespace mra::cuda {
+
+// C and Sigma: those in `pooled` where they are there.
+Tensor order1_moments(const Inputs& in, const PooledInputs& pooled, const Options& o);
+
+// Rows of the backward pass: fills grads.query, or adds to it, and grads.coarse_delta; returns dC
+// and dSigma.
+Tensor order1_grad_rows(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                        const Inputs& in, const PooledInputs& pooled, const Options& o,
+                        const Order1Grads& grads, bool add);
+// From them grads.key and grads.value.
+void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const PooledInputs& pooled,
+                      const Options& o, const Order1Grads& grads, bool add);
+
+void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
+void order1_levels(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
+Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                                   const Inputs& in, const PooledInputs& pooled, const Options& o);
+
+}  // namespace mra::cuda
