@@ -4,9 +4,11 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 #include "../common/budget.h"
 #include "../common/stages.h"
@@ -197,6 +199,21 @@ struct Term {
 Tensor order1_moments(const Inputs& in, const PooledInputs& pooled, const Options& o) {
   const Launch launch(in.query);
   return Term(launch, in, pooled, o).moments();
+}
+
+bool order1_at_once(FineResult& result, const Inputs& in, const PooledInputs& pooled,
+                    const std::vector<Tensor>& moments, const Options& o) {
+  const Launch launch(in.query);
+  const Term term(launch, in, pooled, o);
+  const Tensor all = at::stack(moments);
+  Order1Rows p = term.rows(all, result.share, false);
+  p.count = static_cast<int>(moments.size());
+  if (p.count > order1_rows_most(term.dtype, term.dim, p.warps, launch.device)) return false;
+  p.next_matrices = all.stride(0);
+  p.out = result.out.mutable_data_ptr();
+  p.out_strides = strides_of(result.out);
+  launch.check(order1_rows(p, launch.stream));
+  return true;
 }
 
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {

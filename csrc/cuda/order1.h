@@ -68,6 +68,10 @@ struct Order1Rows : Order1Products {
   const void* q;  // [B, H, N, D] T
   Strides q_strides;
   const float* share;  // [B, H, N]
+  // Forward, where more than one: `count` resolutions at once, each with matrices, so many elements
+  // behind those of the one before, and a share: [B, H, count, N].
+  int count;
+  int64_t next_matrices;
 
   void* out;  // forward: [B, H, N, D] T, added to
   Strides out_strides;
@@ -98,6 +102,8 @@ int order1_gram_slots(Dtype dtype, int dim, const Device& device);  // chunks th
 // Most warps of 16 rows that a CTA of rows (backward or not) or keys may have.
 int order1_rows_warps(Dtype dtype, int dim, bool backward, const Device& device);
 int order1_keys_warps(Dtype dtype, int dim, const Device& device);
+// Resolutions that rows may take at once in the forward pass, with so many warps.
+int order1_rows_most(Dtype dtype, int dim, int warps, const Device& device);
 
 cudaError_t order1_gram(const Order1Gram& params, cudaStream_t stream);
 cudaError_t order1_sum(const Order1Sum& params, cudaStream_t stream);

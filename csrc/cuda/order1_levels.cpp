@@ -13,6 +13,7 @@
 #include "order1_levels.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
@@ -22,6 +23,9 @@
 
 namespace mra::cuda {
 namespace {
+
+// Where backward runs under autocast, products of float32 are of float32 all the same.
+using NoAutocast = c10::impl::ExcludeDispatchKeyGuard;
 
 // a_y or b_y, [B, Hk, nk, D], from the means of all resolutions.
 Tensor offsets(const Tensor& means, const Options& o, size_t r) {
@@ -95,7 +99,16 @@ Tensor finest_moments(const Inputs& in, const PooledInputs& pooled, const Option
 
 void order1_levels(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o) {
   const Launch launch(in.query);
+  const NoAutocast no_autocast(c10::DispatchKey::AutocastCUDA);
   pooled.moments = finest_moments(in, pooled, o);
+  if (!o.causal) {
+    std::vector<Tensor> moments;
+    for (size_t r = 0; r < o.resolutions.size(); ++r) {
+      moments.push_back(moments_of(pooled.moments, pooled, o, r));
+    }
+    const Resolution& own = o.resolutions[0];
+    if (order1_at_once(result, in, means_of(pooled, own), moments, options_of(o, own))) return;
+  }
   for (size_t r = 0; r < o.resolutions.size(); ++r) {
     FineResult one{result.out, result.lse, result.share.select(2, r).contiguous()};
     PooledInputs means = means_and_moments(pooled, pooled.moments, o, r);
@@ -106,6 +119,7 @@ void order1_levels(FineResult& result, const Inputs& in, PooledInputs& pooled, c
 Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                                    const Inputs& in, const PooledInputs& pooled, const Options& o) {
   const Launch launch(in.query);
+  const NoAutocast no_autocast(c10::DispatchKey::AutocastCUDA);
   const auto count = static_cast<int64_t>(o.resolutions.size());
   const auto s = delta.sizes();
   Order1Grads grads{at::empty({count, s[0], s[1], s[2]}, delta.options()),

@@ -2,12 +2,19 @@
 // resolution, as a call without levels.
 #pragma once
 
+#include <vector>
+
 #include "../common/stages.h"
 
 namespace mra::cuda {
 
 // C and Sigma: those in `pooled` where they are there.
 Tensor order1_moments(const Inputs& in, const PooledInputs& pooled, const Options& o);
+
+// The term of all resolutions, with the moments of each and result.share [B, H, resolutions, N];
+// the rest of the call is that of block_k. False, and nothing done, where the kernel has no room.
+bool order1_at_once(FineResult& result, const Inputs& in, const PooledInputs& pooled,
+                    const std::vector<Tensor>& moments, const Options& o);
 
 // Rows of the backward pass: fills grads.query, or adds to it, and grads.coarse_delta; returns dC
 // and dSigma.

@@ -103,6 +103,72 @@ __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, D
   }
 }
 
+// The same for all resolutions at once, whose matrices stay in shared memory.
+template <typename T, int DP>
+__global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, DP, false>::kMin)
+    levels_kernel(const Order1Rows p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  using S = Operand<T>;
+  using P = Product<S, DP>;
+  static_assert(P::kResident && P::kPanels == 1);
+  const RowRange range(p, p.H);
+  const int h = range.head % p.H, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const bool tf32 = kSingleTf32<T> || p.tf32;
+  const int64_t key_head = int64_t{range.b} * p.Hk + h / (p.H / p.Hk);
+  S* const room = reinterpret_cast<S*>(shared);
+  for (int r = 0; r < p.count; ++r) {
+    const S* from = static_cast<const S*>(p.matrices) + r * p.next_matrices +
+                    (key_head * p.units + range.unit) * 2 * int64_t{DP * DP};
+    Matrices<S, DP>::copy(room + r * P::kMatrices, kLd<S, DP>, from, 2 * DP, DP);
+  }
+  commit_copies();
+  wait_for_copies();
+  __syncthreads();
+  S* const tile = room + p.count * P::kMatrices + warp * P::kTile;
+  const T* q = static_cast<const T*>(p.q) + range.b * p.q_strides.b + h * p.q_strides.h;
+  T* out = static_cast<T*>(p.out) + range.b * p.out_strides.b + h * p.out_strides.h;
+
+  for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
+    const int first = row0 + 16 * warp;
+    __syncwarp();
+    load_tile<T, DP>(tile, q + first * p.q_strides.l, p.q_strides.l, nullptr, p.D,
+                     [&](int r) { return first + r < range.end; });
+    __syncwarp();
+
+    float sum[P::kTiles][4] = {};
+#pragma unroll 1
+    for (int r = 0; r < p.count; ++r) {
+      Matrices<S, DP> matrices{nullptr, room + r * P::kMatrices};
+      float c[P::kTiles][4], t[2] = {}, factor[2];
+      matrices.template multiply<false>(c, tile, 1, 0, tf32);
+      add_dots<S, DP>(t, c, tile, 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + g + 8 * half;
+        const int64_t at = (int64_t{range.head} * p.count + r) * p.L + row;
+        const float share = row < range.end ? p.share[at] : 0.f;
+        const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(t[half]));
+        factor[half] = share == 0.f ? 0.f : share * gamma * p.scale;
+      }
+      matrices.template multiply<false>(c, tile, 0, 0, tf32);
+#pragma unroll
+      for (int n = 0; n < P::kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sum[n][i] += factor[i / 2] == 0.f ? 0.f : factor[i / 2] * c[n][i];
+        }
+      }
+    }
+    const auto row = [&](int half) -> T* {
+      const int i = first + g + 8 * half;
+      return i < range.end ? out + i * p.out_strides.l : nullptr;
+    };
+    Emit<T, P::kTiles, false> emit;
+    const auto value = [&](int n, int i) { return sum[n][i]; };
+    emit.store(0, p.D, row, value, true);
+  }
+}
+
 template <typename T, int DP>
 __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP, true>::kMin)
     backward_kernel(const Order1Rows p) {
@@ -188,9 +254,28 @@ int order1_rows_warps(Dtype dtype, int dim, bool backward, const Device& device)
   return warps;
 }
 
+int order1_rows_most(Dtype dtype, int dim, int warps, const Device& device) {
+  int most = 1;
+  dispatch_order1(dtype, dim, [&](auto t, auto dp) {
+    using P = Product<Operand<typename decltype(t)::type>, dp()>;
+    const size_t one = P::bytes(0, 0), tiles = P::bytes(warps, 1) - one;
+    if constexpr (dp() <= 64) most = static_cast<int>((device.max_smem - tiles) / one);
+    return cudaSuccess;
+  });
+  return most;
+}
+
 cudaError_t order1_rows(const Order1Rows& p, cudaStream_t stream) {
   return dispatch_order1(p.dtype, p.dim, [&](auto t, auto dp) {
     using T = typename decltype(t)::type;
+    if (p.count > 1) {
+      if constexpr (dp() <= 64) {
+        using P = Product<Operand<T>, dp()>;
+        const size_t bytes = P::bytes(p.warps, 1) + (p.count - 1) * P::bytes(0, 0);
+        return launch_products(levels_kernel<T, dp()>, p, p.H, bytes, stream);
+      }
+      return cudaErrorNotSupported;
+    }
     const size_t bytes = Product<Operand<T>, dp()>::bytes(p.warps, p.backward ? 2 : 1);
     const auto kernel = p.backward ? backward_kernel<T, dp()> : forward_kernel<T, dp()>;
     return launch_products(kernel, p, p.H, bytes, stream);
