@@ -98,6 +98,19 @@ def test_other_blocks(device, dtype, coarse, block_size):
                    is_causal=is_causal, **budget).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("coarse, order", [("block", 1), ("row", 1)])
+@pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:2])
+def test_cells_beyond_the_budget(device, dtype, coarse, order, is_causal):
+    """Forced ones, more than a level may split; and as many as there are."""
+    forced = dict(levels=((128, 1), (64, 1)), diagonal_blocks=7, first_blocks=9)
+    many = dict(levels=((256, 99), (64, 99)), N=1500, B=1, H=2, Hk=1)
+    many |= {} if is_causal else dict(M=1600)
+    for options in (forced, many):
+        LevelsCase(device, dtype, coarse=coarse, order=order, is_causal=is_causal, masks="both",
+                   **options).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("D", [8, 40, 64, 128, 256])
 @pytest.mark.parametrize("coarse, order", [("block", 1), ("row", 1)])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES)

@@ -47,13 +47,13 @@ struct PooledKeys {
 struct RowSums {
   Tensor lse2, pooled_lse2, sums, pooled_sums;
 
-  RowSums(BackwardParams& p, const FineBackward& back, const Tensor& row_bias, bool levels,
-          const Launch& launch)
+  // pooled_delta: of pooled keys; with levels, of those of the coarsest resolution.
+  RowSums(BackwardParams& p, const FineBackward& back, const Tensor& pooled_delta,
+          const Tensor& row_bias, bool levels, const Launch& launch)
       : lse2(at::empty_like(back.lse)),
         pooled_lse2(row_bias.defined() ? at::empty_like(lse2) : lse2) {
     const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
-    // The kernels of levels read coarse_delta itself.
-    const bool same = levels || (!row_bias.defined() && back.coarse_delta.is_same(back.delta));
+    const bool same = !row_bias.defined() && pooled_delta.is_same(back.delta);
     RowSumsParams r{};
     r.heads = int64_t{p.B} * p.H;
     r.rows = p.rows;
@@ -62,8 +62,7 @@ struct RowSums {
     pooled_sums = bulk && !same ? at::empty_like(sums) : sums;
     r.lse = back.lse.const_data_ptr<float>();
     r.delta = p.delta = back.delta.const_data_ptr<float>();
-    r.pooled_delta = p.pooled_delta =
-        (levels ? back.delta : back.coarse_delta).const_data_ptr<float>();
+    r.pooled_delta = p.pooled_delta = pooled_delta.const_data_ptr<float>();
     r.row_bias = data_of<float>(row_bias);
     p.lse2 = r.lse2 = data_of<float>(lse2);
     p.pooled_lse2 = r.pooled_lse2 = data_of<float>(pooled_lse2);
@@ -142,7 +141,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
   p.coarse_sum = data_of<float>(back.coarse_sum);
-  const RowSums sums(p, back, keys.row_bias, levels, launch);
+  Tensor pooled_delta = levels && !cells ? back.delta : back.coarse_delta;
+  if (pooled_delta.dim() == 4) pooled_delta = pooled_delta.select(0, -1);
+  const RowSums sums(p, back, pooled_delta, keys.row_bias, levels, launch);
 
   // Gradients that come from elsewhere lie in tensors laid out as these: the rest is added.
   const auto or_empty = [](const Tensor& x, const Tensor& like) {

@@ -13,6 +13,7 @@ SM80 = {
     "backward_pooled": "backward_columns",
     "cells_forward": "cells_forward",
     "cells_rows": "cells_rows",
+    "cells_candidates": "cells_candidates",
     "cells_columns": "cells_columns",
 }
 SM90 = {

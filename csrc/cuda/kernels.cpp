@@ -120,6 +120,12 @@ cudaError_t cells_rows(const CellsBackward& p, Dtype dtype, const Device& device
     return launch_cells_rows<decltype(t), d()>(p, device, stream);
   });
 }
+cudaError_t cells_candidates(const CellsBackward& p, Dtype dtype, const Device& device,
+                             cudaStream_t stream) {
+  return dispatch(dtype, p.D, [&](auto t, auto d) {
+    return launch_cells_candidates<decltype(t), d()>(p, device, stream);
+  });
+}
 cudaError_t cells_columns(const CellsBackward& p, Dtype dtype, const Device& device,
                           cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
@@ -151,6 +157,7 @@ std::vector<KernelInfo> kernel_table() {
        "8..256"},
       {"coarse", "cells_forward", "csrc/cuda/sm80/cells_forward.cuh", "sm_80+", all, dims},
       {"coarse", "cells_rows", "csrc/cuda/sm80/cells_rows.cuh", "sm_80+", all, dims},
+      {"coarse", "cells_candidates", "csrc/cuda/sm80/cells_candidates.cuh", "sm_80+", all, dims},
       {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",

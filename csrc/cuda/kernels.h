@@ -17,6 +17,7 @@ cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStr
 // Coarse cells of calls with levels.
 cudaError_t cells_forward(const CellsForward&, Dtype, const Device&, cudaStream_t);
 cudaError_t cells_rows(const CellsBackward&, Dtype, const Device&, cudaStream_t);
+cudaError_t cells_candidates(const CellsBackward&, Dtype, const Device&, cudaStream_t);
 cudaError_t cells_columns(const CellsBackward&, Dtype, const Device&, cudaStream_t);
 
 // A row of the table that info() prints.

@@ -40,6 +40,17 @@ struct MergeBlockRows {
 };
 cudaError_t merge_block_rows(const MergeBlockRows& params, cudaStream_t stream);
 
+// Parts of the gradients of the means of resolution r, by query block of the next coarser one
+// (CellsBackward) -> what every row of a key block gets, added to what is there.
+struct CellsSum {
+  Levels levels;
+  Lists parents;      // columns of the next coarser resolution, of the cells that have places
+  const float* sums;  // [2, B, H, blocks, splits, places, D]: keys, values
+  float* shares;      // [2, B, Hk, nk, D]: divided by the count of the block
+  int r, B, H, Hk, D, splits, places;
+};
+cudaError_t cells_sum(const CellsSum& params, cudaStream_t stream);
+
 // The coarse part of a row's mass -> those of each resolution: shares[r] = share * parts[r].
 struct SplitShares {
   const float* share;  // [heads, N]

@@ -31,18 +31,23 @@ struct CellsForward : ForwardParams {
   float* shares;  // [B, H, count, rows] or null: each resolution's part of a row's mass
 };
 
-// Rows: grad_q. Columns: partial sums of the gradients of one resolution's means.
+// Rows: grad_q. Columns: partial sums of the gradients of one resolution's means. Candidates: those
+// of each query block of the next coarser resolution apart, pooled_grad_k and pooled_grad_v
+// [B, H, blocks, splits, places, D], of the first of its candidates.
 struct CellsBackward : BackwardParams {
   Levels levels;
   int64_t delta_stride;  // of pooled_delta from one resolution to the next; 0: the same for all
   int r;
-  Lists chosen, parents;  // columns of resolution r and, unless it is the coarsest, of the next
+  Lists chosen, parents;  // columns of resolution r, which is not the coarsest, and of the next
+  int places;
 };
 
 template <typename T, int DP>
 cudaError_t launch_cells_forward(const CellsForward&, const Device& device, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_cells_rows(const CellsBackward&, const Device& device, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_cells_candidates(const CellsBackward&, const Device& device, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_cells_columns(const CellsBackward&, const Device& device, cudaStream_t);
 

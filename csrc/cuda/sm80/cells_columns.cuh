@@ -1,17 +1,14 @@
-// Gradients of the pooled keys and values of one resolution under coarse = row with levels: as
-// backward_columns.cuh, but a block of threads owns children of one key block of the next coarser
-// resolution, and the rows are those of the query blocks that have chosen it; at the coarsest, up
-// to 64 neighbours and all rows. Tiles of rows lie in one query block, so that a key sees a tile or
-// doesn't.
+// Gradients of the pooled keys and values of one resolution below the coarsest under coarse = row
+// with levels, of what cells_candidates.cuh has no places for: as backward_columns.cuh, but a block
+// of threads owns children of one key block of the next coarser resolution, and the rows are those
+// of the query blocks that have chosen it. Tiles of rows lie in one query block, so that a key sees
+// a tile or doesn't.
 #pragma once
 
 #include "backward_columns.cuh"
 #include "levels.cuh"
 
 namespace mra::cuda {
-
-template <typename T, int DP>
-inline constexpr int kCellRows = sizeof(T) == 2 || DP <= 64 ? 32 : 16;
 
 // The stream of tiles of rows of one split, head by head, double-buffered.
 template <typename T, int DP, int kWarps>
@@ -28,7 +25,7 @@ struct CellRows {
   int b, keys, y, split, parent, log2_tiles;  // log2_tiles: of the tiles of a query block
   int end_head, h;                            // head of the next tile to fetch
   int64_t tile, end;
-  List list;  // of query blocks; without entries, all tiles of rows
+  List list;  // of query blocks
   // Of key y + threadIdx.x
   float bias;
   List chosen;
@@ -45,14 +42,9 @@ struct CellRows {
     lses = reinterpret_cast<float*>(grad_tiles + 2 * kTile);
     deltas = lses + 2 * kRows;
     biases = deltas + 2 * kRows;
-    const ResolutionBlocks& at = p.levels.at[p.r];
-    parent = -1;
-    log2_tiles = 0;
-    if (p.r + 1 < p.levels.count) {
-      const ResolutionBlocks& up = p.levels.at[p.r + 1];
-      parent = y >> (up.log2_k - at.log2_k);
-      log2_tiles = up.log2_q - (kRows == 32 ? 5 : 4);
-    }
+    const ResolutionBlocks &at = p.levels.at[p.r], &up = p.levels.at[p.r + 1];
+    parent = y >> (up.log2_k - at.log2_k);
+    log2_tiles = up.log2_q - (kRows == 32 ? 5 : 4);
     const int key = y + static_cast<int>(threadIdx.x);
     int count = 0;
     if (static_cast<int>(threadIdx.x) < keys && key < at.nk) {
@@ -70,12 +62,8 @@ struct CellRows {
   __device__ void enter(int head) {
     next = -1;
     for (h = head; h < end_head; ++h) {
-      int64_t tiles = (p.rows + kRows - 1) / kRows;
-      list = {nullptr, 0};
-      if (parent >= 0) {
-        list = list_of(p.parents, static_cast<int64_t>(b) * p.H + h, parent);
-        tiles = static_cast<int64_t>(list.count) << log2_tiles;
-      }
+      list = list_of(p.parents, static_cast<int64_t>(b) * p.H + h, parent);
+      const int64_t tiles = static_cast<int64_t>(list.count) << log2_tiles;
       tile = tiles * split / p.splits;
       end = tiles * (split + 1) / p.splits;
       if (tile < end) return;
@@ -85,12 +73,9 @@ struct CellRows {
   // Starts the copies of the next tile, of which there is one, into a buffer that is no longer
   // read. Rows that aren't there are zeros without weight.
   __device__ void fetch(int buffer) {
-    int64_t first = tile;
-    if (parent >= 0) {
-      const int x = list.entries[tile >> log2_tiles];
-      first = (static_cast<int64_t>(x) << log2_tiles) + (tile & ((1 << log2_tiles) - 1));
-    }
-    first *= kRows;
+    const int x = list.entries[tile >> log2_tiles];
+    const int64_t first =
+        ((static_cast<int64_t>(x) << log2_tiles) + (tile & ((1 << log2_tiles) - 1))) * kRows;
     const bool inside = first >= 0 && first < p.rows;
     const int row = inside ? static_cast<int>(first) : 0, present = inside ? p.rows - row : 0;
     const T* q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h;
@@ -227,11 +212,8 @@ cudaError_t launch_cells_columns(const CellsBackward& p, const Device& device,
   };
   const ResolutionBlocks& at = p.levels.at[p.r];
   // Neighbours of one parent.
-  int keys = 64;
-  if (p.r + 1 < p.levels.count) {
-    const int children = 1 << (p.levels.at[p.r + 1].log2_k - at.log2_k);
-    keys = children < keys ? children : keys;
-  }
+  const int children = 1 << (p.levels.at[p.r + 1].log2_k - at.log2_k);
+  int keys = children < 64 ? children : 64;
   while (keys > 16 && needed(keys / 16) > static_cast<size_t>(device.max_smem)) keys /= 2;
   const int64_t tiles = (at.nk + keys - 1) / keys;
   return with_cell_warps(keys < 16 ? 1 : keys / 16, [&](auto n) {

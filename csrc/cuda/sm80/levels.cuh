@@ -89,6 +89,10 @@ struct CoarseCells {
   }
 };
 
+// Rows of a tile that meets the keys of a block of threads: in one query block of any resolution.
+template <typename T, int DP>
+inline constexpr int kCellRows = sizeof(T) == 2 || DP <= 64 ? 32 : 16;
+
 // f(integral_constant<int, warps>), warps in 1, 2, 4.
 template <class F>
 auto with_cell_warps(int warps, F f) {

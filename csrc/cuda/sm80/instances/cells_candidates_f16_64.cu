@@ -1,0 +1,6 @@
+// Made by csrc/cuda/generate.py.
+#include "../cells_candidates.cuh"
+
+namespace mra::cuda {
+template cudaError_t launch_cells_candidates<__half, 64>(const CellsBackward&, const Device&, cudaStream_t);
+}  // namespace mra::cuda
