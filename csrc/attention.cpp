@@ -120,15 +120,16 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   }
 
   // pool: means over the valid rows of each block
+  const bool weighted = o.pool != Pool::even;
   PooledInputs pooled =
-      stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block, !has_plan);
+      stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block || weighted, !has_plan);
   pooled.type = in.query.scalar_type();
   std::optional<PooledInputs> coarse_blocks, coarse_keys;
   if (o.coarse == Coarse::block) coarse_blocks = pooled;
   if (o.coarse == Coarse::row) coarse_keys = pooled;
   std::optional<Centred> centred;  // the plan is made of plain means
-  if (o.pool != Pool::even) {
-    centred = stages.centre(in, pooled.key_count, o);
+  if (weighted) {
+    centred = stages.centre(in, pooled, false, o);
     coarse_keys = centred->pooled;
   }
 
@@ -142,11 +143,12 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   if (coarse_blocks && !state) state = stages.coarse(pooled, rows, o);
 
   // fine: the pairs that are, and one softmax over both
-  FineResult result = stages.fine(in, rows, state, coarse_keys, pooled.moments, o);
+  const Tensor& moments = weighted ? coarse_keys->moments : pooled.moments;
+  FineResult result = stages.fine(in, rows, state, coarse_keys, moments, o);
 
   // order 1: what a block mean throws away
   if (has_order1(o) && centred) {
-    stages.centred_term(result, in, *centred, o);
+    if (!result.order1) stages.centred_term(result, in, *centred, o);
   } else if (has_order1(o) && !result.order1) {
     stages.order1(result, in, pooled, o);
   }
@@ -185,17 +187,20 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
               contiguous(means.value),       contiguous(means.key_count),
               contiguous(means.query_count), contiguous(means.moments)};
   } else if (o.coarse != Coarse::none) {
-    pooled = stages.pool_inputs(in, o, o.coarse == Coarse::block, false);
+    const bool queries = o.coarse == Coarse::block || o.pool != Pool::even;
+    pooled = stages.pool_inputs(in, o, queries, false);
   }
   pooled.type = in.query.scalar_type();
 
   std::optional<Centred> centred;
-  if (o.pool != Pool::even) centred = stages.centre(in, pooled.key_count, o);
+  if (o.pool != Pool::even) centred = stages.centre(in, pooled, true, o);
 
   // order 1
   if (has_order1(o) && centred) {
     grads.coarse_delta = stages.centred_delta(grad_out, share, grads.delta, in, *centred, o);
     grads.coarse_sum = at::empty_like(grads.delta);
+    grads.share = share;
+    grads.centred = &*centred;
   } else if (has_order1(o)) {
     const Order1Grads first =
         stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
@@ -221,7 +226,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // fine
   const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
-  if (has_order1(o) && centred) {
+  if (has_order1(o) && centred && stages.centred_grads != nullptr) {
     stages.centred_grads(result, grad_out, share, grads.coarse_sum, in, *centred, o);
   }
   return {result.query, result.key, result.value};

@@ -111,10 +111,12 @@ struct PooledInputs {
   // key and value in T, where the stage pool writes them: for coarse = row, half types on CUDA.
   Tensor key_rounded{}, value_rounded{};
   // Where Options.pool is not even: key and value are weighted means, and these are the weight of
-  // each key within its block, [B, Hk, nk * block_k] acc, zeros where masked; what stands for the
-  // log of key_count, [B, Hk, nk] acc, -inf for an empty block; and with order 1 what is added to
-  // all coarse logits of a row, [B, H, N] acc.
-  Tensor weights{}, log_mass{}, row_bias{};
+  // each key within its block, [B, Hk, nk * block_k] acc, zeros where masked; and what stands for
+  // key_count, [B, Hk, nk] acc: on CUDA as it is, 0 for an empty block, on the CPU its log.
+  Tensor weights{}, mass{}, log_mass{};
+  // ... and with order 1 t_i and what is added to all coarse logits of a row, [B, H, N] acc; with
+  // `moments`, also the centre times C, [B, Hk, P] (moments_dim).
+  Tensor variance{}, row_bias{}, centre_term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
   // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
   // could be that of what runs beside it.
@@ -124,10 +126,11 @@ struct PooledInputs {
 
 // What Options.pool other than even makes of the inputs (docs/algorithm.md). All acc.
 struct Centred {
-  PooledInputs pooled;  // key, value, key_count, weights, log_mass, row_bias
+  PooledInputs pooled;  // key, value, key_count, query_count, weights and what comes with them
   Tensor centre;        // [B, Hk, D]: the mean valid query of the group
-  // With order 1: C and Sigma, [B, Hk, 2, D, D], and t_i, [B, H, N].
-  Tensor moments, variance;
+  // With order 1, C and Sigma: [B, Hk, 2, D, D], on CUDA as moments are kept.
+  Tensor moments{};
+  Tensor slope{};  // CUDA, set by centred_delta: gamma_i u_i . dO_i, [B, H, N]
 };
 
 // A plan made inside of a call, and the coarse state where it was made along with it.
@@ -213,6 +216,9 @@ struct FineBackward {
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc
+  // Of order 1 with weighted means, for what Stages.centred_grads would do where it is null.
+  Tensor share{};  // [B, H, N] acc
+  const Centred* centred = nullptr;
 };
 
 struct Stages {
@@ -277,12 +283,15 @@ struct Stages {
   std::optional<HeadResult> (*forward_head)(const Inputs&, const Options&) = nullptr;
 
   // Options.pool other than even; null where a device has none. `centre` makes weights, means and
-  // moments; the others are order 1: the term, added to result.out in place; coarse_delta as in
-  // Order1Grads; and the gradients but those through the logits, added in place.
-  Centred (*centre)(const Inputs&, const Tensor& key_count, const Options&) = nullptr;
+  // moments from the means and counts of queries, and, unless the call is of a backward pass and
+  // centred_delta makes them, variance and row_bias. The others are order 1: the term, added to
+  // result.out in place; coarse_delta as in Order1Grads; and the gradients but those through the
+  // logits, added in place. The last is null where fine_backward does it.
+  Centred (*centre)(const Inputs&, const PooledInputs& plain, bool backward,
+                    const Options&) = nullptr;
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
   Tensor (*centred_delta)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                          const Inputs&, const Centred&, const Options&) = nullptr;
+                          const Inputs&, Centred&, const Options&) = nullptr;
   void (*centred_grads)(const Grads&, const Tensor& grad_out, const Tensor& share,
                         const Tensor& coarse_sum, const Inputs&, const Centred&,
                         const Options&) = nullptr;

@@ -133,7 +133,7 @@ struct Deviations {
 struct Rows1 {
   Rows1(const Head& at, const Inputs& in, const Centred& c, const Tensor& share)
       : q(at.queries(in) - pick(c.centre, at)),
-        t(at.row(c.variance)),
+        t(at.row(c.pooled.variance)),
         gamma(1 / (1 + t / 4)),
         share(at.row(share)),
         none(this->share == 0),
@@ -149,7 +149,8 @@ struct Rows1 {
 
 }  // namespace
 
-Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
+Centred centre(const Inputs& in, const PooledInputs& plain, bool, const Options& o) {
+  const Tensor& key_count = plain.key_count;
   const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
   const int64_t Hk = in.key.size(1), D = in.query.size(3), nk = key_count.size(1);
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
@@ -162,14 +163,16 @@ Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
   c.pooled.log_mass = at::empty({B, Hk, nk}, options);
   if (has_order1(o)) {
     c.moments = at::empty({B, Hk, 2, D, D}, options);
-    c.variance = at::empty({B, H, N}, options);
+    c.pooled.variance = at::empty({B, H, N}, options);
     c.pooled.row_bias = at::empty({B, H, N}, options);
   }
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
     const Tensor q = at.queries(in), k = at.blocks(in.key), no_key = at.no_key();
     const int64_t n = at.valid_query.defined() ? at.valid_queries().size() : N;
-    const Tensor mean = q.sum(0) / static_cast<double>(std::max<int64_t>(1, at.G * n));
+    const Tensor counts = plain.query_count.select(0, at.b).to(at.acc).view({1, -1, 1});
+    const Tensor mean = (at.view(plain.query) * counts).sum(at::IntArrayRef{0, 1}) /
+                        static_cast<double>(std::max<int64_t>(1, at.G * n));
     pick(c.centre, at).copy_(mean);
 
     // weights within each block, and their means and entropy
@@ -197,7 +200,7 @@ Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
     moments[1].copy_(at::mm(left, d.key));
     const Tensor from_mean = q - mean;
     const Tensor t = (at::mm(from_mean, moments[1]).mul_(from_mean)).sum(1) * (at.s * at.s);
-    at.view(c.variance).copy_(t.view({at.G, N}));
+    at.view(c.pooled.variance).copy_(t.view({at.G, N}));
     // log(1 + gamma t / 2), for any t
     at.view(c.pooled.row_bias).copy_((3 - 2 / (1 + t / 4)).log_().view({at.G, N}));
   });
@@ -214,7 +217,7 @@ void centred_term(FineResult& result, const Inputs& in, const Centred& c, const 
 }
 
 Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, const Centred& c, const Options& o) {
+                     const Inputs& in, Centred& c, const Options& o) {
   const Tensor result = at::empty_like(delta);
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);

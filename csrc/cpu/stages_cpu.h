@@ -43,10 +43,10 @@ void order1(FineResult& result, const Inputs&, PooledInputs&, const Options&);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs&, const PooledInputs&, const Options&);
 
-Centred centre(const Inputs&, const Tensor& key_count, const Options&);
+Centred centre(const Inputs&, const PooledInputs& plain, bool backward, const Options&);
 void centred_term(FineResult& result, const Inputs&, const Centred&, const Options&);
 Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs&, const Centred&, const Options&);
+                     const Inputs&, Centred&, const Options&);
 void centred_grads(const Grads&, const Tensor& grad_out, const Tensor& share,
                    const Tensor& coarse_sum, const Inputs&, const Centred&, const Options&);
 

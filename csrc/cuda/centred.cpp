@@ -1,225 +1,295 @@
-// pool = centred and sampled on CUDA: means of blocks that weigh keys as the queries do, and their
-// order 1. As cpu/centred.cpp, for all heads at once, in float32.
+// pool = centred and sampled on CUDA: weights of the keys, the means and moments that they make,
+// and order 1 with these. Allocates and launches centred_*.cu and the kernels of order 1.
 #include "centred.h"
 
-#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
-#include <cmath>
-#include <limits>
+#include <algorithm>
 
-#include "../common/budget.h"
-#include "../common/stages.h"
-#include "launch.h"
+#include "centred_grads.h"
+#include "order1_term.h"
+#include "sm90/moments.h"
+#include "sm90/order1_rows.h"
 
 namespace mra::cuda {
 namespace {
 
-constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
-
-// The heads of a call: those of a group of queries stand behind each other.
-struct Heads {
-  Heads(const Inputs& in, const Options& o)
-      : in(in),
-        s(o.scale),
-        block(o.block_k),
-        B(in.query.size(0)),
-        Hk(in.key.size(1)),
-        G(in.query.size(1) / Hk),
-        N(in.query.size(2)),
-        M(in.key.size(2)),
-        D(in.query.size(3)),
-        nk(ceil_div(M, block)) {}
-
-  // [B, H, N, ...] as [B, Hk, G * N, ...], in float32 where `x` is made of queries.
-  Tensor rows(const Tensor& x) const { return x.to(at::kFloat).reshape({B, Hk, G * N, D}); }
-  Tensor row(const Tensor& x) const { return x.reshape({B, Hk, G * N}); }
-  // Valid queries, zeros for others.
-  Tensor queries() const {
-    Tensor q = in.query.to(at::kFloat);
-    if (in.query_mask) {
-      q = q.masked_fill(in.query_mask->logical_not().unsqueeze(1).unsqueeze(-1), 0);
-    }
-    return q.reshape({B, Hk, G * N, D});
+// Parts of a head whose blocks of threads, each of eight warps, end soonest.
+void cut(WeightsParams& p, const Device& device) {
+  const int64_t heads = int64_t{p.B} * p.Hk, slots = key_weights_slots(p.dtype, device);
+  const int64_t tiles = std::max(1, (1 << p.log2_block_k) / 16);  // of sixteen keys in a block
+  int64_t least = -1;
+  for (int64_t chunks = 1; chunks <= std::min(p.nk, 64); ++chunks) {
+    const int64_t each = ceil_div(p.nk, chunks);
+    if (ceil_div(p.nk, each) != chunks) continue;
+    // A block of threads costs some six tiles besides its own.
+    const int64_t cost = ceil_div(heads * chunks, slots) * (ceil_div(each, 8) * tiles + 6);
+    if (least >= 0 && cost >= least) continue;
+    least = cost;
+    p.chunks = static_cast<int>(chunks);
+    p.chunk_blocks = static_cast<int>(each);
   }
-  // Keys or values, [B, Hk, nk, block, D], likewise.
-  Tensor blocks(const Tensor& x) const {
-    Tensor k = x.to(at::kFloat);
-    if (in.key_mask) k = k.masked_fill(in.key_mask->logical_not().unsqueeze(1).unsqueeze(-1), 0);
-    if (M < nk * block) k = at::constant_pad_nd(k, {0, 0, 0, nk * block - M});
-    return k.reshape({B, Hk, nk, block, D});
-  }
-  // True for what is no key: masked, or behind the last one. [B, 1, nk * block].
-  Tensor no_key() const {
-    const Tensor valid =
-        in.key_mask ? *in.key_mask : at::ones({B, M}, in.key.options().dtype(at::kBool));
-    return at::constant_pad_nd(valid, {0, nk * block - M}).logical_not().unsqueeze(1);
-  }
-
-  const Inputs& in;
-  double s;
-  int64_t block, B, Hk, G, N, M, D, nk;
-};
-
-struct Sample {
-  Tensor places;  // [B, r]: among a group's queries, -1: none
-  Tensor valid;   // [B]: valid queries of a head
-
-  explicit Sample(const Heads& at) {
-    const Launch launch(at.in.query);
-    places = at::empty({at.B, kSampledQueries}, at.in.query.options().dtype(at::kLong));
-    valid = at::empty({at.B}, at.in.query.options().dtype(at::kInt));
-    SampleParams p{};
-    p.mask = at.in.query_mask ? at.in.query_mask->const_data_ptr<bool>() : nullptr;
-    p.places = places.mutable_data_ptr<int64_t>();
-    p.valid = valid.mutable_data_ptr<int32_t>();
-    p.B = static_cast<int>(at.B);
-    p.N = static_cast<int>(at.N);
-    p.group = static_cast<int>(at.G);
-    launch.check(sample_queries(p, launch.stream));
-  }
-};
-
-// Valid queries of a group, at least 1: [B, 1, 1].
-Tensor group_size(const Heads& at, const Tensor& valid) {
-  return valid.mul(at.G).clamp_min(1).to(at::kFloat).view({at.B, 1, 1});
 }
 
-// log of sum_i p_ij + r / 4 p_mean,j, [B, Hk, nk * block]: p of the sampled queries and of the
-// mean.
-Tensor sampled_weights(const Heads& at, const Tensor& q, const Tensor& mean, const Tensor& keys,
-                       const Tensor& no_key, const Sample& sample) {
-  const Tensor index = sample.places.clamp_min(0).view({at.B, 1, kSampledQueries, 1});
-  const Tensor picked = q.gather(2, index.expand({at.B, at.Hk, kSampledQueries, at.D}));
-  const Tensor rows = at::cat({picked, mean.unsqueeze(2)}, 2).mul_(at.s);
-  Tensor logits = at::matmul(rows, keys.transpose(2, 3));
-  logits = at::log_softmax(logits.masked_fill_(no_key.unsqueeze(2), kMinusInf), -1);
-  const Tensor taken = sample.places.ge(0).to(at::kFloat);
-  const Tensor mean_share = taken.sum(1, true).clamp_min(1).div(4);
-  const Tensor shares = at::cat({taken, mean_share}, 1).log().view({at.B, 1, -1, 1});
-  return at::logsumexp(logits.add_(shares), 2);
+// The centre, the weights of all keys, and what comes with them.
+void weigh_keys(Centred& c, const Inputs& in, const PooledInputs& plain, const Options& o) {
+  const Launch launch(in.query);
+  const int64_t B = in.query.size(0), Hk = in.key.size(1), D = in.query.size(3);
+  const int64_t nk = ceil_div(in.key.size(2), o.block_k);
+  const auto acc = in.query.options().dtype(at::kFloat);
+  const Tensor rows = at::empty({B, Hk, kSampleRows, D}, in.query.options());
+  const Tensor offsets = at::empty({B, Hk, kSampleRows}, acc);
+  c.centre = at::empty({B, Hk, D}, acc);
+  SampleParams s{};
+  s.q = in.query.const_data_ptr();
+  s.q_strides = strides_of(in.query);
+  s.mean = plain.query.const_data_ptr<float>();
+  s.count = plain.query_count.const_data_ptr<int>();
+  s.mask = mask_of(in.query_mask);
+  s.centre = c.centre.mutable_data_ptr<float>();
+  s.rows = rows.mutable_data_ptr();
+  s.offsets = offsets.mutable_data_ptr<float>();
+  s.dtype = dtype_of(in.query);
+  s.B = static_cast<int>(B);
+  s.H = static_cast<int>(in.query.size(1));
+  s.Hk = static_cast<int>(Hk);
+  s.N = static_cast<int>(in.query.size(2));
+  s.D = static_cast<int>(D);
+  s.nq = static_cast<int>(plain.query.size(2));
+  s.log2_block_q = log2_of(o.block_q);
+  launch.check(sample_queries(s, launch.stream));
+
+  c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
+  c.pooled.mass = at::empty({B, Hk, nk}, acc);
+  c.pooled.query_count = plain.query_count;
+  c.pooled.key_count = plain.key_count;
+  WeightsParams p{};
+  if (!plain.key_count.defined()) {
+    c.pooled.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+    p.count = c.pooled.key_count.mutable_data_ptr<int>();
+  }
+  p.k = in.key.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.mask = mask_of(in.key_mask);
+  p.rows = rows.const_data_ptr();
+  p.offsets = offsets.const_data_ptr<float>();
+  p.weights = c.pooled.weights.mutable_data_ptr<float>();
+  p.mass = c.pooled.mass.mutable_data_ptr<float>();
+  p.dtype = s.dtype;
+  p.tf32 = at::globalContext().allowTF32CuBLAS();
+  p.B = s.B;
+  p.Hk = s.Hk;
+  p.M = static_cast<int>(in.key.size(2));
+  p.D = s.D;
+  p.nk = static_cast<int>(nk);
+  p.log2_block_k = log2_of(o.block_k);
+  p.scale = static_cast<float>(o.scale);
+  cut(p, launch.device);
+  Tensor parts;
+  if (o.pool == Pool::sampled) {
+    parts = at::empty({B, Hk, p.chunks, kSampleRows, 2}, acc);
+    p.parts = reinterpret_cast<float2*>(parts.mutable_data_ptr<float>());
+    launch.check(sample_lse(p, launch.stream));
+  }
+  launch.check(key_weights(p, launch.stream));
 }
 
-// Within-block deviations of keys and values from their weighted means, [B, Hk, nk * block, D], and
-// the weight of each key in the moments, pi_j c_y / n.
-struct Deviations {
-  Deviations(const Heads& at, const Centred& c) {
-    const auto deviation = [&](const Tensor& x, const Tensor& mean) {
-      return (at.blocks(x) - mean.unsqueeze(3)).view({at.B, at.Hk, at.nk * at.block, at.D});
-    };
-    key = deviation(at.in.key, c.pooled.key);
-    value = deviation(at.in.value, c.pooled.value);
-    const Tensor count = c.pooled.key_count.to(at::kFloat);
-    const Tensor share = (count / count.sum(1, true).clamp_min(1)).view({at.B, 1, at.nk, 1});
-    weight = (c.pooled.weights.view({at.B, at.Hk, at.nk, at.block}) * share)
-                 .view({at.B, at.Hk, at.nk * at.block, 1});
+// A launch of order1_rows with the queries less their centre.
+Order1Rows centred_rows(const Term& term, const Centred& c, const Tensor& share, RowsStep step) {
+  Order1Rows p = term.rows(c.moments, share, step);
+  p.centre = c.centre.const_data_ptr<float>();
+  p.mask = mask_of(term.in.query_mask);
+  p.variance = data_of<float>(c.pooled.variance);
+  p.row_bias = data_of<float>(c.pooled.row_bias);
+  return p;
+}
+
+CentreProductsParams products_of(const Term& term, const Centred& c, const Tensor& result) {
+  CentreProductsParams p{};
+  p.matrices = c.moments.const_data_ptr();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.count = c.pooled.query_count.const_data_ptr<int>();
+  p.result = result.mutable_data_ptr<float>();
+  p.dtype = term.dtype;
+  p.B = term.B;
+  p.H = term.H;
+  p.Hk = term.Hk;
+  p.D = term.D;
+  p.dim = term.dim;
+  p.nq = static_cast<int>(c.pooled.query_count.size(1));
+  return p;
+}
+
+// a and b of each row (RowWeightsParams), [2, B, H, N], and the shift of CentreProductsParams.
+struct RowWeights {
+  Tensor weights, shift;
+
+  RowWeights(const Term& term, const Tensor& grad_out, const FineBackward& back) {
+    const Centred& c = *back.centred;
+    RowWeightsParams p{};
+    p.parts = static_cast<int>(ceil_div(term.N, kRowWeightsRows));
+    weights = at::empty({2, term.B, term.H, term.N}, term.acc());
+    shift = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+    const Tensor sums = at::empty({term.B, term.H, p.parts, 2, term.D}, term.acc());
+    p.q = term.in.query.const_data_ptr();
+    p.grad_out = grad_out.const_data_ptr();
+    p.q_strides = strides_of(term.in.query);
+    p.grad_out_strides = strides_of(grad_out);
+    p.share = back.share.const_data_ptr<float>();
+    p.variance = c.pooled.variance.const_data_ptr<float>();
+    p.slope = c.slope.const_data_ptr<float>();
+    p.coarse_sum = back.coarse_sum.const_data_ptr<float>();
+    p.centre = c.centre.const_data_ptr<float>();
+    p.a = a();
+    p.b = b();
+    p.sums = sums.mutable_data_ptr<float>();
+    p.dtype = term.dtype;
+    p.B = term.B;
+    p.H = term.H;
+    p.Hk = term.Hk;
+    p.N = term.N;
+    p.D = term.D;
+    p.scale = static_cast<float>(term.o.scale);
+    term.launch.check(row_weights(p, term.launch.stream));
+    CentreProductsParams products = products_of(term, c, shift);
+    products.sums = p.sums;
+    products.parts = p.parts;
+    term.launch.check(centre_products(products, term.launch.stream));
   }
-  Tensor key, value, weight;
+  float* a() const { return weights.mutable_data_ptr<float>(); }
+  float* b() const { return a() + weights.numel() / 2; }
 };
 
-// Order 1 of the rows.
-struct Rows1 {
-  Rows1(const Heads& at, const Centred& c, const Tensor& share)
-      : q(at.queries() - c.centre.unsqueeze(2)),
-        t(at.row(c.variance)),
-        gamma(1 / (1 + t / 4)),
-        share(at.row(share)),
-        none(this->share == 0),
-        C(c.moments.select(2, 0)),
-        S(c.moments.select(2, 1)),
-        u(at::matmul(q, C).mul_(at.s)) {}
-  // Rows without a coarse share may hold anything.
-  Tensor there(const Tensor& x) const {
-    return x.masked_fill(x.dim() > 3 ? none.unsqueeze(-1) : none, 0);
-  }
-  Tensor q, t, gamma, share, none, C, S, u;
-};
+// Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
+// it so.
+Tensor rows_on_hopper(const Term& term, const Tensor& grad_out, const Centred& c,
+                      const RowWeights& rows, const Grads& grads) {
+#ifdef MRA_SM90A
+  if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
+  const Device& device = term.launch.device;
+  sm90::Order1Rows p{};
+  p.q = term.in.query.const_data_ptr();
+  p.grad_out = grad_out.const_data_ptr();
+  p.q_strides = strides_of(term.in.query);
+  p.grad_out_strides = strides_of(grad_out);
+  p.moments = c.moments.const_data_ptr();
+  p.a = rows.a();
+  p.b = rows.b();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.shift = rows.shift.const_data_ptr<float>();
+  p.mask = mask_of(term.in.query_mask);
+  p.B = term.B;
+  p.H = term.H;
+  p.Hk = term.Hk;
+  p.N = term.N;
+  p.D = term.D;
+  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
+  p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
+  const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
+  p.sums = sums.mutable_data_ptr<float>();
+  const cudaError_t error = term.dim == 64
+                                ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
+                                : sm90::launch_order1_rows<128>(p, device, term.launch.stream);
+  if (error == cudaErrorNotSupported) return {};
+  term.launch.check(error);
+  const Tensor result = term.empty_matrices(1);
+  term.sum(p.sums, p.H / p.Hk * p.chunks, 1, true, result);
+  return result;
+#else
+  return {};
+#endif
+}
 
-void add_to(const Tensor& to, const Tensor& x) {
-  to.copy_(to.to(at::kFloat) + x.reshape(to.sizes()));
+// The same on the generic kernels.
+Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
+                     const RowWeights& rows, const Grads& grads) {
+  Order1Rows p = centred_rows(term, c, {}, RowsStep::gradient);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.shift = rows.shift.const_data_ptr<float>();
+  p.weight_c = rows.a();
+  p.weight_s = rows.b();
+  p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
+  term.launch.check(order1_rows(p, term.launch.stream));
+
+  Order1Gram g{};
+  g.weighted = true;
+  g.x = term.in.query.const_data_ptr();
+  g.y = grad_out.const_data_ptr();
+  g.x_strides = strides_of(term.in.query);
+  g.y_strides = strides_of(grad_out);
+  g.x_mean = p.centre;
+  g.weight[0] = rows.a();
+  g.weight[1] = rows.b();
+  return term.matrices(g, true);
 }
 
 }  // namespace
 
-Centred centre(const Inputs& in, const Tensor& key_count, const Options& o) {
-  const Heads at(in, o);
-  const Sample sample(at);
-  const Tensor q = at.queries(), k = at.blocks(in.key), no_key = at.no_key();
+Centred centre(const Inputs& in, const PooledInputs& plain, bool backward, const Options& o) {
   Centred c;
-  c.centre = q.sum(2) / group_size(at, sample.valid);
-
-  // weights within each block, and their means and entropy
-  const Tensor keys = k.view({at.B, at.Hk, at.nk * at.block, at.D});
-  Tensor weight = o.pool == Pool::centred
-                      ? at::matmul(keys, c.centre.unsqueeze(-1)).squeeze(-1).mul_(at.s)
-                      : sampled_weights(at, q, c.centre, keys, no_key, sample);
-  weight = weight.masked_fill(no_key, kMinusInf).view({at.B, at.Hk, at.nk, at.block});
-  weight = at::softmax(weight, 3).masked_fill(no_key.view({at.B, 1, at.nk, at.block}), 0);
-  const auto pooled = [&](const Tensor& blocks) {
-    return at::matmul(weight.unsqueeze(3), blocks).squeeze(3);
-  };
-  c.pooled.weights = weight.view({at.B, at.Hk, at.nk * at.block});
-  c.pooled.key = pooled(k);
-  c.pooled.value = pooled(at.blocks(in.value));
-  c.pooled.key_count = key_count;
   c.pooled.type = in.query.scalar_type();
-  const Tensor empty = (key_count == 0).unsqueeze(1);
-  c.pooled.log_mass = at::special_entr(weight).sum(3).masked_fill_(empty, kMinusInf);
+  weigh_keys(c, in, plain, o);
+  if (has_order1(o)) c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
+  if (!c.moments.defined()) pool_weighted(c.pooled, in, o);
   if (!has_order1(o)) return c;
 
-  // moments, and what a row's variance adds to the mass
-  const Deviations d(at, c);
-  const Tensor left = (d.key * d.weight).transpose(2, 3);
-  c.moments = at::stack({at::matmul(left, d.value), at::matmul(left, d.key)}, 2);
-  const Tensor from_mean = q - c.centre.unsqueeze(2);
-  const Tensor t =
-      at::matmul(from_mean, c.moments.select(2, 1)).mul_(from_mean).sum(3) * (at.s * at.s);
-  c.variance = t.view({at.B, at.Hk * at.G, at.N});
-  // log(1 + gamma t / 2), for any t
-  c.pooled.row_bias = (3 - 2 / (1 + c.variance / 4)).log_();
+  const Launch launch(in.query);
+  const Term term(launch, in, c.pooled, o);
+  if (!c.moments.defined()) c.moments = term.moments();
+  if (backward) return c;
+  c.pooled.variance = at::empty({term.B, term.H, term.N}, term.acc());
+  c.pooled.row_bias = at::empty_like(c.pooled.variance);
+  launch.check(order1_rows(centred_rows(term, c, {}, RowsStep::variance), launch.stream));
+  if (order1_on_hopper(in.key, o, launch)) {
+    c.pooled.moments = c.moments;
+    c.pooled.centre_term = at::empty({term.B, term.Hk, term.dim}, term.acc());
+    launch.check(centre_products(products_of(term, c, c.pooled.centre_term), launch.stream));
+  }
   return c;
 }
 
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o) {
-  const Heads at(in, o);
-  const Rows1 r(at, c, result.share);
-  add_to(result.out, r.there(r.u * (r.share * r.gamma).unsqueeze(-1)));
+  const Launch launch(in.query);
+  const Term term(launch, in, c.pooled, o);
+  Order1Rows p = centred_rows(term, c, result.share, RowsStep::term);
+  p.out = result.out.mutable_data_ptr();
+  p.out_strides = strides_of(result.out);
+  launch.check(order1_rows(p, launch.stream));
 }
 
-Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, const Centred& c, const Options& o) {
-  const Heads at(in, o);
-  const Rows1 r(at, c, share);
-  const Tensor term = (r.u * at.rows(grad_out)).sum(3) * r.gamma;
-  return delta - r.there(term).view(delta.sizes());
+Tensor centred_delta(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
+                     const Inputs& in, Centred& c, const Options& o) {
+  const Launch launch(in.query);
+  const Term term(launch, in, c.pooled, o);
+  const Tensor grad_out = with_aligned_rows(grad_out_in), result = at::empty_like(delta);
+  c.pooled.variance = at::empty_like(delta);
+  c.pooled.row_bias = at::empty_like(delta);
+  c.slope = at::empty_like(delta);
+  Order1Rows p = centred_rows(term, c, share, RowsStep::delta);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.delta = delta.const_data_ptr<float>();
+  p.slope = c.slope.mutable_data_ptr<float>();
+  p.coarse_delta = result.mutable_data_ptr<float>();
+  launch.check(order1_rows(p, launch.stream));
+  return result;
 }
 
-void centred_grads(const Grads& grads, const Tensor& grad_out, const Tensor& share,
-                   const Tensor& coarse_sum, const Inputs& in, const Centred& c, const Options& o) {
-  const Heads at(in, o);
-  const Rows1 r(at, c, share);
-  const double s = at.s;
-  const Tensor g = r.there(at.rows(grad_out)), a = (r.share * r.gamma * s).unsqueeze(-1);
-  // of t, by the damping and by the factor of the mass
-  const Tensor dt = (r.share * (r.u * g).sum(3) * r.gamma * r.gamma * -0.25 +
-                     (0.75 / (1 + r.t * 0.75) - r.gamma / 4) * r.there(at.row(coarse_sum)))
-                        .mul_(s * s)
-                        .unsqueeze(-1);
-  const Tensor dC = at::matmul((r.q * a).transpose(2, 3), g);
-  const Tensor dS = at::matmul((r.q * dt).transpose(2, 3), r.q);
-  Tensor dq = a * at::matmul(g, r.C.transpose(2, 3)) + 2 * dt * at::matmul(r.q, r.S);
-  // through the mean query: every valid one has its share
-  const Sample sample(at);
-  dq = (dq - (dq.sum(2) / group_size(at, sample.valid)).unsqueeze(2)).view(in.query.sizes());
-  if (in.query_mask) {
-    dq.masked_fill_(in.query_mask->logical_not().unsqueeze(1).unsqueeze(-1), 0);
-  }
-  const Deviations d(at, c);
-  const Tensor dk =
-      (at::matmul(d.value, dC.transpose(2, 3)) + 2 * at::matmul(d.key, dS)) * d.weight;
-  const Tensor dv = at::matmul(d.key, dC) * d.weight;
-  add_to(grads.query, dq);
-  add_to(grads.key, dk.narrow(2, 0, at.M));
-  add_to(grads.value, dv.narrow(2, 0, at.M));
+void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward& back,
+                   const Inputs& in, const Options& o) {
+  const Launch launch(in.query);
+  const Centred& c = *back.centred;
+  const Term term(launch, in, c.pooled, o);
+  const Tensor grad_out = with_aligned_rows(back.grad_out);
+  const RowWeights rows(term, grad_out, back);
+  Tensor moment_grads = rows_on_hopper(term, grad_out, c, rows, grads);
+  if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
+  order1_key_grads(term, moment_grads, shares, grads);
 }
 
 }  // namespace mra::cuda

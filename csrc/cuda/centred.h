@@ -1,5 +1,7 @@
 // Means of blocks that weigh keys as the queries do: what centred.cpp hands to centred_*.cu. No
 // torch header.
+//
+//   sample (mean query, sampled queries)  ->  lse of their logits  ->  weights of the keys
 #pragma once
 
 #include "types.h"
@@ -7,14 +9,83 @@
 namespace mra::cuda {
 
 constexpr int kSampledQueries = 64;
+// Rows whose logits make the weights: the sampled queries, the mean query rounded to T, what that
+// lost, and zeros.
+constexpr int kSampleRows = kSampledQueries + 8;
 
-// Queries evenly spread among the valid ones of a group of heads, one head after another.
+// Queries evenly spread among the valid ones of a group of heads, one head after another, and the
+// mean of all of them.
 struct SampleParams {
-  const bool* mask;  // [B, N] or null
-  int64_t* places;   // [B, kSampledQueries]: among the group * N queries of a key head; -1: none
-  int32_t* valid;    // [B]: valid queries of a head
-  int B, N, group;
+  const void* q;  // [B, H, N, D] T
+  Strides q_strides;
+  const float* mean;    // [B, H, nq, D]: of blocks
+  const int* count;     // [B, nq]
+  const uint8_t* mask;  // [B, N] or null
+  float* centre;        // [B, Hk, D]
+  void* rows;           // [B, Hk, kSampleRows, D] T
+  // [B, Hk, kSampleRows]: what is added to the lse of a row, log2 units; +inf: no such row
+  float* offsets;
+  Dtype dtype;
+  int B, H, Hk, N, D, nq, log2_block_q;
 };
 cudaError_t sample_queries(const SampleParams& params, cudaStream_t stream);
+
+struct WeightsParams {
+  const void* k;  // [B, Hk, M, D] T
+  Strides k_strides;
+  const uint8_t* mask;   // [B, M] or null
+  const void* rows;      // [B, Hk, kSampleRows, D] T
+  const float* offsets;  // [B, Hk, kSampleRows]
+  // [B, Hk, chunks, kSampleRows]: greatest logit, and the sum of exponentials less that; log2
+  // units. Null: the weights are those of the mean query alone.
+  float2* parts;
+  float* weights;  // [B, Hk, nk * block_k]
+  float* mass;     // [B, Hk, nk]: exp of the entropy of a block's weights, 0 for an empty block
+  int* count;      // [B, nk] or null
+  Dtype dtype;
+  bool tf32;
+  int B, Hk, M, D, nk, log2_block_k;
+  int chunks, chunk_blocks;  // parts of a head, and key blocks in one
+  float scale;
+};
+// Blocks of threads that run at once.
+int key_weights_slots(Dtype dtype, const Device& device);
+cudaError_t sample_lse(const WeightsParams& params, cudaStream_t stream);
+cudaError_t key_weights(const WeightsParams& params, cudaStream_t stream);
+
+// Order 1 of the backward pass, between fine's gradients of the rows and the moments':
+//
+//   a = P gamma s     b = s^2 dt     (docs/algorithm.md), dt also by the factor of the mass
+//
+// and their sums a dO and b (q - centre).
+struct RowWeightsParams {
+  const void *q, *grad_out;  // [B, H, N, D] T
+  Strides q_strides, grad_out_strides;
+  const float *share, *variance, *slope, *coarse_sum;  // [B, H, N]
+  const float* centre;                                 // [B, Hk, D]
+  float *a, *b;                                        // [B, H, N]
+  float* sums;                                         // [B, H, parts, 2, D]
+  Dtype dtype;
+  int B, H, Hk, N, D, parts;
+  float scale;
+};
+constexpr int kRowWeightsRows = 128;  // of a part
+cudaError_t row_weights(const RowWeightsParams& params, cudaStream_t stream);
+
+// Products of vectors of each key head with its matrices C and Sigma: without `sums` the centre
+// times C; with them, where the sums of a part are x and y,
+//
+//   shift[0] = -(x C^T + 2 y Sigma) / n     what every valid query of a group of n gets
+//   shift[1] = centre Sigma
+struct CentreProductsParams {
+  const void* matrices;  // [B, Hk, 2, dim, dim] bfloat16 for bfloat16, else float
+  const float* centre;   // [B, Hk, D]
+  const float* sums;     // [B, H, parts, 2, D] or null
+  const int* count;      // [B, nq]: valid queries
+  float* result;         // [B, Hk, dim], or [B, Hk, 2, dim] with sums; zeros beyond D
+  Dtype dtype;
+  int B, H, Hk, D, dim, parts, nq;
+};
+cudaError_t centre_products(const CentreProductsParams& params, cudaStream_t stream);
 
 }  // namespace mra::cuda

@@ -1,55 +1,164 @@
-// Which queries the weights of pool = sampled are made of.
+// The mean query of each key head, and which queries the weights of pool = sampled are made of.
+#include "block_sum.cuh"
 #include "centred.h"
-#include "grid.cuh"
 
 namespace mra::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
 
-// One block of threads for one batch entry; a thread has a run of its queries.
-__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) {
-  __shared__ int counts[kThreads / 32];
-  const int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.N;
-  const int run = (p.N + kThreads - 1) / kThreads;
-  const int begin = min(p.N, static_cast<int>(threadIdx.x) * run), end = min(p.N, begin + run);
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += mask == nullptr || mask[i];
+// The valid queries of one batch entry, counted by blocks: a thread has a run of them.
+struct Ranks {
+  int before[kThreads];  // valid queries before each run
+  int totals[kThreads / 32];
 
-  int upto = own;  // valid queries up to the end of this run
+  // Returns how many there are. The whole block of threads calls this.
+  __device__ __forceinline__ int count(const int* counts, int nq, int run) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int begin = min(nq, static_cast<int>(threadIdx.x) * run), end = min(nq, begin + run);
+    int own = 0;
+    for (int x = begin; x < end; ++x) own += counts[x];
+    int upto = own;
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(kFullWarp, upto, step);
-    if (lane >= step) upto += before;
+    for (int step = 1; step < 32; step *= 2) {
+      const int lower = __shfl_up_sync(kFullWarp, upto, step);
+      if (lane >= step) upto += lower;
+    }
+    if (lane == 31) totals[warp] = upto;
+    __syncthreads();
+    int n = 0;
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w < warp) upto += totals[w];
+      n += totals[w];
+    }
+    before[threadIdx.x] = upto - own;
+    __syncthreads();
+    return n;
   }
-  if (lane == 31) counts[warp] = upto;
-  __syncthreads();
-  int n = 0;
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w < warp) upto += counts[w];
-    n += counts[w];
-  }
-  if (threadIdx.x == 0) p.valid[b] = n;
 
-  const int64_t all = int64_t{p.group} * n;
+  // The valid query with `left` valid ones before it.
+  __device__ __forceinline__ int find(int left, const int* counts, int run, int log2_block,
+                                      const uint8_t* mask) const {
+    int low = 0, high = kThreads - 1;  // the last run that starts with no more before it
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (before[middle] <= left) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    left -= before[low];
+    int x = low * run;
+    while (left >= counts[x]) left -= counts[x++];
+    int i = x << log2_block;
+    if (mask == nullptr) return i + left;
+    for (;; ++i) {
+      if (mask[i] && left-- == 0) return i;
+    }
+  }
+};
+
+// One block of threads for one key head.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) {
+  __shared__ Ranks ranks;
+  __shared__ float4 sums[kThreads];
+  __shared__ int places[kSampledQueries][2];  // head of the group and row; row -1: none
+  const int b = blockIdx.x / p.Hk, hk = blockIdx.x % p.Hk, group = p.H / p.Hk;
+  const int* counts = p.count + int64_t{b} * p.nq;
+  const int run = (p.nq + kThreads - 1) / kThreads;
+  const int n = ranks.count(counts, p.nq, run);
+  const int64_t all = int64_t{group} * n;
   const int r = static_cast<int>(min(all, int64_t{kSampledQueries}));
-  int64_t* places = p.places + b * kSampledQueries;
-  if (threadIdx.x >= r && threadIdx.x < kSampledQueries) places[threadIdx.x] = -1;
-  for (int t = 0; t < r; ++t) {
-    const int64_t rank = all > r ? (2 * t + 1) * all / (2 * r) : t;
-    int left = static_cast<int>(rank % n) - (upto - own);  // valid queries of this run before it
-    if (left < 0 || left >= own) continue;
-    int i = begin;
-    for (; left > 0 || !(mask == nullptr || mask[i]); ++i) left -= mask == nullptr || mask[i];
-    places[t] = rank / n * p.N + i;
+
+  // The mean: four columns a thread, blocks of queries in turns.
+  const int quads = p.D / 4;
+  int turns = kThreads;
+  while (turns * quads > kThreads) turns /= 2;
+  const int turn = threadIdx.x / quads, quad = threadIdx.x % quads;
+  float4 sum{};
+  if (turn < turns) {
+    const float4* mean = reinterpret_cast<const float4*>(p.mean) +
+                         (int64_t{b} * p.H + hk * group) * p.nq * quads + quad;
+    const int blocks = group * p.nq;
+#pragma unroll 4
+    for (int x = turn; x < blocks; x += turns) {
+      const float4 u = mean[int64_t{x} * quads];
+      const float c = static_cast<float>(counts[x % p.nq]);
+      sum.x += c * u.x, sum.y += c * u.y, sum.z += c * u.z, sum.w += c * u.w;
+    }
+    sums[threadIdx.x] = sum;
+  }
+  for (int step = turns / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (turn < step) {
+      const float4 u = sums[threadIdx.x + step * quads];
+      sum.x += u.x, sum.y += u.y, sum.z += u.z, sum.w += u.w;
+      sums[threadIdx.x] = sum;
+    }
+  }
+  if (turn == 0) {
+    const float over_n = 1.f / static_cast<float>(max(all, int64_t{1}));
+    sum = make_float4(sum.x * over_n, sum.y * over_n, sum.z * over_n, sum.w * over_n);
+    sums[quad] = sum;
+    reinterpret_cast<float4*>(p.centre)[int64_t{blockIdx.x} * quads + quad] = sum;
+  }
+
+  const int t = threadIdx.x;
+  if (t < kSampledQueries) {
+    places[t][1] = -1;
+    if (t < r) {
+      const int64_t rank = all > r ? (2 * t + 1) * all / (2 * r) : t;
+      const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.N;
+      places[t][0] = static_cast<int>(rank / n);
+      places[t][1] = ranks.find(static_cast<int>(rank % n), counts, run, p.log2_block_q, mask);
+    }
+  }
+  if (t < kSampleRows) {
+    // A quarter of what the others weigh together.
+    const float offset = t < kSampledQueries    ? (t < r ? 0.f : INFINITY)
+                         : t == kSampledQueries ? -log2f(static_cast<float>(max(r, 1)) / 4)
+                                                : 0.f;
+    p.offsets[int64_t{blockIdx.x} * kSampleRows + t] = offset;
+  }
+  __syncthreads();
+
+  const int pieces = p.D / kVec<T>;
+  const float* centre = reinterpret_cast<const float*>(sums);
+  for (int e = t; e < kSampleRows * pieces; e += kThreads) {
+    const int row = e / pieces, d = e % pieces * kVec<T>;
+    T* to = static_cast<T*>(p.rows) + (int64_t{blockIdx.x} * kSampleRows + row) * p.D + d;
+    uint4 bits{};
+    if (row < kSampledQueries) {
+      if (places[row][1] >= 0) {
+        bits = load16(static_cast<const T*>(p.q) + b * p.q_strides.b +
+                      (hk * group + places[row][0]) * p.q_strides.h +
+                      places[row][1] * p.q_strides.l + d);
+      }
+      *reinterpret_cast<uint4*>(to) = bits;
+      continue;
+    }
+    float x[kVec<T>];
+#pragma unroll
+    for (int i = 0; i < kVec<T>; ++i) {
+      const float high = to_float(from_float<T>(centre[d + i]));
+      x[i] = row == kSampledQueries       ? high
+             : row == kSampledQueries + 1 ? centre[d + i] - high
+                                          : 0.f;
+    }
+    store_values<kVec<T>>(to, x);
   }
 }
 
 }  // namespace
 
 cudaError_t sample_queries(const SampleParams& p, cudaStream_t stream) {
-  return launch_grid(sample_kernel, p.B, kThreads, 0, stream, p);
+  const auto launch = [&](auto t) {
+    return launch_grid(sample_kernel<decltype(t)>, int64_t{p.B} * p.Hk, kThreads, 0, stream, p);
+  };
+  if (p.dtype == Dtype::f32) return launch(float{});
+  return p.dtype == Dtype::f16 ? launch(__half{}) : launch(__nv_bfloat16{});
 }
 
 }  // namespace mra::cuda

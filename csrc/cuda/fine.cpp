@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "../common/budget.h"
+#include "centred_grads.h"
 #include "delta.h"
 #include "level_stages.h"
 #include "pool.h"
@@ -22,8 +23,8 @@ struct PooledKeys {
              const Launch& launch) {
     if (!pooled) return;
     count = pooled->key_count;
-    if (pooled->log_mass.defined()) mass = pooled->log_mass.exp();
-    if (pooled->row_bias.defined()) row_bias = pooled->row_bias.contiguous();
+    mass = pooled->mass;
+    row_bias = pooled->row_bias;
     if (!rounds_pooled(in.key, o)) {
       key = pooled->key;
       value = pooled->value;
@@ -108,6 +109,10 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.lse = data_of<float>(r.lse);
   if (!cells) p.share = data_of<float>(r.share);
   if (!levels) p.moments = const_bytes_of(moments);
+  if (p.moments != nullptr && pooled) {
+    p.variance = data_of<float>(pooled->variance);
+    p.centre_term = data_of<float>(pooled->centre_term);
+  }
   // A plan that was given comes without one.
   Tensor queue = rows.queues;
   if (!queue.defined() && launch.device.major == 9 && in.query.scalar_type() != at::kFloat) {
@@ -152,13 +157,15 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   const Grads g{or_empty(back.query_extra, in.query), or_empty(back.key_extra, in.key),
                 or_empty(back.value_extra, in.value)};
   bool add_keys = back.key_extra.defined();
-  Tensor key_block = back.key_block, value_block = back.value_block;
+  Tensor key_block = back.key_block, value_block = back.value_block, shares;
   if (pooled) {
-    const Tensor shares = cells ? cells_columns(p, keys.key, keys.value, keys.count,
-                                                back.coarse_delta, rows, columns, o, dtype, launch)
-                                : pooled_shares(p, dtype, launch, in.query);
+    shares = cells ? cells_columns(p, keys.key, keys.value, keys.count,
+                                          back.coarse_delta, rows, columns, o, dtype, launch)
+                          : pooled_shares(p, dtype, launch, in.query);
     if (pooled->weights.defined()) {
-      spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
+      if (back.centred == nullptr) {
+        spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
+      }
       add_keys = true;
     } else {
       key_block = key_block.defined() ? key_block.add(shares[0]) : shares[0];
@@ -184,8 +191,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   }
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   ++p.queue;
-  p.beside = launch.device.major == 9;
+  p.beside = launch.device.major == 9 && back.centred == nullptr;
   p.add = add_keys;
+  if (back.centred != nullptr) centred_grads(g, shares, back, in, o);
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

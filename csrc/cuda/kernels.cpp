@@ -141,6 +141,8 @@ std::vector<KernelInfo> kernel_table() {
 #ifdef MRA_SM90A
       {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "40..128 (64, 128)"},
 #endif
+      {"pool", "sample", "csrc/cuda/centred_sample.cu", "sm_80+", all, "8..256"},
+      {"pool", "key_weights", "csrc/cuda/centred_weights.cu", "sm_80+", all, dims},
       {"plan", "plan_row", "csrc/cuda/plan_row.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_stream", "csrc/cuda/plan_stream.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_map", "csrc/cuda/plan_map.cu", "sm_80+", "float32 means", "8..256"},
@@ -191,6 +193,7 @@ std::vector<KernelInfo> kernel_table() {
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},
       {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},
       {"order1", "keys", "csrc/cuda/order1_keys.cu", "sm_80+", all, dims},
+      {"order1", "row_weights", "csrc/cuda/centred_sums.cu", "sm_80+", all, "8..256"},
       {"fine", "backward_columns", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
   };
 }

@@ -50,10 +50,15 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   if (pooled != nullptr) {
     pooled->key = at::empty({B, Hk, nk, D}, acc);
     pooled->value = at::empty({B, Hk, nk, D}, acc);
-    count = pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
     p.k_mean = pooled->key.mutable_data_ptr<float>();
     p.v_mean = pooled->value.mutable_data_ptr<float>();
-    p.key_count = count.mutable_data_ptr<int>();
+    if (pooled->weights.defined()) {
+      count = pooled->key_count;
+      p.weights = pooled->weights.const_data_ptr<float>();
+    } else {
+      count = pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+      p.key_count = count.mutable_data_ptr<int>();
+    }
     if (rounds_pooled(in.key, o) && o.levels.empty()) {
       pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
       pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());

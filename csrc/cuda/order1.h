@@ -7,6 +7,12 @@
 // the larger block. `dim` is D padded to 32, 64, 128 or 256; matrices are padded with zeros.
 // Matrices come in pairs: C and Sigma, or dC and dSigma. Their type is that of the operands of a
 // matrix product: bfloat16 for bfloat16, float for the rest.
+//
+// With weighted means (centred.h) a query is the query less its centre, and some steps are apart:
+//
+//   forward    gram (moments)  ->  sum  ->  rows (variance)  ->  fine  ->  rows (term)
+//   backward   gram (moments)  ->  sum  ->  rows (delta)  ->  fine's rows  ->  row weights  ->
+//              rows (gradient)  ->  gram (weighted)  ->  sum  ->  keys  ->  fine's columns
 #pragma once
 
 #include "types.h"
@@ -14,8 +20,9 @@
 namespace mra::cuda {
 
 // Sums over rows of left^T right, in one of two forms:
-//   moments    left = k - k~, right = v - v~ and k - k~, at valid keys
-//   weighted   left = q, right = weight[0] dO and weight[1] q
+//   moments    left = k - k~, right = v - v~ and k - k~, at valid keys; both times the root of
+//              weight[0] and of the block's count where that is set
+//   weighted   left = q, right = weight[0] dO and weight[1] q; q less x_mean where that is set
 struct Order1Gram {
   Dtype dtype;
   bool weighted, tf32;
@@ -27,12 +34,14 @@ struct Order1Gram {
   const void *x, *y;  // [B, heads * group, L, D] T: k and v, or q and dO
   Strides x_strides, y_strides;
 
-  const float *x_mean, *y_mean;  // moments: [B, heads, nk, D]
+  const float *x_mean, *y_mean;  // moments: [B, heads, nk, D]; weighted: [B, heads, D] or null
   const uint8_t* mask;           // moments: [B, L] or null
   const int* key_count;          // [B, nk]
   int nk, block_shift;           // log2 of block_k
 
-  const float* weight[2];  // weighted: [B, heads * group, L]
+  // weighted: [B, heads * group, L]; moments: of each key in its block, [B, heads, nk <<
+  // block_shift] or null
+  const float* weight[2];
 
   float* sums;     // [B, heads, units, chunks, 2, dim, dim], or null for one unit of one chunk:
   void* matrices;  // then [B, heads, 1, 2, dim, dim], over the number of valid keys
@@ -62,8 +71,19 @@ struct Order1Products {
   const void* matrices;  // [B, Hk, units, 2, dim, dim]
 };
 
+// What a launch of rows does.
+enum class RowsStep {
+  term,      // adds gamma P u to out
+  backward,  // all of the backward pass
+  // With weighted means:
+  variance,  // t and row_bias
+  delta,     // t, row_bias, slope and coarse_delta
+  gradient,  // adds to grad_q, from weights that are given
+};
+
 struct Order1Rows : Order1Products {
-  bool backward, add;  // add: grad_q holds a part already
+  RowsStep step;
+  bool add;  // backward: grad_q holds a part already
   float scale;
   const void* q;  // [B, H, N, D] T
   Strides q_strides;
@@ -73,6 +93,13 @@ struct Order1Rows : Order1Products {
   int count;
   int64_t next_matrices;
 
+  // Weighted means, else null.
+  const float* centre;         // [B, Hk, D]
+  const uint8_t* mask;         // [B, N] or null
+  float *variance, *row_bias;  // [B, H, N]: t and log(1 + gamma t / 2)
+  float* slope;                // [B, H, N]: gamma u.dO
+  const float* shift;          // [B, Hk, 2, dim]: the first is what every valid query gets
+
   void* out;  // forward: [B, H, N, D] T, added to
   Strides out_strides;
 
@@ -80,7 +107,7 @@ struct Order1Rows : Order1Products {
   Strides grad_out_strides;
   const float* delta;          // [B, H, N]
   float* coarse_delta;         // [B, H, N]: delta - gamma u.dO
-  float *weight_c, *weight_s;  // [B, H, N]: the weights of the weighted gram
+  float *weight_c, *weight_s;  // [B, H, N]: the weights of the weighted gram, a and b
   void* grad_q;                // [B, H, N, D] T
   Strides grad_q_strides;
 };
@@ -92,15 +119,19 @@ struct Order1Keys : Order1Products {
   const float *k_mean, *v_mean;  // [B, Hk, nk, D]
   const uint8_t* mask;           // [B, M] or null
   int nk, block_shift;           // log2 of block_k
-  void *grad_k, *grad_v;         // [B, Hk, M, D] T
+  // Weighted means, else null: of each key within its block, [B, Hk, nk << block_shift]; the counts
+  // of blocks, [B, nk]; and the gradients of the pooled keys and values, [2, B, Hk, nk, D].
+  const float *weights, *shares;
+  const int* key_count;
+  void *grad_k, *grad_v;  // [B, Hk, M, D] T
   Strides grad_k_strides, grad_v_strides;
 };
 
 // How a launch fits a device; dim is padded.
 int order1_step_rows(Dtype dtype, int dim);
 int order1_gram_slots(Dtype dtype, int dim, const Device& device);  // chunks that run at once
-// Most warps of 16 rows that a CTA of rows (backward or not) or keys may have.
-int order1_rows_warps(Dtype dtype, int dim, bool backward, const Device& device);
+// Most warps of 16 rows that a CTA of rows or keys may have.
+int order1_rows_warps(Dtype dtype, int dim, RowsStep step, const Device& device);
 int order1_keys_warps(Dtype dtype, int dim, const Device& device);
 // Resolutions that rows may take at once in the forward pass, with so many warps.
 int order1_rows_most(Dtype dtype, int dim, int warps, const Device& device);

@@ -27,12 +27,16 @@ struct Tile {
   static_assert(kPer >= 1 && 16 % kPer == 0);  // rows of a thread lie in one key block
 };
 
+enum class Form { moments, rooted, weighted };  // rooted: moments with weighted means
+
 // Rows of two inputs on their way through registers, and what they are centred or weighted with.
-template <typename T, int kPer, bool kWeighted>
+template <typename T, int kPer, Form kForm>
 struct Fetched {
+  static constexpr bool kWeighted = kForm == Form::weighted;
   uint4 x[kPer], y[kPer];
   float u[kWeighted ? kPer : kVec<T>], w[kWeighted ? kPer : kVec<T>];
   unsigned valid;  // bit i: row i counts
+  float root[kForm == Form::rooted ? kPer : 1];
 };
 
 // A[m][k] stored as [k][m].
@@ -50,16 +54,18 @@ __device__ __forceinline__ typename Mma<S>::A load_a_trans(const S* s, int ld, i
   return a;
 }
 
-template <typename T, int kCols, bool kWeighted>
+template <typename T, int kCols, Form kForm>
 __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin)
     gram_kernel(const Order1Gram p) {
   using G = Tile<T, kCols>;
   using S = typename G::S;
+  constexpr bool kWeighted = kForm == Form::weighted;
   constexpr int kPer = G::kPer, kLead = G::kLead, kPart = G::kRows * kLead;
   constexpr int kParts = G::kPair && kWeighted ? 3 : 2;
   static_assert(kParts * kPart * sizeof(S) <= 48 * 1024);
   __shared__ __align__(16) S parts[kParts * kPart];
   __shared__ int scratch[32];
+  __shared__ __align__(16) float centre[kWeighted ? 2 : 1][kCols];  // of the columns of x and y
   const int warp = threadIdx.x / 32;
 
   // What this CTA makes: matrix `which` from (m0, n0), of chunk `chunk` of a unit.
@@ -88,7 +94,15 @@ __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin
   const T* y_base = static_cast<const T*>(y_is_x ? p.x : p.y) + b * ys.b + n0 + piece;
   const bool x_in = m0 + piece < p.D, y_in = n0 + piece < p.D;
 
-  using Rows = Fetched<T, kPer, kWeighted>;
+  if constexpr (kWeighted) {
+    for (int d = threadIdx.x; d < kCols; d += blockDim.x) {
+      const float* mean = p.x_mean == nullptr ? nullptr : p.x_mean + int64_t{head} * p.D;
+      centre[0][d] = mean != nullptr && m0 + d < p.D ? mean[m0 + d] : 0.f;
+      centre[1][d] = mean != nullptr && y_is_x && n0 + d < p.D ? mean[n0 + d] : 0.f;
+    }
+  }
+
+  using Rows = Fetched<T, kPer, kForm>;
   int h = kh * p.group + first_step / run, next = row0 + first_step % run * G::kRows;
   const auto fetch = [&](Rows& f) {
     const int first = next + row_in;
@@ -110,6 +124,12 @@ __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin
         valid = f.u[i] != 0.f || f.w[i] != 0.f;  // a row without weight may hold anything
       } else {
         if (valid && p.mask != nullptr) valid = p.mask[int64_t{b} * p.L + first + i];
+        if constexpr (kForm == Form::rooted) {
+          const int y = first >> p.block_shift;
+          const float* weights = p.weight[0] + (int64_t{head} * p.nk << p.block_shift) + first;
+          const int64_t count_at = int64_t{b} * p.nk + y;
+          f.root[i] = valid ? sqrtf(weights[i] * static_cast<float>(p.key_count[count_at])) : 0.f;
+        }
       }
       f.valid |= unsigned{valid} << i;
       f.x[i] = valid && x_in ? load16(x + i * p.x_strides.l) : uint4{};
@@ -130,11 +150,13 @@ __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin
       for (int e = 0; e < kVec<T>; ++e) {
         if constexpr (kWeighted) {
           const float wy = y_is_x ? f.w[i] : f.u[i];
-          y[e] = wy == 0.f ? 0.f : wy * y[e];
+          x[e] = valid ? x[e] - centre[0][piece + e] : 0.f;
+          y[e] = wy == 0.f ? 0.f : wy * (y[e] - centre[1][piece + e]);
           z[e] = f.w[i] == 0.f ? 0.f : f.w[i] * x[e];
         } else {
           x[e] = valid ? x[e] - f.u[e] : 0.f;
           y[e] = valid ? y[e] - f.w[e] : 0.f;
+          if constexpr (kForm == Form::rooted) x[e] *= f.root[i], y[e] *= f.root[i];
         }
       }
       store_operands<T>(to, x);
@@ -220,7 +242,9 @@ cudaError_t order1_gram(const Order1Gram& p, cudaStream_t stream) {
   return dispatch_order1(p.dtype, p.dim, [&](auto t, auto dim) {
     using T = typename decltype(t)::type;
     constexpr int kCols = tile_cols(dim());
-    const auto kernel = p.weighted ? gram_kernel<T, kCols, true> : gram_kernel<T, kCols, false>;
+    const auto kernel = p.weighted               ? gram_kernel<T, kCols, Form::weighted>
+                        : p.weight[0] != nullptr ? gram_kernel<T, kCols, Form::rooted>
+                                                 : gram_kernel<T, kCols, Form::moments>;
     return launch_grid(kernel, blocks, Tile<T, kCols>::kThreads, 0, stream, p);
   });
 }

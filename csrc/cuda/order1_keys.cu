@@ -1,5 +1,7 @@
 // From dC and dSigma to the keys and values: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
-// with kappa and nu the key and value less the means of their block.
+// with kappa and nu the key and value less the means of their block. With weighted means these are
+// times the weight and the block's count, and the weight times the gradients of the pooled key and
+// value is added.
 #include "order1_rows.cuh"
 
 namespace mra::cuda {
@@ -43,6 +45,26 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
     __syncwarp();
 
     const bool live[2] = {valid(g), valid(g + 8)};
+    float weight[2], factor[2] = {1.f, 1.f};
+    const float* share = nullptr;  // of the block, in this thread's columns
+    if (p.weights != nullptr) {
+      const int64_t at = (int64_t{range.head} * p.nk << p.block_shift) + first;
+      const float count = static_cast<float>(p.key_count[int64_t{range.b} * p.nk + block]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        weight[half] = live[half] ? p.weights[at + g + 8 * half] : 0.f;
+        factor[half] = weight[half] * count;
+      }
+      share = p.shares + mean + 2 * (threadIdx.x % 4);
+    }
+    // Entry i of tile n of a panel's sums, of keys or of values.
+    const int64_t values_at = int64_t{p.B} * p.Hk * p.nk * p.D;
+    const auto finish = [&](float sum, int panel, int n, int i, int64_t from) {
+      if (!live[i / 2]) return 0.f;
+      const int d = panel * P::kPanel + 8 * n;
+      if (share == nullptr || d >= p.D) return sum;
+      return factor[i / 2] * sum + weight[i / 2] * __ldg(share + from + d + i % 2);
+    };
     const auto row_of = [&](T* grad, int64_t stride) {
       return [=, &range](int half) -> T* {
         const int i = first + g + 8 * half;
@@ -54,11 +76,12 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
       float c[P::kTiles][4];
       Emit<T, P::kTiles, false> emit;
       matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
-      const auto value = [&](int n, int i) { return live[i / 2] ? c[n][i] : 0.f; };
       matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l), value, p.add);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l),
+                 [&](int n, int i) { return finish(c[n][i], panel, n, i, 0); }, p.add);
       matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l), value, p.add);
+      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l),
+                 [&](int n, int i) { return finish(c[n][i], panel, n, i, values_at); }, p.add);
     }
   }
 }

@@ -1,9 +1,14 @@
 // The order-1 term of the queries. Forward: out_i += P gamma s q C. Backward: dq from it, and the
-// weights with which q and dO make dC and dSigma.
+// weights with which q and dO make dC and dSigma. The steps of weighted means: see RowsStep.
 #include "order1_rows.cuh"
 
 namespace mra::cuda {
 namespace {
+
+// Whether a step reads dO.
+constexpr bool is_backward(RowsStep step) {
+  return step != RowsStep::term && step != RowsStep::variance;
+}
 
 template <typename T, int DP, bool kBackward>
 struct Config {
@@ -36,7 +41,9 @@ struct Start {
   using P = Product<S, DP>;
   RowRange range;
   int h, warp;
-  int64_t row_base;  // of [B, H, N]
+  int64_t row_base;     // of [B, H, N]
+  const float* centre;  // [D] or null
+  const float* shift;   // [D], with RowsStep::gradient
   Matrices<S, DP> matrices;
   S* tile;
 
@@ -44,6 +51,8 @@ struct Start {
       : range(p, p.H), h(range.head % p.H), warp(threadIdx.x / 32) {
     const int64_t key_head = int64_t{range.b} * p.Hk + h / (p.H / p.Hk);
     row_base = int64_t{range.head} * p.L;
+    centre = p.centre == nullptr ? nullptr : p.centre + key_head * p.D;
+    shift = p.shift + key_head * 2 * DP;
     matrices.from = static_cast<const S*>(p.matrices) +
                     (key_head * p.units + range.unit) * 2 * int64_t{DP * DP};
     matrices.room = reinterpret_cast<S*>(shared);
@@ -52,7 +61,10 @@ struct Start {
   }
 };
 
-template <typename T, int DP>
+// Of a row's variance t.
+__device__ __forceinline__ float row_bias(float t) { return logf(3.f - 2.f / (1.f + t / 4)); }
+
+template <typename T, int DP, RowsStep kStep>
 __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, DP, false>::kMin)
     forward_kernel(const Order1Rows p) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -64,12 +76,14 @@ __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, D
   const bool tf32 = kSingleTf32<T> || p.tf32;
   const T* q = static_cast<const T*>(p.q) + range.b * p.q_strides.b + s.h * p.q_strides.h;
   T* out = static_cast<T*>(p.out) + range.b * p.out_strides.b + s.h * p.out_strides.h;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{range.b} * p.L;
 
   for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
     const int first = row0 + 16 * s.warp;  // the warps keep step: panels are loaded by all of them
     __syncwarp();
-    load_tile<T, DP>(s.tile, q + first * p.q_strides.l, p.q_strides.l, nullptr, p.D,
-                     [&](int r) { return first + r < range.end; });
+    load_tile<T, DP>(s.tile, q + first * p.q_strides.l, p.q_strides.l, s.centre, p.D, [&](int r) {
+      return first + r < range.end && (mask == nullptr || mask[first + r]);
+    });
     __syncwarp();
 
     float c[P::kTiles][4];
@@ -79,26 +93,38 @@ __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, D
       s.matrices.template multiply<false>(c, s.tile, 1, panel, tf32);
       add_dots<S, DP>(t, c, s.tile, panel * P::kPanel);
     }
-    float factor[2];
+    if constexpr (kStep == RowsStep::variance) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first + g + 8 * half;
-      const float share = row < range.end ? p.share[s.row_base + row] : 0.f;
-      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(t[half]));
-      factor[half] = share == 0.f ? 0.f : share * gamma * p.scale;
-    }
-    const auto row = [&](int half) -> T* {
-      const int i = first + g + 8 * half;
-      return i < range.end ? out + i * p.out_strides.l : nullptr;
-    };
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + g + 8 * half;
+        const float variance = p.scale * p.scale * quad_sum(t[half]);
+        if (threadIdx.x % 4 == 0 && row < range.end) {
+          p.variance[s.row_base + row] = variance;
+          p.row_bias[s.row_base + row] = row_bias(variance);
+        }
+      }
+    } else {
+      float factor[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first + g + 8 * half;
+        const float share = row < range.end ? p.share[s.row_base + row] : 0.f;
+        const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(t[half]));
+        factor[half] = share == 0.f ? 0.f : share * gamma * p.scale;
+      }
+      const auto row = [&](int half) -> T* {
+        const int i = first + g + 8 * half;
+        return i < range.end ? out + i * p.out_strides.l : nullptr;
+      };
 #pragma unroll 1
-    for (int panel = 0; panel < P::kPanels; ++panel) {
-      Emit<T, P::kTiles, true> emit;
-      emit.fetch(panel * P::kPanel, p.D, row);
-      s.matrices.template multiply<false>(c, s.tile, 0, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row, [&](int n, int i) {
-        return factor[i / 2] == 0.f ? 0.f : factor[i / 2] * c[n][i];
-      });
+      for (int panel = 0; panel < P::kPanels; ++panel) {
+        Emit<T, P::kTiles, true> emit;
+        emit.fetch(panel * P::kPanel, p.D, row);
+        s.matrices.template multiply<false>(c, s.tile, 0, panel, tf32);
+        emit.store(panel * P::kPanel, p.D, row, [&](int n, int i) {
+          return factor[i / 2] == 0.f ? 0.f : factor[i / 2] * c[n][i];
+        });
+      }
     }
   }
 }
@@ -169,7 +195,7 @@ __global__ void __launch_bounds__(Config<T, DP, false>::kWarps * 32, Config<T, D
   }
 }
 
-template <typename T, int DP>
+template <typename T, int DP, RowsStep kStep>
 __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP, true>::kMin)
     backward_kernel(const Order1Rows p) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -184,12 +210,13 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
                       s.h * p.grad_out_strides.h;
   T* grad_q = static_cast<T*>(p.grad_q) + range.b * p.grad_q_strides.b + s.h * p.grad_q_strides.h;
   const S *q_tile = s.tile, *grad_tile = s.tile + P::kTile;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{range.b} * p.L;
 
   for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
     const int first = row0 + 16 * s.warp;
     const auto valid = [&](int r) { return first + r < range.end; };
     __syncwarp();
-    load_tile<T, DP>(s.tile, q + first * p.q_strides.l, p.q_strides.l, nullptr, p.D, valid);
+    load_tile<T, DP>(s.tile, q + first * p.q_strides.l, p.q_strides.l, s.centre, p.D, valid);
     load_tile<T, DP>(s.tile + P::kTile, grad_out + first * p.grad_out_strides.l,
                      p.grad_out_strides.l, nullptr, p.D, valid);
     __syncwarp();
@@ -200,55 +227,77 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
       s.matrices.template multiply<false>(w, q_tile, 1, panel, tf32);
     };
     float u[2] = {}, t[2] = {};
+    if constexpr (kStep != RowsStep::gradient) {
 #pragma unroll 1
-    for (int panel = 0; panel < P::kPanels; ++panel) {
-      multiply(panel);
-      add_dots<S, DP>(u, x, q_tile, panel * P::kPanel);
-      add_dots<S, DP>(t, w, q_tile, panel * P::kPanel);
+      for (int panel = 0; panel < P::kPanels; ++panel) {
+        multiply(panel);
+        add_dots<S, DP>(u, x, q_tile, panel * P::kPanel);
+        add_dots<S, DP>(t, w, q_tile, panel * P::kPanel);
+      }
+    } else if constexpr (P::kResident) {
+      multiply(0);
     }
 
     float a[2], b[2];
+    bool query[2];  // that counts
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = first + g + 8 * half;
+      query[half] = i < range.end && (mask == nullptr || mask[i]);
+      if constexpr (kStep == RowsStep::gradient) {
+        a[half] = i < range.end ? p.weight_c[s.row_base + i] : 0.f;
+        b[half] = i < range.end ? p.weight_s[s.row_base + i] : 0.f;
+        continue;
+      }
       const float share = i < range.end ? p.share[s.row_base + i] : 0.f;
-      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(t[half]));
+      const float dot = quad_sum(t[half]);
+      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * dot);
       const float gu = gamma * p.scale * quad_sum(u[half]);
       const bool none = share == 0.f;
       a[half] = none ? 0.f : share * gamma * p.scale;
       b[half] = none ? 0.f : share * gamma * gu * (-p.scale * p.scale / 4);
       if (i < range.end && threadIdx.x % 4 == 0) {
-        p.weight_c[s.row_base + i] = a[half];
-        p.weight_s[s.row_base + i] = b[half];
+        if constexpr (kStep == RowsStep::delta) {
+          const float variance = none ? 0.f : p.scale * p.scale * dot;
+          p.variance[s.row_base + i] = variance;
+          p.row_bias[s.row_base + i] = row_bias(variance);
+          p.slope[s.row_base + i] = none ? 0.f : gu;
+        } else {
+          p.weight_c[s.row_base + i] = a[half];
+          p.weight_s[s.row_base + i] = b[half];
+        }
         p.coarse_delta[s.row_base + i] = p.delta[s.row_base + i] - (none ? 0.f : gu);
       }
     }
+    if constexpr (kStep == RowsStep::delta) continue;
     const auto row = [&](int half) -> T* {
       const int i = first + g + 8 * half;
       return i < range.end ? grad_q + i * p.grad_q_strides.l : nullptr;
     };
+    constexpr bool kAdd = kStep == RowsStep::gradient;
 #pragma unroll 1
     for (int panel = 0; panel < P::kPanels; ++panel) {
       if constexpr (!P::kResident) multiply(panel);
-      Emit<T, P::kTiles, false> emit;
-      const auto value = [&](int n, int i) {
-        const int half = i / 2;
-        return a[half] == 0.f && b[half] == 0.f ? 0.f : a[half] * x[n][i] + 2 * b[half] * w[n][i];
-      };
-      emit.store(panel * P::kPanel, p.D, row, value, p.add);
+      Emit<T, P::kTiles, kAdd, false> emit;
+      emit.store(panel * P::kPanel, p.D, row, [&](int n, int i) {
+        const int half = i / 2, d = panel * P::kPanel + 8 * n + 2 * (threadIdx.x % 4) + i % 2;
+        const float every = kAdd && query[half] ? __ldg(s.shift + d) : 0.f;
+        return a[half] == 0.f && b[half] == 0.f ? every
+                                                : a[half] * x[n][i] + 2 * b[half] * w[n][i] + every;
+      }, kAdd || p.add);
     }
   }
 }
 
 }  // namespace
 
-int order1_rows_warps(Dtype dtype, int dim, bool backward, const Device& device) {
+int order1_rows_warps(Dtype dtype, int dim, RowsStep step, const Device& device) {
   int warps = 1;
   dispatch_order1(dtype, dim, [&](auto t, auto dp) {
     using T = typename decltype(t)::type;
     using P = Product<Operand<T>, dp()>;
-    warps = backward ? P::warps(Config<T, dp(), true>::kWarps, 2, device.max_smem)
-                     : P::warps(Config<T, dp(), false>::kWarps, 1, device.max_smem);
+    warps = is_backward(step) ? P::warps(Config<T, dp(), true>::kWarps, 2, device.max_smem)
+                              : P::warps(Config<T, dp(), false>::kWarps, 1, device.max_smem);
     return cudaSuccess;
   });
   return warps;
@@ -276,8 +325,21 @@ cudaError_t order1_rows(const Order1Rows& p, cudaStream_t stream) {
       }
       return cudaErrorNotSupported;
     }
-    const size_t bytes = Product<Operand<T>, dp()>::bytes(p.warps, p.backward ? 2 : 1);
-    const auto kernel = p.backward ? backward_kernel<T, dp()> : forward_kernel<T, dp()>;
+    const size_t bytes = Product<Operand<T>, dp()>::bytes(p.warps, is_backward(p.step) ? 2 : 1);
+    const auto kernel = [&] {
+      switch (p.step) {
+        case RowsStep::term:
+          return forward_kernel<T, dp(), RowsStep::term>;
+        case RowsStep::variance:
+          return forward_kernel<T, dp(), RowsStep::variance>;
+        case RowsStep::delta:
+          return backward_kernel<T, dp(), RowsStep::delta>;
+        case RowsStep::gradient:
+          return backward_kernel<T, dp(), RowsStep::gradient>;
+        default:
+          return backward_kernel<T, dp(), RowsStep::backward>;
+      }
+    }();
     return launch_products(kernel, p, p.H, bytes, stream);
   });
 }

@@ -144,12 +144,12 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
   }
 }
 
-// Rows of T that a warp writes from its sums, or adds them to: 16 bytes a lane. kAdd: always adds,
-// to what is fetched ahead.
-template <typename T, int kTiles, bool kAdd>
+// Rows of T that a warp writes from its sums, or adds them to: 16 bytes a lane. kAdd: always adds.
+// kFetch: what they are added to is fetched ahead, if that takes few enough registers.
+template <typename T, int kTiles, bool kAdd, bool kFetch = kAdd>
 struct Emit {
   static constexpr bool kHalf = sizeof(T) == 2;
-  static constexpr bool kAhead = kAdd && kHalf && kTiles <= 8;  // few enough registers
+  static constexpr bool kAhead = kFetch && kHalf && kTiles <= 8;
   uint4 old[kAhead ? kTiles / 4 : 1][2];
 
   // Ahead of the sums, so that what is added to is on its way. row(half): row g or g + 8, or null.

@@ -17,7 +17,10 @@ namespace {
 // Means of up to three tensors, and counts of those that ask for them, in one launch.
 class Pools {
  public:
-  explicit Pools(const Tensor& like) : launch_(like) {
+  // `weights`: of all rows of all tensors, or undefined.
+  explicit Pools(const Tensor& like, const Tensor& weights = {})
+      : launch_(like), weights_(data_of<float>(weights)) {
+    p_.weighted = weights.defined();
     p_.B = static_cast<int>(like.size(0));
     p_.D = static_cast<int>(like.size(3));
     p_.dtype = dtype_of(like);
@@ -43,6 +46,7 @@ class Pools {
     t.mean = mean.mutable_data_ptr<float>();
     t.rounded = rounded != nullptr ? rounded->mutable_data_ptr() : nullptr;
     t.count = count != nullptr ? count->mutable_data_ptr<int32_t>() : nullptr;
+    t.weights = weights_;
     t.H = static_cast<int>(H);
     t.n = static_cast<int>(n);
     t.L = L;
@@ -56,6 +60,7 @@ class Pools {
 
  private:
   const Launch launch_;
+  const float* weights_;
   PoolParams p_{};
 };
 
@@ -75,7 +80,7 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
   PooledInputs pooled;
   Pools pools(in.query);
   const bool coarse = o.coarse != Coarse::none;
-  const bool even = o.pool == Pool::even;  // else coarse means are made by centre
+  const bool even = o.pool == Pool::even;  // else coarse means, and counts, are made by centre
   const auto add_queries = [&] {
     if (!query) return;
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
@@ -89,7 +94,7 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
   if (!pooled.moments.defined()) {
     add_queries();
     const bool rounded = rounds_pooled(in.key, o) && even && o.levels.empty();
-    if (key || coarse) {
+    if (key || (coarse && even)) {
       pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
                 rounded ? &pooled.key_rounded : nullptr);
     }
@@ -121,6 +126,16 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
     pooled.value = pool_levels({pooled.value, Tensor()}, pooled.key_count, o, false).mean;
   }
   return pooled;
+}
+
+void pool_weighted(PooledInputs& pooled, const Inputs& in, const Options& o) {
+  Pools pools(in.key, pooled.weights);
+  const bool rounded = rounds_pooled(in.key, o);
+  pools.add(in.key, in.key_mask, o.block_k, pooled.key, nullptr,
+            rounded ? &pooled.key_rounded : nullptr);
+  pools.add(in.value, in.key_mask, o.block_k, pooled.value, nullptr,
+            rounded ? &pooled.value_rounded : nullptr);
+  pools.run();
 }
 
 }  // namespace mra::cuda

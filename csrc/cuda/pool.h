@@ -13,6 +13,9 @@ struct PoolTensor {
   float* mean;       // [B, H, n, D]
   void* rounded;     // [B, H, n, D] T: the same in the type of x, or null
   int32_t* count;    // [B, n], or null
+  // Weighted: the weight of each row within its block, [B, H, n << log2_block], 0 where masked. The
+  // mean is then the sum with these weights.
+  const float* weights;
   int H, n;          // B * H * n < 2^31
   int64_t L;
   int log2_block;
@@ -21,6 +24,7 @@ struct PoolTensor {
 struct PoolParams {
   PoolTensor tensor[3];
   int tensors;
+  bool weighted;  // all of them, or none
   int B, D;
   Dtype dtype;
   bool beside;  // it may run beside the kernel launched before

@@ -15,7 +15,7 @@ struct PoolGrid : PoolParams {
   int ctas[3];
 };
 
-template <typename T, int kLanes>
+template <typename T, int kLanes, bool kWeighted>
 __global__ void __launch_bounds__(kWarps * 32, kCtas)
     pool_kernel(const __grid_constant__ PoolGrid p) {
   constexpr int kRows = 32 / kLanes;  // read at once
@@ -46,6 +46,8 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
   const int count_at = h == 0 && lane == 0 && t.count != nullptr ? b * t.n + y0 : -1;
   const T* const x =
       static_cast<const T*>(t.x) + b * t.stride.b + h * t.stride.h + first * t.stride.l;
+  const float* const weights =
+      kWeighted ? t.weights + ((int64_t{head} * t.n + y0) << t.log2_block) : nullptr;
   const int chunks = p.D / kVec<T>;
   for (int c = 0; c < chunks; c += kLanes) {
     const int chunk = c + lane % kLanes;
@@ -61,8 +63,10 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
 #pragma unroll
       for (int e = 0; e < kVec<T>; ++e) sum[e] += before[e];
       scatter_sums<kLanes>(sum);
+      if constexpr (!kWeighted) {
 #pragma unroll
-      for (int e = 0; e < kKept; ++e) sum[e] /= static_cast<float>(max(count, 1));
+        for (int e = 0; e < kKept; ++e) sum[e] /= static_cast<float>(max(count, 1));
+      }
       if (y < blocks) {
         if (column >= 0) {
           const int64_t at = mean_at + y * p.D + column;
@@ -81,7 +85,11 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas)
       const bool halves = kRows < 32 && t.log2_block == 4;
       count += __popc(halves ? live & 0xffff : live);
       add_rows<T, kLanes>(
-          next, kRows * t.stride.l, chunk < chunks ? live : 0, [](int) { return 1.f; },
+          next, kRows * t.stride.l, chunk < chunks ? live : 0,
+          [&](int r) {
+            if constexpr (kWeighted) return 32 * g + r < rows ? weights[32 * g + r] : 0.f;
+            return 1.f;
+          },
           [&] {
             if (!halves) return;
             finish(2 * g);
@@ -122,8 +130,8 @@ struct LaunchPool {
       p.ctas[i] = static_cast<int>((int64_t{p.B} * t.H * p.windows[i] + kWarps - 1) / kWarps);
       ctas += p.ctas[i];
     }
-    return launch_grid(pool_kernel<T, kLanes>, ctas, kWarps * 32, 0, stream,
-                       Beside{p.beside}, p);
+    const auto kernel = p.weighted ? pool_kernel<T, kLanes, true> : pool_kernel<T, kLanes, false>;
+    return launch_grid(kernel, ctas, kWarps * 32, 0, stream, Beside{p.beside}, p);
   }
 };
 

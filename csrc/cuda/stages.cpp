@@ -20,12 +20,10 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o);
 std::optional<HeadResult> forward_head(const Inputs& in, const Options& o);
-Centred centre(const Inputs& in, const Tensor& key_count, const Options& o);
+Centred centre(const Inputs& in, const PooledInputs& plain, bool backward, const Options& o);
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o);
 Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, const Centred& c, const Options& o);
-void centred_grads(const Grads& grads, const Tensor& grad_out, const Tensor& share,
-                   const Tensor& coarse_sum, const Inputs& in, const Centred& c, const Options& o);
+                     const Inputs& in, Centred& c, const Options& o);
 }  // namespace cuda
 
 const Stages& cuda_stages() {
@@ -45,8 +43,7 @@ const Stages& cuda_stages() {
                              cuda::forward_head,
                              cuda::centre,
                              cuda::centred_term,
-                             cuda::centred_delta,
-                             cuda::centred_grads};
+                             cuda::centred_delta};
   return stages;
 }
 

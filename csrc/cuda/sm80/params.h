@@ -61,6 +61,9 @@ struct ForwardParams : Problem {
   float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
   // [B, Hk, 2, DP, DP] bfloat16 or null: C and Sigma; the order-1 term is then added to `out`
   const void* moments;
+  // With moments of weighted means, else null: t_i, and the centre times C that is taken off q C.
+  const float* variance;     // [B, H, rows]
+  const float* centre_term;  // [B, Hk, DP]
 };
 
 struct BackwardParams : Problem {

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       barrier_arrive(&ring.k_empty[stage]);
       const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles)
-        softmax.end_pooled(row_bias(p, at, warp_row), at.rows - warp_row);
+        softmax.end_pooled(of_rows(p.row_bias, p, at, warp_row), at.rows - warp_row);
       return grown;
     };
     // The place of the tile before is given back once its output has left.
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p.scale,
+        add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p, at,
                       [&](auto& x, const auto& first, const auto&) {
                         pin(x);
                         wgmma_fence();

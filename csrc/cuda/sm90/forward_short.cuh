@@ -66,7 +66,9 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       }
       barrier_arrive(&ring.k_empty[stage]);
       softmax.update(c, scale);
-      if (tile + 1 == at.pooled_tiles) softmax.end_pooled(row_bias(p, at, row), at.rows - row);
+      if (tile + 1 == at.pooled_tiles) {
+        softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
+      }
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     softmax.finish(p, at.b, at.h, at.first_row + row, at.rows - row, share);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p.scale,
+        add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p, at,
                       [&](auto& x, const auto& first, const auto& second) {
                         multiply_matrix<T>(x, q, first, second, lane);
                       });

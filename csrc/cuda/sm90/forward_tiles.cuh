@@ -33,11 +33,11 @@ struct ForwardWork {
   float state_lse;
 };
 
-// Of rows from `row` on of a tile, or null.
-__device__ __forceinline__ const float* row_bias(const ForwardParams& p, const ForwardWork& at,
-                                                 int row) {
-  if (p.row_bias == nullptr) return nullptr;
-  return p.row_bias + (static_cast<int64_t>(at.b) * p.H + at.h) * p.rows + at.first_row + row;
+// What `values`, [B, H, rows] or null, holds for rows from `row` on of a tile.
+__device__ __forceinline__ const float* of_rows(const float* values, const ForwardParams& p,
+                                                const ForwardWork& at, int row) {
+  if (values == nullptr) return nullptr;
+  return values + (static_cast<int64_t>(at.b) * p.H + at.h) * p.rows + at.first_row + row;
 }
 
 // kWarps attend 16 rows each; kStages tiles of keys.
@@ -105,9 +105,11 @@ struct ForwardTiles {
 template <typename T, int kPanels, int kRows, class Ring, class Multiply>
 __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const float (&share)[2],
                                            const uint16_t (&q)[kPanels][kRows][64], int row,
-                                           Ring& ring, int place, float scale,
-                                           const Multiply& multiply) {
+                                           Ring& ring, int place, const ForwardParams& p,
+                                           const ForwardWork& at_rows, const Multiply& multiply) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const float scale = p.scale;
+  const float* const variance = of_rows(p.variance, p, at_rows, row);
   float x[8 * kPanels][4];
   // Matrix `which` in the order of the ring.
   const auto with_matrix = [&](int which) {
@@ -131,10 +133,23 @@ __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const f
       const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
       dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
     }
-    const float gamma = 1.f / (1.f + scale * scale / 4 * quad_sum(dot));
+    float part = scale * scale / 4 * quad_sum(dot);
+    if (variance != nullptr) {
+      part = row + g + 8 * half < at_rows.rows ? variance[g + 8 * half] / 4 : 0.f;
+    }
+    const float gamma = 1.f / (1.f + part);
     factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma * scale;
   }
   with_matrix(1);
+  if (p.centre_term != nullptr) {
+    const int64_t key_head = static_cast<int64_t>(at_rows.b) * p.Hk + at_rows.h / (p.H / p.Hk);
+    const float* const less = p.centre_term + key_head * (64 * kPanels) + 2 * t;
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+      const float2 u = __ldg(reinterpret_cast<const float2*>(less + 8 * n));
+      x[n][0] -= u.x, x[n][1] -= u.y, x[n][2] -= u.x, x[n][3] -= u.y;
+    }
+  }
 #pragma unroll
   for (int n = 0; n < 8 * kPanels; ++n) {
 #pragma unroll

@@ -16,21 +16,32 @@ struct BlockMeans {
   int Hk, nk, D;
 };
 
-template <int DP, int kPlaces>
+// kWeighted: block means are weighted, and the keys' weights come along.
+template <int DP, int kPlaces, bool kWeighted>
 struct KeyTiles {
   static constexpr int kStages = kPlaces, kPanels = DP / 64;
   static constexpr int kUnits = 4 * kPanels;  // a warp's share of columns: 32
   uint16_t x[kStages][2][kPanels][64][64];    // keys, values
   uint32_t valid[kStages][2];                 // one bit a key
   uint64_t full[kStages], empty[kStages];
+  float weight[kWeighted ? kStages : 1][64];  // within the block of the key
 
   // By one thread; `warps` give a place back.
   __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
-  // By one warp: `tiles` tiles from key `first` on. mask: [B, M] or null.
+  // By one warp: `tiles` tiles from key `first` on. mask: [B, M] or null; weights: of the M keys.
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
-                        int M, int b, int h, int first, int tiles) {
+                        const float* weights, int M, int b, int h, int first, int tiles) {
     const int lane = threadIdx.x % 32;
+    float next[2];  // weights of the next tile, on their way
+    const auto look_up = [&](int key) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = key + 32 * half + lane;
+        next[half] = j < M ? weights[j] : 0.f;
+      }
+    };
+    if constexpr (kWeighted) look_up(first);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % kStages, key = first + 64 * tile;
@@ -42,6 +53,11 @@ struct KeyTiles {
         bits[half] = __ballot_sync(0xffffffffu, there);
       }
       if (tile >= kStages) barrier_wait(&empty[stage], tile / kStages - 1 & 1);
+      if constexpr (kWeighted) {
+        weight[stage][lane] = next[0];
+        weight[stage][lane + 32] = next[1];
+        look_up(key + 64);
+      }
       if (lane == 0) {
         valid[stage][0] = bits[0];
         valid[stage][1] = bits[1];
@@ -82,8 +98,10 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
 
 // Columns `unit` (32 of keys or values) of the tile at `stage`, tile `tile` of head h, whose rows
 // lie in kBlocks blocks of keys, by one warp: means to memory, centred rows to where they were,
-// zeros for rows that don't count. Returns the number that do.
-template <int kBlocks, class Tiles>
+// zeros for rows that don't count. Returns the number that do. Weighted means with kMeans other
+// than even; rooted: rows then also get the root of their weight times the count of their block.
+enum class Means { even, weighted, rooted };
+template <int kBlocks, Means kMeans, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
   constexpr int kPanels = Tiles::kPanels;
@@ -112,14 +130,21 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
     for (int i = 0; i < kRows; ++i) {
       unpack16<__nv_bfloat16>(bits[block * kRows + i], x);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += x[e];
+      for (int e = 0; e < 8; ++e) {
+        if constexpr (kMeans == Means::even) {
+          sum[e] += x[e];
+        } else {
+          sum[e] = fmaf(s.weight[stage][row + 8 * (block * kRows + i)], x[e], sum[e]);
+        }
+      }
     }
     const uint32_t mask = kBlocks == 1   ? 0xffffffffu
                           : kBlocks == 2 ? 0xffffffffu
                                          : 0xffffu << block % 2 * 16;
     const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
                                    : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
-    const float mean = reduce_scatter(sum) / static_cast<float>(max(count, 1));
+    float mean = reduce_scatter(sum);
+    if constexpr (kMeans == Means::even) mean /= static_cast<float>(max(count, 1));
     all_gather(sum, mean);
     const int y = tile * kBlocks + block;
     if (y < p.nk) {
@@ -138,6 +163,11 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
       unpack16<__nv_bfloat16>(bits[i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
+      if constexpr (kMeans == Means::rooted) {
+        const float root = sqrtf(s.weight[stage][row + 8 * i] * static_cast<float>(count));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] *= root;
+      }
       using M = Mma<__nv_bfloat16>;
       *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
                              M::pack(x[6], x[7]));

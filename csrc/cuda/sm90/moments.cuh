@@ -2,9 +2,10 @@
 //
 //   kappa_j^T nu_j  and  kappa_j^T kappa_j,   kappa_j = k_j - mean of its block, nu_j = v_j - mean,
 //
-// from one reading of both. A block of threads walks a chunk of tiles of 64 keys: one warp fetches
-// them ahead, the others take the means, centre the tile where it lies, and multiply it while they
-// centre the next. Warpgroup w makes rows 64 w to 64 w + 63 of both matrices.
+// or the same with weighted means and sums, from one reading of both. A block of threads walks a
+// chunk of tiles of 64 keys: one warp fetches them ahead, the others take the means, centre the
+// tile where it lies, and multiply it while they centre the next. Warpgroup w makes 64 rows of both
+// matrices, from row 64 w on.
 #pragma once
 
 #include <climits>
@@ -26,11 +27,12 @@ struct MomentsTraits {
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
-template <int DP, int kBlocks>
+template <int DP, int kBlocks, bool kWeighted>
 __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>::kBlocks)
     moments_kernel(const __grid_constant__ MomentsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = KeyTiles<DP, MomentsTraits<DP>::kStages>;
+  using Shared = KeyTiles<DP, MomentsTraits<DP>::kStages, kWeighted>;
+  constexpr Means kMeans = kWeighted ? Means::rooted : Means::even;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -46,7 +48,9 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   if (warp_index() >= 4 * kPanels) {
     if constexpr (DP > 64) give_registers<24>();
     if (warp_index() > 4 * kPanels) return;
-    s.fetch(p.k_map, p.v_map, p.mask, p.M, b, h, 64 * first, tiles);
+    const float* weights =
+        kWeighted ? p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k) : nullptr;
+    s.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles);
     return;
   }
 
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   const auto prepare = [&](int tile) {
     const int stage = tile % kStages;
     barrier_wait(&s.full[stage], tile / kStages & 1);
-    keys += centre<kBlocks>(means, s, stage, threadIdx.x / 32, b, h, first + tile);
+    keys += centre<kBlocks, kMeans>(means, s, stage, threadIdx.x / 32, b, h, first + tile);
     fence_for_copies();  // products read shared memory as copies do
     asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory");
   };
@@ -108,19 +112,25 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
 #endif
 }
 
-template <int DP>
-cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
+template <int DP, bool kWeighted>
+cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaStream_t stream) {
   MomentsMaps p{params};
   const bool maps = tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
                     tensor_map(&p.v_map, Dtype::bf16, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
-  constexpr int kBytes = sizeof(KeyTiles<DP, MomentsTraits<DP>::kStages>) + 1024;
+  constexpr int kBytes = sizeof(KeyTiles<DP, MomentsTraits<DP>::kStages, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1>
-                      : p.log2_block_k == 5 ? moments_kernel<DP, 2>
-                                            : moments_kernel<DP, 4>;
+  const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted>
+                      : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted>
+                                            : moments_kernel<DP, 4, kWeighted>;
   return launch_grid(kernel, blocks, MomentsTraits<DP>::kThreads, kBytes, stream, p);
+}
+
+template <int DP>
+cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
+  return params.weights != nullptr ? launch_moments_of<DP, true>(params, device, stream)
+                                   : launch_moments_of<DP, false>(params, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -16,6 +16,9 @@ struct Moments {
   float *k_mean, *v_mean;       // [B, Hk, nk, D], or null: not written
   void *k_rounded, *v_rounded;  // [B, Hk, nk, D] bfloat16: the same rounded, or null
   int* key_count;               // [B, nk], or null
+  // [B, Hk, nk << log2_block_k], or null: of each key within its block. The means are weighted with
+  // them, and the sums with them and the count of the block.
+  const float* weights;
   int chunks;                   // parts of a head that are summed apart: see tile_chunks
   float* sums;                  // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
   void* matrices;               // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys

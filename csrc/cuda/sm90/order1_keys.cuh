@@ -1,7 +1,8 @@
 // Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
 // with kappa and nu the key and value less the means of their block (made again here), zeros for a
-// key that doesn't count. dC and dSigma stay in shared memory; a block of threads walks a chunk of
-// a head's tiles of 64 keys, its warpgroups in turns.
+// key that doesn't count. With weighted means these are times the weight and the block's count, and
+// the weight times the gradients of the pooled key and value is added. dC and dSigma stay in shared
+// memory; a block of threads walks a chunk of a head's tiles of 64 keys, its warpgroups in turns.
 #pragma once
 
 #include <climits>
@@ -23,19 +24,27 @@ struct Order1KeysTraits {
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
-template <int DP>
+template <int DP, bool kWeighted>
 struct Order1KeysShared {
   uint16_t matrices[2][DP / 64][DP][64];  // dC, dSigma
-  KeyTiles<DP, Order1KeysTraits<DP>::kStages> keys;
+  KeyTiles<DP, Order1KeysTraits<DP>::kStages, kWeighted> keys;
   uint64_t matrices_full;
 };
 
-template <int DP, int kBlocks>
+// Keys that count of the block that key r of a tile is in.
+template <int kBlocks>
+__device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
+  if constexpr (kBlocks == 1) return __popc(valid[0]) + __popc(valid[1]);
+  if constexpr (kBlocks == 2) return __popc(valid[r / 32]);
+  return __popc(valid[r / 32] & 0xffffu << r % 32 / 16 * 16);
+}
+
+template <int DP, int kBlocks, bool kWeighted>
 __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTraits<DP>::kBlocks)
     order1_keys_kernel(const __grid_constant__ Order1KeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Shared = Order1KeysShared<DP>;
+  using Shared = Order1KeysShared<DP, kWeighted>;
   constexpr int kStages = Order1KeysTraits<DP>::kStages, kPanels = DP / 64, kGroups = kPanels;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -57,7 +66,9 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
       copy_matrices<DP>(s.matrices, p.matrices_map, &s.matrices_full, h, b);
     }
     __syncwarp();
-    keys.fetch(p.k_map, p.v_map, p.mask, p.M, b, h, 64 * first, tiles);
+    const float* weights =
+        kWeighted ? p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k) : nullptr;
+    keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles);
     return;
   }
   if constexpr (DP > 64) take_registers<232>();
@@ -75,7 +86,8 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     barrier_wait(&keys.full[stage], tile / kStages & 1);
 #pragma unroll 1
     for (int unit = warp; unit < keys.kUnits; unit += 4) {
-      centre<kBlocks>(nowhere, keys, stage, unit, b, h, first + tile);
+      centre<kBlocks, kWeighted ? Means::weighted : Means::even>(nowhere, keys, stage, unit, b, h,
+                                                                 first + tile);
     }
     fence_for_copies();  // products read shared memory as copies do
     group_sync();
@@ -94,19 +106,35 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     pin(dk);
     pin(dv);
     group_sync();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = row + 8 * half;
-      const bool live = keys.valid[stage][r / 32] >> r % 32 & 1;
-#pragma unroll
-      for (int n = 0; n < 8 * kPanels; ++n) {
-        const int at = (n % 8 ^ g) * 8 + 2 * t;
-        *reinterpret_cast<uint32_t*>(&x[0][n / 8][r][at]) =
-            live ? Mma<T>::pack(dk[n][2 * half], dk[n][2 * half + 1]) : 0;
-        *reinterpret_cast<uint32_t*>(&x[1][n / 8][r][at]) =
-            live ? Mma<T>::pack(dv[n][2 * half], dv[n][2 * half + 1]) : 0;
-      }
+    // Both rows of a thread lie in one block; `share`: gradients of its pooled key, then value.
+    const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
+    const int y = min((64 * (first + tile) + 16 * warp) >> p.log2_block_k, p.nk - 1);
+    const float* share = nullptr;
+    if constexpr (kWeighted) {
+      share = p.shares + (static_cast<int64_t>(head) * p.nk + y) * p.D + 2 * t;
     }
+    const auto place = [&](uint16_t(&to)[kPanels][64][64], const float(&grad)[8 * kPanels][4]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 8 * half;
+        const bool live = keys.valid[stage][r / 32] >> r % 32 & 1;
+        const float weight = kWeighted ? keys.weight[stage][r] : 1.f;
+        const float factor = kWeighted ? weight * static_cast<float>(count) : 1.f;
+#pragma unroll
+        for (int n = 0; n < 8 * kPanels; ++n) {
+          float2 sum = make_float2(grad[n][2 * half], grad[n][2 * half + 1]);
+          if constexpr (kWeighted) {
+            const float2 u = 8 * n + 2 * t < p.D ? load_pair(share + 8 * n) : float2{};
+            sum = make_float2(fmaf(factor, sum.x, weight * u.x), fmaf(factor, sum.y, weight * u.y));
+          }
+          *reinterpret_cast<uint32_t*>(&to[n / 8][r][(n % 8 ^ g) * 8 + 2 * t]) =
+              live ? Mma<T>::pack(sum.x, sum.y) : 0;
+        }
+      }
+    };
+    place(x[0], dk);
+    if constexpr (kWeighted) share += static_cast<int64_t>(p.B) * p.Hk * p.nk * p.D;
+    place(x[1], dv);
     fence_for_copies();
     group_sync();
     if (leader) {
@@ -121,9 +149,9 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
 #endif
 }
 
-template <int DP>
-cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
-                               cudaStream_t stream) {
+template <int DP, bool kWeighted>
+cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device,
+                                  cudaStream_t stream) {
   Order1KeysMaps p{params};
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides) {
     return tensor_map(to, Dtype::bf16, data, strides, p.B, p.Hk, p.M, p.D, 64);
@@ -132,14 +160,21 @@ cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
                     map(&p.grad_k_map, p.grad_k, p.grad_k_strides) &&
                     map(&p.grad_v_map, p.grad_v, p.grad_v_strides) &&
                     matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, DP);
-  constexpr int kBytes = sizeof(Order1KeysShared<DP>) + 1024;
+  constexpr int kBytes = sizeof(Order1KeysShared<DP, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1>
-                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2>
-                                            : order1_keys_kernel<DP, 4>;
+  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1, kWeighted>
+                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2, kWeighted>
+                                            : order1_keys_kernel<DP, 4, kWeighted>;
   return launch_grid(kernel, blocks, Order1KeysTraits<DP>::kThreads, kBytes, stream, p);
+}
+
+template <int DP>
+cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
+                               cudaStream_t stream) {
+  return params.weights != nullptr ? launch_order1_keys_of<DP, true>(params, device, stream)
+                                   : launch_order1_keys_of<DP, false>(params, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -10,7 +10,10 @@ struct Order1Keys {
   Strides k_strides, v_strides;
   const uint8_t* mask;       // [B, M] or null
   const void* moment_grads;  // [B, Hk, 2, DP, DP] bfloat16: dC and dSigma
-  int B, Hk, M, D, log2_block_k, chunks;
+  int B, Hk, M, D, nk, log2_block_k, chunks;
+  // Weighted means (else null): the weight of each key within its block, [B, Hk, nk <<
+  // log2_block_k], and the gradients of the pooled keys and values, [2, B, Hk, nk, D].
+  const float *weights, *shares;
   void *grad_k, *grad_v;  // [B, Hk, M, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
 };

@@ -6,6 +6,9 @@
 //
 // in one reading. C and Sigma stay in shared memory; a block of threads walks a chunk of a head's
 // tiles. Warpgroup w makes columns 64 w to 64 w + 63 of dq and those rows of both sums.
+//
+// With weighted means a and b are given, q is q - centre but in dO C^T, and what the centre's own
+// gradient gives to every query that counts is added to its dq.
 #pragma once
 
 #include <climits>
@@ -29,20 +32,20 @@ struct Order1RowsTraits {
   static constexpr int kThreads = DP == 64 ? 256 : 384;
 };
 
-template <int DP>
+template <int DP, bool kCentred>
 struct Order1RowsShared {
   static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
   uint16_t moments[2][kPanels][DP][64];  // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   uint16_t weighted[2][2][kPanels][64][64];  // of even and odd tiles: a dO, b q
-  float dots[kPanels][2][64];
+  // u and v of each panel's columns and row; or centre, what every query gets, centre Sigma
+  float vectors[kCentred ? 3 : 2][DP];
   uint64_t moments_full, full[kStages], empty[kStages];
 };
 
-template <int DP>
-__device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP>& s, int b, int h,
-                           int first, int tiles) {
-  constexpr int kStages = Order1RowsShared<DP>::kStages, kPanels = DP / 64;
+template <int DP, class Shared>
+__device__ void fetch_rows(const Order1RowsMaps& p, Shared& s, int b, int h, int first, int tiles) {
+  constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   const bool first_lane = threadIdx.x % 32 == 0;
   barrier_expect(&s.moments_full, 2 * DP * DP * 2);
   if (first_lane) copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
@@ -59,12 +62,12 @@ __device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP>& s, int
   }
 }
 
-template <int DP>
+template <int DP, bool kCentred>
 __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTraits<DP>::kBlocks)
     order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Shared = Order1RowsShared<DP>;
+  using Shared = Order1RowsShared<DP, kCentred>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -73,9 +76,17 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     barrier_init_ring(s.full, s.empty, 4 * kPanels);
     barrier_init_done();
   }
-  __syncthreads();
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
   const int b = head / p.H, h = head - b * p.H, first = chunk * p.tiles * 64;
+  if constexpr (kCentred) {
+    const int64_t key_head = static_cast<int64_t>(b) * p.Hk + h / (p.H / p.Hk);
+    for (int d = threadIdx.x; d < DP; d += blockDim.x) {
+      s.vectors[0][d] = d < p.D ? p.centre[key_head * p.D + d] : 0.f;
+      s.vectors[1][d] = p.shift[key_head * 2 * DP + d];
+      s.vectors[2][d] = p.shift[(key_head * 2 + 1) * DP + d];
+    }
+  }
+  __syncthreads();
   const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
   if (warp_index() >= 4 * kPanels) {
     give_registers<24>();
@@ -87,7 +98,12 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   const auto group_sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory"); };
-  const float* share_of = p.share + static_cast<int64_t>(head) * p.N + first;
+  const int64_t first_row = static_cast<int64_t>(head) * p.N + first;
+  // A row's share; or a and b, and whether the query counts.
+  const float* const share_of = (kCentred ? p.a : p.share) + first_row;
+  const float* const b_of = kCentred ? p.b + first_row : nullptr;
+  const uint8_t* const counts =
+      kCentred && p.mask != nullptr ? p.mask + static_cast<int64_t>(b) * p.N + first : nullptr;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
 
   const auto add_sums = [&](int tile) {
@@ -101,10 +117,17 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const auto walk = [&](int tile, auto first_tile) {
     const int stage = tile % kStages;
     float share[2];
+    [[maybe_unused]] float b_row[2];
+    [[maybe_unused]] bool query[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = 64 * tile + row + 8 * half;
-      share[half] = first + i < p.N ? share_of[i] : 0.f;
+      const bool there = first + i < p.N;
+      share[half] = there ? share_of[i] : 0.f;
+      if constexpr (kCentred) {
+        b_row[half] = there ? b_of[i] : 0.f;
+        query[half] = there && (counts == nullptr || counts[i]);
+      }
     }
     barrier_wait(&s.full[stage], tile / kStages & 1);
     float x[8][4], w[8][4];
@@ -138,7 +161,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     };
     float u[2] = {}, v[2] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < (kCentred ? 0 : 2); ++half) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float2 q = unpack2(*place(s.q[stage], n, half), T{});
@@ -148,17 +171,43 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       u[half] = quad_sum(u[half]);
       v[half] = quad_sum(v[half]);
       if (kPanels > 1 && t == 0) {
-        s.dots[panel][0][row + 8 * half] = u[half];
-        s.dots[panel][1][row + 8 * half] = v[half];
+        s.vectors[0][64 * panel + row + 8 * half] = u[half];
+        s.vectors[1][64 * panel + row + 8 * half] = v[half];
       }
     }
     group_sync();  // no product reads this tile, or the weighted one before, any more
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = row + 8 * half;
+      if constexpr (kCentred) {
+        const bool any = share[half] != 0.f || b_row[half] != 0.f;
+        const float a = share[half], c = b_row[half];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          const int d = 64 * panel + 8 * n + 2 * t;
+          const float2 centre = load_pair(&s.vectors[0][d]), every = load_pair(&s.vectors[1][d]);
+          const float2 less = load_pair(&s.vectors[2][d]);
+          uint32_t* const q_at = place(s.q[stage], n, half);
+          uint32_t* const grad_at = place(s.grad_out[stage], n, half);
+          float2 q = unpack2(*q_at, T{});
+          const float2 grad = unpack2(*grad_at, T{});
+          q.x -= centre.x, q.y -= centre.y;
+          // A row without weight may hold anything.
+          *place(s.weighted[tile % 2][0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
+          *place(s.weighted[tile % 2][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
+          *q_at = any ? Mma<T>::pack(q.x, q.y) : 0;
+          float2 dq = query[half] ? every : float2{};
+          if (any) {
+            dq.x += a * x[n][2 * half] + 2 * c * (w[n][2 * half] - less.x);
+            dq.y += a * x[n][2 * half + 1] + 2 * c * (w[n][2 * half + 1] - less.y);
+          }
+          *grad_at = Mma<T>::pack(dq.x, dq.y);
+        }
+        continue;
+      }
       if constexpr (kPanels > 1) {
-        u[half] = s.dots[0][0][r] + s.dots[1][0][r];
-        v[half] = s.dots[0][1][r] + s.dots[1][1][r];
+        u[half] = s.vectors[0][r] + s.vectors[0][64 + r];
+        v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
       }
       const bool any = share[half] != 0.f;
       const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * v[half]);
@@ -187,7 +236,8 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     group_sync();
     if (threadIdx.x == 0) {
       for (int i = 0; i < kPanels; ++i) {
-        give_panel(p.add, p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile, h, b);
+        give_panel(kCentred || p.add, p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile,
+                   h, b);
       }
       store_commit();
     }
@@ -229,12 +279,15 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
       matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP);
-  constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;
+  const bool centred = params.a != nullptr;
+  constexpr int kPlain = sizeof(Order1RowsShared<DP, false>) + 1024;
+  constexpr int kCentred = sizeof(Order1RowsShared<DP, true>) + 1024;
+  const int bytes = centred ? kCentred : kPlain;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
-  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  if (!maps || bytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = order1_rows_kernel<DP>;
-  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
+  const auto kernel = centred ? order1_rows_kernel<DP, true> : order1_rows_kernel<DP, false>;
+  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, bytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

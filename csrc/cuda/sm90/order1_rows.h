@@ -13,6 +13,12 @@ struct Order1Rows {
   int B, H, Hk, N, D, chunks;
   float scale;
 
+  // Weighted means (else null): a and b of each row, [B, H, N], in place of share, delta and
+  // coarse_delta; the centre, [B, Hk, D]; what CentreProductsParams calls shift, [B, Hk, 2, DP];
+  // and which queries count, [B, N] or null. grad_q is then added to.
+  const float *a, *b, *centre, *shift;
+  const uint8_t* mask;
+
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;

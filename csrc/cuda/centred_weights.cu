@@ -1,0 +1,382 @@
+// How the keys of a block weigh: softmax within the block of
+//
+//   l_j = s centre.k_j,  or  log of sum_i p_ij + r / 4 p_mean,j,  p_ij = softmax_j(s q_i.k_j)
+//
+// over r sampled queries and their mean. Both kernels multiply sixteen keys at a time, read
+// straight into registers, with the rows of the sample, which stay in shared memory. Logits in log2
+// units.
+#include "centred.h"
+#include "sm80/tile.cuh"
+
+namespace mra::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+template <typename T>
+inline constexpr int kCtas = sizeof(T) == 4 ? 1 : 2;  // blocks of threads a multiprocessor
+constexpr int kMeanTile = kSampledQueries / 8;  // tile of eight rows that holds the mean query
+constexpr float kLowest = -1e30f;               // below every logit, and finite
+
+// Sixteen keys as left operands. Lane t of four holds the 16 bytes t of each 64 of rows g and g +
+// 8: the inner index of the product is permuted, in both operands alike. They come in steps of
+// kMost such 64 bytes.
+template <typename T, int DP, int kMost>
+struct Keys {
+  static constexpr int kPanel = 4 * kVec<T>, kPanels = DP / kPanel;
+  static constexpr int kHold = kPanels < kMost ? kPanels : kMost, kSteps = kPanels / kHold;
+  struct Part {
+    uint4 x[kHold][2];
+  };
+
+  const T* base;
+  int64_t stride;
+  int M, D;
+  const uint8_t* mask;
+
+  __device__ __forceinline__ Keys(const WeightsParams& p, int b, int hk)
+      : base(static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h),
+        stride(p.k_strides.l),
+        M(p.M),
+        D(p.D),
+        mask(p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.M) {}
+
+  __device__ __forceinline__ bool valid(int j) const {
+    return j < M && (mask == nullptr || mask[j]);
+  }
+  // Step `step` of keys `first` to first + 15; zeros beyond the end.
+  __device__ __forceinline__ Part load(int first, int step) const {
+    Part part;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = first + g + 8 * half;
+      const T* row = base + j * stride;
+#pragma unroll
+      for (int h = 0; h < kHold; ++h) {
+        const int d = (step * kHold + h) * kPanel + t * kVec<T>;
+        part.x[h][half] = j < M && d < D ? load16(row + d) : uint4{};
+      }
+    }
+    return part;
+  }
+  // c[n] += their products with rows 8 n to 8 n + 7 of those in shared memory.
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const Part& part, int step,
+                                                  const T* rows, bool tf32) {
+    using Mm = Mma<T>;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const auto word = [](uint32_t x) {
+      if constexpr (sizeof(T) == 4) {
+        return __uint_as_float(x);
+      } else {
+        return x;
+      }
+    };
+#pragma unroll
+    for (int h = 0; h < kHold; ++h) {
+      const uint4 u = part.x[h][0], w = part.x[h][1];
+      const typename Mm::A first{{word(u.x), word(w.x), word(u.y), word(w.y)}};
+      const typename Mm::A second{{word(u.z), word(w.z), word(u.w), word(w.w)}};
+      const T* from = rows + g * kLd<T, DP> + (step * kHold + h) * kPanel + t * kVec<T>;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 r = *reinterpret_cast<const uint4*>(from + 8 * n * kLd<T, DP>);
+        const typename Mm::B right{{word(r.x), word(r.y), word(r.z), word(r.w)}};
+        Mm::mma(c[n], first, right, 0, tf32);
+        Mm::mma(c[n], second, right, 1, tf32);
+      }
+    }
+  }
+};
+
+// The rows of the sample from 8 kFirst on to shared memory.
+template <typename T, int DP, int kFirst>
+__device__ __forceinline__ void load_sample(const WeightsParams& p, T* rows) {
+  constexpr int kPieces = DP / kVec<T>, kRows = kSampleRows - 8 * kFirst;
+  const T* from = static_cast<const T*>(p.rows) +
+                  (int64_t{blockIdx.x / p.chunks} * kSampleRows + 8 * kFirst) * p.D;
+  for (int e = threadIdx.x; e < kRows * kPieces; e += blockDim.x) {
+    const int row = e / kPieces, d = e % kPieces * kVec<T>;
+    *reinterpret_cast<uint4*>(rows + row * kLd<T, DP> + d) =
+        d < p.D ? load16(from + row * p.D + d) : uint4{};
+  }
+}
+
+// Products -> logits: those of both parts of the mean query, the first two columns of its tile,
+// make the first one; the others of that tile are nothing. And nothing where the key does not
+// count.
+template <int kTiles>
+__device__ __forceinline__ void to_logits(float (&c)[kTiles][4], float scale,
+                                          const bool (&valid)[2]) {
+  float(&mean)[4] = c[kTiles - 1];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = valid[i / 2] ? c[n][i] * scale : -INFINITY;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mean[2 * half] = threadIdx.x % 4 == 0 ? mean[2 * half] + mean[2 * half + 1] : -INFINITY;
+    mean[2 * half + 1] = -INFINITY;
+  }
+}
+
+// Greatest logit and sum of exponentials of each row of the sample over a chunk of keys.
+template <typename T, int DP>
+__global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const WeightsParams p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ float2 found[kWarps][kSampleRows];
+  using K = Keys<T, DP, 1>;
+  constexpr int kTiles = kSampleRows / 8;
+  T* rows = reinterpret_cast<T*>(shared);
+  const int head = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const K keys(p, head / p.Hk, head % p.Hk);
+  const int begin = (chunk * p.chunk_blocks) << p.log2_block_k;
+  const int end = min(p.M, begin + (p.chunk_blocks << p.log2_block_k));
+  const float scale = p.scale * kLog2e;
+
+  int first = begin + 16 * warp;
+  typename K::Part next = keys.load(first < end ? first : p.M, 0);
+  load_sample<T, DP, 0>(p, rows);
+  __syncthreads();
+
+  float top[kTiles][2], sum[kTiles][2];
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    top[n][0] = top[n][1] = kLowest;
+    sum[n][0] = sum[n][1] = 0.f;
+  }
+#pragma unroll 1
+  for (; first < end; first += 16 * kWarps) {
+    const bool valid[2] = {keys.valid(first + g), keys.valid(first + g + 8)};
+    const int later = first + 16 * kWarps < end ? first + 16 * kWarps : p.M;
+    float c[kTiles][4] = {};
+#pragma unroll
+    for (int step = 0; step < K::kSteps; ++step) {
+      const typename K::Part part = next;
+      next = keys.load(step + 1 < K::kSteps ? first : later, (step + 1) % K::kSteps);
+      K::multiply(c, part, step, rows, p.tf32);
+    }
+    to_logits(c, scale, valid);
+    bool grown = false;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grown = grown || c[n][i] > top[n][i % 2] + 8;
+    }
+    if (grown) {  // rarely
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float higher = fmaxf(top[n][e], fmaxf(c[n][e], c[n][e + 2]));
+          sum[n][e] *= exp2_approx(top[n][e] - higher);
+          top[n][e] = higher;
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[n][i % 2] += exp2_approx(c[n][i] - top[n][i % 2]);
+    }
+  }
+
+  const auto join = [](float2& x, const float2& y) {
+    const float higher = fmaxf(x.x, y.x);
+    x.y = x.y * exp2_approx(x.x - higher) + y.y * exp2_approx(y.x - higher);
+    x.x = higher;
+  };
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float2 mine = make_float2(top[n][e], sum[n][e]);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        const float2 other = make_float2(__shfl_xor_sync(kFullWarp, mine.x, step),
+                                         __shfl_xor_sync(kFullWarp, mine.y, step));
+        join(mine, other);
+      }
+      if (g == 0) found[warp][8 * n + 2 * t + e] = mine;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < kSampleRows) {
+    float2 mine = found[0][threadIdx.x];
+    for (int w = 1; w < kWarps; ++w) join(mine, found[w][threadIdx.x]);
+    p.parts[int64_t{blockIdx.x} * kSampleRows + threadIdx.x] = mine;
+  }
+}
+
+// Log weights of a block of keys, one a lane in turns -> weights and mass, by one warp.
+__device__ __forceinline__ void finish_block(const WeightsParams& p, const float* logits, int head,
+                                             int y) {
+  constexpr int kTurns = 4;  // up to 128 keys
+  const int lane = threadIdx.x % 32, block = 1 << p.log2_block_k;
+  float l[kTurns], top = -INFINITY, sum = 0.f, spread = 0.f;
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int j = lane + 32 * i;
+    l[i] = j < block ? logits[j] : -INFINITY;
+    count += __popc(__ballot_sync(kFullWarp, l[i] != -INFINITY));
+    top = fmaxf(top, l[i]);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+  if (count == 0) top = 0.f;
+  float w[kTurns];
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) sum += w[i] = exp2_approx(l[i] - top);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  const float over = count == 0 ? 0.f : 1.f / sum, log_sum = log2f(sum);
+  const int64_t at = int64_t{head} * p.nk + y;
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int j = lane + 32 * i;
+    w[i] *= over;
+    if (w[i] != 0.f) spread += w[i] * (log_sum - (l[i] - top));
+    if (j < block) p.weights[(at << p.log2_block_k) + j] = w[i];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) spread += __shfl_xor_sync(kFullWarp, spread, step);
+  if (lane != 0) return;
+  p.mass[at] = count == 0 ? 0.f : exp2f(spread);
+  if (p.count != nullptr && head % p.Hk == 0) p.count[int64_t{head / p.Hk} * p.nk + y] = count;
+}
+
+// kFirst: the first tile of eight rows of the sample that counts, 0 or that of the mean alone.
+template <typename T, int DP, int kFirst>
+__global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const WeightsParams p) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ float lse[kSampleRows], logits[kWarps][128];
+  using K = Keys<T, DP, kFirst == 0 ? 1 : 2>;
+  constexpr bool kSampled = kFirst == 0;
+  constexpr int kTiles = kSampleRows / 8 - kFirst;
+  T* rows = reinterpret_cast<T*>(shared);
+  const int head = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const K keys(p, head / p.Hk, head % p.Hk);
+  const int end = min(p.nk, (chunk + 1) * p.chunk_blocks), tiles = 1 << (p.log2_block_k - 4);
+  const float scale = p.scale * kLog2e;
+
+  int y = chunk * p.chunk_blocks + warp, tile = 0;
+  typename K::Part next = keys.load(y < end ? y << p.log2_block_k : p.M, 0);
+  load_sample<T, DP, kFirst>(p, rows);
+  if (kSampled && threadIdx.x < kSampleRows) {
+    const float2* parts = p.parts + int64_t{head} * p.chunks * kSampleRows + threadIdx.x;
+    float top = kLowest, sum = 0.f;
+    for (int c = 0; c < p.chunks; ++c) top = fmaxf(top, parts[c * kSampleRows].x);
+    for (int c = 0; c < p.chunks; ++c) {
+      const float2 part = parts[c * kSampleRows];
+      sum += part.y * exp2_approx(part.x - top);
+    }
+    lse[threadIdx.x] =
+        (sum > 0.f ? top + log2f(sum) : 0.f) + p.offsets[int64_t{head} * kSampleRows + threadIdx.x];
+  }
+  __syncthreads();
+  float less[kTiles][2];  // lse of this thread's columns
+  if constexpr (kSampled) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      less[n][0] = lse[8 * n + 2 * t];
+      less[n][1] = lse[8 * n + 2 * t + 1];
+    }
+  }
+
+#pragma unroll 1
+  while (y < end) {
+    const int first = (y << p.log2_block_k) + 16 * tile;
+    const bool valid[2] = {keys.valid(first + g), keys.valid(first + g + 8)};
+    const bool last = tile + 1 == tiles;
+    const int next_y = last ? y + kWarps : y, next_tile = last ? 0 : tile + 1;
+    const int later = next_y < end ? (next_y << p.log2_block_k) + 16 * next_tile : p.M;
+    float c[kTiles][4] = {};
+#pragma unroll
+    for (int step = 0; step < K::kSteps; ++step) {
+      const typename K::Part part = next;
+      next = keys.load(step + 1 < K::kSteps ? first : later, (step + 1) % K::kSteps);
+      K::multiply(c, part, step, rows, p.tf32);
+    }
+    to_logits(c, scale, valid);
+    float l[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (kSampled) {
+        float top = -INFINITY, sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& x = c[n][2 * half + e];
+            x -= less[n][e];
+            top = fmaxf(top, x);
+          }
+        }
+        top = quad_max(top);
+        if (top == -INFINITY) top = 0.f;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          sum += exp2_approx(c[n][2 * half] - top) + exp2_approx(c[n][2 * half + 1] - top);
+        }
+        l[half] = top + log2f(quad_sum(sum));
+      } else {
+        l[half] = c[0][2 * half];
+      }
+      if (t == 0) logits[warp][16 * tile + g + 8 * half] = l[half];
+    }
+    if (last) {
+      __syncwarp();
+      finish_block(p, logits[warp], head, y);
+      __syncwarp();
+    }
+    y = next_y, tile = next_tile;
+  }
+}
+
+// f(T{}, integral_constant<int, DP>).
+template <class F>
+cudaError_t dispatch_weights(Dtype dtype, int head_dim, F f) {
+  const auto by_dim = [&](auto t) {
+    if (head_dim <= 32) return f(t, std::integral_constant<int, 32>{});
+    if (head_dim <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (head_dim <= 128) return f(t, std::integral_constant<int, 128>{});
+    return f(t, std::integral_constant<int, 256>{});
+  };
+  if (dtype == Dtype::f32) return by_dim(float{});
+  return dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
+}
+
+}  // namespace
+
+int key_weights_slots(Dtype dtype, const Device& device) {
+  return device.sms * (dtype == Dtype::f32 ? kCtas<float> : kCtas<__half>);
+}
+
+cudaError_t sample_lse(const WeightsParams& p, cudaStream_t stream) {
+  return dispatch_weights(p.dtype, p.D, [&](auto t, auto dp) {
+    using T = decltype(t);
+    constexpr size_t kBytes = kSampleRows * kLd<T, dp()> * sizeof(T);
+    return launch_grid(lse_kernel<T, dp()>, int64_t{p.B} * p.Hk * p.chunks, kWarps * 32, kBytes,
+                       stream, p);
+  });
+}
+
+cudaError_t key_weights(const WeightsParams& p, cudaStream_t stream) {
+  return dispatch_weights(p.dtype, p.D, [&](auto t, auto dp) {
+    using T = decltype(t);
+    constexpr size_t kRow = kLd<T, dp()> * sizeof(T);
+    const int64_t blocks = int64_t{p.B} * p.Hk * p.chunks;
+    if (p.parts == nullptr) {
+      return launch_grid(weights_kernel<T, dp(), kMeanTile>, blocks, kWarps * 32, 8 * kRow, stream,
+                         p);
+    }
+    return launch_grid(weights_kernel<T, dp(), 0>, blocks, kWarps * 32, kSampleRows * kRow, stream,
+                       p);
+  });
+}
+
+}  // namespace mra::cuda
