@@ -155,7 +155,7 @@ def _levels(report):
                 continue
             both = [
                 " / ".join(form(row[key][p]) if row[key].get(p) else DASH for p in PASSES)
-                for key, form in (("ms", _digits), ("two_levels", "{:.4f}".format))
+                for key, form in (("ms", digits), ("two_levels", "{:.4f}".format))
             ]
             cells = [", ".join(f"{cells} of {block}" for block, cells in row["levels"]) or DASH]
             cells += [f"{row['error']:.4f}", both[0], both[1] if row["levels"] else ""]
