@@ -9,7 +9,14 @@ import copy
 import pytest
 import torch
 from helpers import BEST, CUDA_DTYPES, DEVICES, Case, assert_same_bits, compare
-from tools import check_export, check_one_graph, check_transforms, same_on_meta, track
+from tools import (
+    check_backward_under_autocast,
+    check_export,
+    check_one_graph,
+    check_transforms,
+    same_on_meta,
+    track,
+)  # fmt: skip
 from torch.utils.flop_counter import FlopCounterMode
 
 import mra_attention as mra
@@ -194,6 +201,12 @@ def test_export_with_any_length(pool):
 @pytest.mark.parametrize("pool", POOLS)
 def test_torch_func_and_autocast(pool):
     check_transforms(MRAConfig(blocks_per_row=1, block_size=32, pool=pool))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@forms
+def test_backward_under_autocast(device, pool, order):
+    check_backward_under_autocast(MRAConfig(block_size=32, pool=pool, order=order), device)
 
 
 @pytest.mark.parametrize("device, dtype", BEST)

@@ -9,7 +9,14 @@ import time
 import pytest
 import torch
 from helpers import BEST, CUDA, CUDA_DTYPES, DEVICES, Case, assert_same_bits, compare
-from tools import check_export, check_one_graph, check_transforms, same_on_meta, track
+from tools import (
+    check_backward_under_autocast,
+    check_export,
+    check_one_graph,
+    check_transforms,
+    same_on_meta,
+    track,
+)  # fmt: skip
 from torch.utils.flop_counter import FlopCounterMode
 
 import mra_attention as mra
@@ -239,6 +246,15 @@ def test_export_with_any_length():
 
 def test_torch_func_and_autocast():
     check_transforms(MRAConfig(blocks_per_row=1, block_size=32, levels=((64, 2),)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_backward_under_autocast(device, form):
+    coarse, order = form
+    check_backward_under_autocast(
+        MRAConfig(block_size=32, levels=((128, 2),), coarse=coarse, order=order), device
+    )
 
 
 def test_modules_attend_and_refuse_weights():

@@ -77,3 +77,14 @@ def check_transforms(config):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = attend(*low)
     assert torch.equal(mixed, attend(*(x.bfloat16() for x in low)))
+
+
+def check_backward_under_autocast(config, device):
+    """Gradients don't change where backward itself runs under autocast."""
+    x = [torch.randn(1, 2, 260, 32, device=device, requires_grad=True) for _ in range(3)]
+    out = mra.mra_attention(*x, config=config)
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(out, x, grad, retain_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        grads = torch.autograd.grad(out, x, grad)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))

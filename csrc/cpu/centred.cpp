@@ -88,6 +88,8 @@ void for_heads(const Inputs& in, const F& f) {
   at::parallel_for(0, in.key.size(0) * in.key.size(1), 1, [&](int64_t begin, int64_t end) {
     const SerialBlas serial;
     const at::AutoDispatchBelowADInplaceOrView below;  // of this thread
+    // Where backward runs under autocast, products are of acc all the same.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     for (int64_t item = begin; item < end; ++item) f(item);
   });
 }
