@@ -79,7 +79,8 @@ Planned make_plan(const Stages& stages, const PooledInputs& means,
                     "density, blocks_per_row, block_q, block_k: got a plan of up to ", pairs,
                     " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
-  return stages.plan({means.query, means.query_count}, {means.key, means.key_count, means.beside}, coarse, N, o);
+  return stages.plan({means.query, means.query_count}, {means.key, means.key_count, means.beside},
+                     coarse, N, o);
 }
 
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of
@@ -202,8 +203,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.share = share;
     grads.centred = &*centred;
   } else if (has_order1(o)) {
-    const Order1Grads first =
-        stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
+    const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;

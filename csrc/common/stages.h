@@ -174,9 +174,7 @@ inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Co
 inline bool keeps_means(const Options& o) {
   return o.coarse != Coarse::none && o.pool == Pool::even;
 }
-inline bool keeps_moments(const Options& o) {
-  return has_order1(o) && keeps_means(o) && !o.causal;
-}
+inline bool keeps_moments(const Options& o) { return has_order1(o) && keeps_means(o) && !o.causal; }
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.
 inline at::ScalarType moments_type(at::ScalarType T) {

@@ -3,6 +3,8 @@
 // C and S lie side by side, [D, 2D] acc, so that one product with the keys makes both and one
 // product with the queries reads both; so do dC and dS. Rows of few keys or queries at a time pass
 // through a thread's scratch: nothing of size N x D is stored but the results.
+#include "../common/order1.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -12,7 +14,6 @@
 #include <vector>
 
 #include "../common/budget.h"
-#include "../common/order1.h"
 #include "stages_cpu.h"
 #include "views.h"
 

@@ -159,9 +159,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   bool add_keys = back.key_extra.defined();
   Tensor key_block = back.key_block, value_block = back.value_block, shares;
   if (pooled) {
-    shares = cells ? cells_columns(p, keys.key, keys.value, keys.count,
-                                          back.coarse_delta, rows, columns, o, dtype, launch)
-                          : pooled_shares(p, dtype, launch, in.query);
+    shares = cells ? cells_columns(p, keys.key, keys.value, keys.count, back.coarse_delta, rows,
+                                   columns, o, dtype, launch)
+                   : pooled_shares(p, dtype, launch, in.query);
     if (pooled->weights.defined()) {
       if (back.centred == nullptr) {
         spread_shares(shares, pooled->weights, g.key, g.value, o, launch);

@@ -15,8 +15,9 @@ bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch)
 // part of `pooled` too unless it is null; with pooled->weights, moments and means are weighted, and
 // the counts are there already. `launch_beside` launches what may run beside the first of two
 // kernels; it is called unless the result is undefined.
-Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
-                    const Tensor& key_count, const std::function<void()>& launch_beside = [] {});
+Tensor pool_moments(
+    const Inputs& in, const Options& o, PooledInputs* pooled, const Tensor& key_count,
+    const std::function<void()>& launch_beside = [] {});
 
 // The means alone, weighted with pooled.weights: key and value, also in T where attention wants it.
 void pool_weighted(PooledInputs& pooled, const Inputs& in, const Options& o);

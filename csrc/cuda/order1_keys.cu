@@ -77,11 +77,13 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
       Emit<T, P::kTiles, false> emit;
       matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
       matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l),
-                 [&](int n, int i) { return finish(c[n][i], panel, n, i, 0); }, p.add);
+      emit.store(
+          panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l),
+          [&](int n, int i) { return finish(c[n][i], panel, n, i, 0); }, p.add);
       matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
-      emit.store(panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l),
-                 [&](int n, int i) { return finish(c[n][i], panel, n, i, values_at); }, p.add);
+      emit.store(
+          panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l),
+          [&](int n, int i) { return finish(c[n][i], panel, n, i, values_at); }, p.add);
     }
   }
 }

@@ -279,12 +279,16 @@ __global__ void __launch_bounds__(Config<T, DP, true>::kWarps * 32, Config<T, DP
     for (int panel = 0; panel < P::kPanels; ++panel) {
       if constexpr (!P::kResident) multiply(panel);
       Emit<T, P::kTiles, kAdd, false> emit;
-      emit.store(panel * P::kPanel, p.D, row, [&](int n, int i) {
-        const int half = i / 2, d = panel * P::kPanel + 8 * n + 2 * (threadIdx.x % 4) + i % 2;
-        const float every = kAdd && query[half] ? __ldg(s.shift + d) : 0.f;
-        return a[half] == 0.f && b[half] == 0.f ? every
-                                                : a[half] * x[n][i] + 2 * b[half] * w[n][i] + every;
-      }, kAdd || p.add);
+      emit.store(
+          panel * P::kPanel, p.D, row,
+          [&](int n, int i) {
+            const int half = i / 2, d = panel * P::kPanel + 8 * n + 2 * (threadIdx.x % 4) + i % 2;
+            const float every = kAdd && query[half] ? __ldg(s.shift + d) : 0.f;
+            return a[half] == 0.f && b[half] == 0.f
+                       ? every
+                       : a[half] * x[n][i] + 2 * b[half] * w[n][i] + every;
+          },
+          kAdd || p.add);
     }
   }
 }

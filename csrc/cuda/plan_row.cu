@@ -130,8 +130,7 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
   const int words = Tile::kRingWords + (kWorkspace ? 0 : Tile::kRows * config.pitch);
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
   return launch_grid(kernel, config.ctas, Tile::kThreads, words * sizeof(float), stream,
-                     Beside{p.beside}, p, config.pitch, tiles,
-                     static_cast<uint32_t*>(workspace));
+                     Beside{p.beside}, p, config.pitch, tiles, static_cast<uint32_t*>(workspace));
 }
 
 using Wide8 = ScoreTile<2, 4, 4, 2>;  // 256 columns

@@ -16,7 +16,7 @@ struct PoolTensor {
   // Weighted: the weight of each row within its block, [B, H, n << log2_block], 0 where masked. The
   // mean is then the sum with these weights.
   const float* weights;
-  int H, n;          // B * H * n < 2^31
+  int H, n;  // B * H * n < 2^31
   int64_t L;
   int log2_block;
 };

@@ -10,16 +10,16 @@
 namespace mra::cuda {
 
 template <typename T, int DP, int kWarps>
-inline constexpr int kBackwardRows =
-    sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : 32) : (DP <= 64 ? 32 : 16);
+inline constexpr int kBackwardRows = sizeof(T) == 2 ? (DP <= 64 ? (kWarps <= 2 ? 32 : 64) : 32)
+                                                    : (DP <= 64 ? 32 : 16);
 // Warps that share 16 keys, each with its part of the columns of dK and dV: keeps two accumulators
 // of head_dim 256 in registers.
 template <int DP>
 inline constexpr int kColumnParts = DP <= 128 ? 1 : 2;
 
 template <typename T, int DP, int kSixteens>
-inline constexpr int kColumnsRegisters =
-    sizeof(T) == 2 && DP <= 64 ? (kSixteens <= 2 ? 144 : 168) : 255;
+inline constexpr int kColumnsRegisters = sizeof(T) == 2 && DP <= 64 ? (kSixteens <= 2 ? 144 : 168)
+                                                                    : 255;
 
 template <typename T, int DP, bool kPooled, int kSixteens>
 __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
@@ -155,7 +155,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
   const int64_t head = static_cast<int64_t>(b) * p.Hk + hk;
   const int own = first_key + key, present = keys - key;
   const int64_t block = (head * p.nk + (first_key >> p.log2_block_k)) * p.D;
-  auto store = [&](float (&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
+  auto store = [&](float(&c)[kWidth / 8][4], float scale, float* pooled, void* grad,
                    const Strides& strides, const float* per_block) {
     const float factor[2] = {scale, scale};
     const bool add = !kPooled && per_block != nullptr;

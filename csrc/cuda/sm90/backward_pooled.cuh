@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(256, 2)
   attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
 
   const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
-  const auto store = [&](float (&c)[DP / 8][4], float scale, float* to) {
+  const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {
     const float factor[2] = {scale, scale};
     finish_rows(c, factor, live, nullptr, 0, p.D);
     store_rows<float>(c, to + (head * p.nk + at.first_key + key) * p.D, p.D, at.keys - key, 0, p.D);

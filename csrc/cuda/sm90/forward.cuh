@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       wgmma_commit();
     };
     // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh.
-    auto weigh = [&](int tile, float (&factor)[2]) {
+    auto weigh = [&](int tile, float(&factor)[2]) {
       const int stage = (before + tile) % kStages;
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {

@@ -243,7 +243,7 @@ struct KeyProducer {
   __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows,
                         int from) {
     const int stage = fetched % kStages;
-    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t (&to)[kPanels][kKeys][64]) {
+    auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
       barrier_expect(full, kKeys * DP * 2);
       if (lane >= copies) return;
 #pragma unroll

@@ -19,9 +19,9 @@ struct Moments {
   // [B, Hk, nk << log2_block_k], or null: of each key within its block. The means are weighted with
   // them, and the sums with them and the count of the block.
   const float* weights;
-  int chunks;                   // parts of a head that are summed apart: see tile_chunks
-  float* sums;                  // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
-  void* matrices;               // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
+  int chunks;      // parts of a head that are summed apart: see tile_chunks
+  float* sums;     // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
+  void* matrices;  // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
