@@ -10,8 +10,6 @@
 
 #include "centred_grads.h"
 #include "order1_term.h"
-#include "sm90/moments.h"
-#include "sm90/order1_rows.h"
 
 namespace mra::cuda {
 namespace {
@@ -164,43 +162,15 @@ struct RowWeights {
 
 // Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
 // it so.
-Tensor rows_on_hopper(const Term& term, const Tensor& grad_out, const Centred& c,
-                      const RowWeights& rows, const Grads& grads) {
-#ifdef MRA_SM90A
-  if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
-  const Device& device = term.launch.device;
+Tensor rows_at_once(const Term& term, const Tensor& grad_out, const Centred& c,
+                    const RowWeights& rows, const Grads& grads) {
   sm90::Order1Rows p{};
-  p.q = term.in.query.const_data_ptr();
-  p.grad_out = grad_out.const_data_ptr();
-  p.q_strides = strides_of(term.in.query);
-  p.grad_out_strides = strides_of(grad_out);
-  p.moments = c.moments.const_data_ptr();
   p.a = rows.a();
   p.b = rows.b();
   p.centre = c.centre.const_data_ptr<float>();
   p.shift = rows.shift.const_data_ptr<float>();
   p.mask = mask_of(term.in.query_mask);
-  p.B = term.B;
-  p.H = term.H;
-  p.Hk = term.Hk;
-  p.N = term.N;
-  p.D = term.D;
-  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
-  p.grad_q = grads.query.mutable_data_ptr();
-  p.grad_q_strides = strides_of(grads.query);
-  const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
-  p.sums = sums.mutable_data_ptr<float>();
-  const cudaError_t error = term.dim == 64
-                                ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
-                                : sm90::launch_order1_rows<128>(p, device, term.launch.stream);
-  if (error == cudaErrorNotSupported) return {};
-  term.launch.check(error);
-  const Tensor result = term.empty_matrices(1);
-  term.sum(p.sums, p.H / p.Hk * p.chunks, 1, true, result);
-  return result;
-#else
-  return {};
-#endif
+  return order1_rows_on_hopper(term, c.moments, grad_out, grads.query, p);
 }
 
 // The same on the generic kernels.
@@ -216,16 +186,7 @@ Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
   p.grad_q_strides = strides_of(grads.query);
   term.launch.check(order1_rows(p, term.launch.stream));
 
-  Order1Gram g{};
-  g.weighted = true;
-  g.x = term.in.query.const_data_ptr();
-  g.y = grad_out.const_data_ptr();
-  g.x_strides = strides_of(term.in.query);
-  g.y_strides = strides_of(grad_out);
-  g.x_mean = p.centre;
-  g.weight[0] = rows.a();
-  g.weight[1] = rows.b();
-  return term.matrices(g, true);
+  return term.weighted_sums(grad_out, rows.a(), rows.b(), p.centre);
 }
 
 }  // namespace
@@ -287,7 +248,7 @@ void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward&
   const Term term(launch, in, c.pooled, o);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   const RowWeights rows(term, grad_out, back);
-  Tensor moment_grads = rows_on_hopper(term, grad_out, c, rows, grads);
+  Tensor moment_grads = rows_at_once(term, grad_out, c, rows, grads);
   if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
   order1_key_grads(term, moment_grads, shares, grads);
 }

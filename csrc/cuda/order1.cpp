@@ -9,7 +9,6 @@
 #include "order1_term.h"
 #include "sm90/moments.h"
 #include "sm90/order1_keys.h"
-#include "sm90/order1_rows.h"
 
 namespace mra::cuda {
 
@@ -66,15 +65,7 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   p.add = add;
   term.launch.check(order1_rows(p, term.launch.stream));
 
-  Order1Gram g{};
-  g.weighted = true;
-  g.x = term.in.query.const_data_ptr();
-  g.y = grad_out.const_data_ptr();
-  g.x_strides = strides_of(term.in.query);
-  g.y_strides = strides_of(grad_out);
-  g.weight[0] = weight;
-  g.weight[1] = weight + B * H * N;
-  return term.matrices(g, true);
+  return term.weighted_sums(grad_out, weight, weight + B * H * N);
 }
 
 // grads.key and grads.value; false where the kernel doesn't do it.
@@ -115,31 +106,38 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& 
 }
 
 // backward_rows in one reading of the rows, or undefined where no kernel does it.
-Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                               const Tensor& share, const Tensor& delta, const Order1Grads& grads,
-                               bool add) {
+Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tensor& grad_out,
+                             const Tensor& share, const Tensor& delta, const Order1Grads& grads,
+                             bool add) {
+  sm90::Order1Rows p{};
+  p.share = share.const_data_ptr<float>();
+  p.delta = delta.const_data_ptr<float>();
+  p.scale = static_cast<float>(term.o.scale);
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
+  p.add = add;
+  return order1_rows_on_hopper(term, moments, grad_out, grads.query, p);
+}
+
+}  // namespace
+
+Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
+                             const Tensor& grad_query, sm90::Order1Rows p) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;
-  sm90::Order1Rows p{};
   p.q = term.in.query.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr();
   p.q_strides = strides_of(term.in.query);
   p.grad_out_strides = strides_of(grad_out);
   p.moments = moments.const_data_ptr();
-  p.share = share.const_data_ptr<float>();
-  p.delta = delta.const_data_ptr<float>();
   p.B = term.B;
   p.H = term.H;
   p.Hk = term.Hk;
   p.N = term.N;
   p.D = term.D;
-  p.scale = static_cast<float>(term.o.scale);
   p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
-  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
-  p.grad_q = grads.query.mutable_data_ptr();
-  p.grad_q_strides = strides_of(grads.query);
-  p.add = add;
+  p.grad_q = grad_query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grad_query);
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
   p.sums = sums.mutable_data_ptr<float>();
   const cudaError_t error = term.dim == 64
@@ -154,8 +152,6 @@ Tensor backward_rows_on_hopper(const Term& term, const Tensor& moments, const Te
   return {};
 #endif
 }
-
-}  // namespace
 
 void order1_key_grads(const Term& term, const Tensor& moment_grads, const Tensor& shares,
                       const Grads& grads, bool add) {
@@ -192,7 +188,7 @@ Tensor order1_grad_rows(const Tensor& grad_out_in, const Tensor& share, const Te
   const Term term(launch, in, pooled, o);
   const Tensor grad_out = with_aligned_rows(grad_out_in), moments = term.moments();
   const Tensor moment_grads =
-      backward_rows_on_hopper(term, moments, grad_out, share, delta, grads, add);
+      backward_rows_at_once(term, moments, grad_out, share, delta, grads, add);
   if (moment_grads.defined()) return moment_grads;
   return backward_rows(term, moments, grad_out, share, delta, grads, add);
 }

@@ -13,6 +13,7 @@
 #include "moments.h"
 #include "order1.h"
 #include "problem.h"
+#include "sm90/order1_rows.h"
 
 namespace mra::cuda {
 
@@ -116,6 +117,22 @@ struct Term {
     return result;
   }
 
+  // dC and dSigma from rows with the weights a and b, [B, H, N] each, of queries less `centre`,
+  // [B, Hk, D] or null.
+  Tensor weighted_sums(const Tensor& grad_out, const float* a, const float* b,
+                       const float* centre = nullptr) const {
+    Order1Gram g{};
+    g.weighted = true;
+    g.x = in.query.const_data_ptr();
+    g.y = grad_out.const_data_ptr();
+    g.x_strides = strides_of(in.query);
+    g.y_strides = strides_of(grad_out);
+    g.x_mean = centre;
+    g.weight[0] = a;
+    g.weight[1] = b;
+    return matrices(g, true);
+  }
+
   void sum(const float* sums, int chunks, int units, bool backward, const Tensor& result) const {
     Order1Sum s{};
     s.dtype = dtype;
@@ -188,6 +205,11 @@ struct Term {
     return p;
   }
 };
+
+// Rows of the backward in one reading of them: writes grad_query, or adds to it, and returns dC and
+// dSigma; undefined where no kernel does it. `p` says what else the kernel reads and writes.
+Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
+                             const Tensor& grad_query, sm90::Order1Rows p);
 
 // Gradients of the keys and values from dC and dSigma, to grads.key and grads.value. `shares`: with
 // weighted means those of the pooled keys and values, [2, B, Hk, nk, D], else undefined. `add`: to

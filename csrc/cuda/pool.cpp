@@ -115,6 +115,7 @@ PooledInputs pool_inputs(const Inputs& in, const Options& o, bool query, bool ke
   if (o.levels.empty()) return pool_blocks(in, o, query, key);
   PooledInputs pooled = pool_blocks(in, o, query, key);
   pooled.key_rounded = pooled.value_rounded = Tensor();  // of all resolutions, by what reads them
+  pooled.beside = false;
   const auto all = [&](Tensor& mean, Tensor& count, bool queries) {
     const Pooled pools = pool_levels({mean, count}, Tensor(), o, queries);
     mean = pools.mean;
