@@ -1,11 +1,12 @@
 // The mean query of each key head, and which queries the weights of pool = sampled are made of.
 #include "block_sum.cuh"
+#include "centred.cuh"
 #include "centred.h"
 
 namespace mra::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = kHeadThreads;
 
 // The valid queries of one batch entry, counted by blocks: a thread has a run of them.
 struct Ranks {
@@ -72,37 +73,19 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
   const int64_t all = int64_t{group} * n;
   const int r = static_cast<int>(min(all, int64_t{kSampledQueries}));
 
-  // The mean: four columns a thread, blocks of queries in turns.
-  const int quads = p.D / 4;
-  int turns = kThreads;
-  while (turns * quads > kThreads) turns /= 2;
-  const int turn = threadIdx.x / quads, quad = threadIdx.x % quads;
-  float4 sum{};
-  if (turn < turns) {
-    const float4* mean = reinterpret_cast<const float4*>(p.mean) +
-                         (int64_t{b} * p.H + hk * group) * p.nq * quads + quad;
-    const int blocks = group * p.nq;
-#pragma unroll 4
-    for (int x = turn; x < blocks; x += turns) {
-      const float4 u = mean[int64_t{x} * quads];
-      const float c = static_cast<float>(counts[x % p.nq]);
-      sum.x += c * u.x, sum.y += c * u.y, sum.z += c * u.z, sum.w += c * u.w;
-    }
-    sums[threadIdx.x] = sum;
-  }
-  for (int step = turns / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (turn < step) {
-      const float4 u = sums[threadIdx.x + step * quads];
-      sum.x += u.x, sum.y += u.y, sum.z += u.z, sum.w += u.w;
-      sums[threadIdx.x] = sum;
-    }
-  }
-  if (turn == 0) {
+  const Turns own(p.D / 4);
+  const float4* mean = reinterpret_cast<const float4*>(p.mean) +
+                       (int64_t{b} * p.H + hk * group) * p.nq * own.quads + own.quad;
+  float4 sum = own.sum(sums, group * p.nq, [&](int x) {
+    const float4 u = mean[int64_t{x} * own.quads];
+    const float c = static_cast<float>(counts[x % p.nq]);
+    return make_float4(c * u.x, c * u.y, c * u.z, c * u.w);
+  });
+  if (own.turn == 0) {
     const float over_n = 1.f / static_cast<float>(max(all, int64_t{1}));
     sum = make_float4(sum.x * over_n, sum.y * over_n, sum.z * over_n, sum.w * over_n);
-    sums[quad] = sum;
-    reinterpret_cast<float4*>(p.centre)[int64_t{blockIdx.x} * quads + quad] = sum;
+    sums[own.quad] = sum;
+    reinterpret_cast<float4*>(p.centre)[int64_t{blockIdx.x} * own.quads + own.quad] = sum;
   }
 
   const int t = threadIdx.x;

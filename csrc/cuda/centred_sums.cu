@@ -2,6 +2,7 @@
 // in the gradients of the moments, sums of rows with these weights, and products of such sums and
 // of the centre with the matrices.
 #include "block_sum.cuh"
+#include "centred.cuh"
 #include "centred.h"
 
 namespace mra::cuda {
@@ -122,31 +123,10 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsPar
     centre[d] = d < p.D ? p.centre[int64_t{blockIdx.x} * p.D + d] : 0.f;
   }
 
-  // Four columns of both sums a thread, parts in turns.
-  const int quads = 2 * p.D / 4;
-  int turns = kThreads;
-  while (turns * quads > kThreads) turns /= 2;
-  const int turn = threadIdx.x / quads, quad = threadIdx.x % quads;
-  float4 sum{};
-  if (turn < turns) {
-    const float4* from = reinterpret_cast<const float4*>(p.sums) +
-                         (int64_t{b} * p.H + hk * group) * p.parts * quads + quad;
-    const int parts = group * p.parts;
-#pragma unroll 4
-    for (int i = turn; i < parts; i += turns) {
-      const float4 u = from[int64_t{i} * quads];
-      sum.x += u.x, sum.y += u.y, sum.z += u.z, sum.w += u.w;
-    }
-    sums[threadIdx.x] = sum;
-  }
-  for (int step = turns / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (turn < step) {
-      const float4 u = sums[threadIdx.x + step * quads];
-      sum.x += u.x, sum.y += u.y, sum.z += u.z, sum.w += u.w;
-      sums[threadIdx.x] = sum;
-    }
-  }
+  const Turns own(2 * p.D / 4);
+  const float4* from = reinterpret_cast<const float4*>(p.sums) +
+                       (int64_t{b} * p.H + hk * group) * p.parts * own.quads + own.quad;
+  own.sum(sums, group * p.parts, [&](int i) { return from[int64_t{i} * own.quads]; });
   __syncthreads();
   n = 0;
   for (int w = 0; w < kThreads / 32; ++w) n += counts[w];

@@ -78,7 +78,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
   const int split = part - unit * p.splits, block = unit - bh * up.nq;
   const int b = bh / static_cast<unsigned>(p.H), h = bh - b * p.H;
   const int key = threadIdx.x / 32 / kParts * 16, column = threadIdx.x / 32 % kParts * kWidth;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int g = threadIdx.x % 32 / 4;
 
   const int log2_below = up.log2_q - at.log2_q;
   const int x0 = block << log2_below, x1 = min(at.nq, (block + 1) << log2_below);
@@ -165,27 +165,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
     const T* grad_out = s.grad_tiles + buffer * s.kTile;
     const float* lse = s.lses + buffer * kRows;
     const float* delta = s.deltas + buffer * kRows;
-    float c[kRows / 8][4] = {}, ds[kRows / 8][4];
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n + 2 * t);
-      ds[n][0] = ds[n][2] = -d.x;
-      ds[n][1] = ds[n][3] = -d.y;
-    }
-    multiply_nt<T, DP>(c, s.k, key, q, kLdT, p.tf32_scores);
-    multiply_nt<T, DP>(ds, s.v, key, grad_out, kLdT, p.tf32);
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      const float2 w = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * t);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = fmaf(c[n][i], p.scale * kLog2e, i % 2 ? -w.y : -w.x);
-        c[n][i] = exp2_approx(y + bias[i / 2]);
-        ds[n][i] *= c[n][i];
-      }
-    }
-    multiply_pn<T>(dv, c, grad_out, kLdT, column, p.tf32);
-    multiply_pn<T>(dk, ds, q, kLdT, column, p.tf32);
+    add_cell_rows<T, DP, kRows>(dk, dv, p, s.k, s.v, key, q, grad_out, lse, delta, bias, column);
   }
   wait_for_copies();
 

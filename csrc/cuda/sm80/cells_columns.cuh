@@ -130,7 +130,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
   const int split = behind / heads, b = behind % heads / p.Hk, hk = behind % heads % p.Hk;
   const int keys = min(tile_keys, at.nk - first_key);
   const int key = threadIdx.x / 32 / kParts * 16, column = threadIdx.x / 32 % kParts * kWidth;
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int g = threadIdx.x % 32 / 4;
   const int64_t head = static_cast<int64_t>(b) * p.Hk + hk;
 
   T* k = reinterpret_cast<T*>(smem);
@@ -168,27 +168,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
     const float* delta = rows.deltas + buffer * kRows;
     const float* biases = rows.biases + buffer * kKeys + key + g;
     const float bias[2] = {biases[0], biases[8]};
-    float s[kRows / 8][4] = {}, ds[kRows / 8][4];
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n + 2 * t);
-      ds[n][0] = ds[n][2] = -d.x;
-      ds[n][1] = ds[n][3] = -d.y;
-    }
-    multiply_nt<T, DP>(s, k, key, q, kLdT, p.tf32_scores);
-    multiply_nt<T, DP>(ds, v, key, grad_out, kLdT, p.tf32);
-#pragma unroll
-    for (int n = 0; n < kRows / 8; ++n) {
-      const float2 w = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * t);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float x = fmaf(s[n][i], p.scale * kLog2e, i % 2 ? -w.y : -w.x);
-        s[n][i] = exp2_approx(x + bias[i / 2]);
-        ds[n][i] *= s[n][i];
-      }
-    }
-    multiply_pn<T>(dv, s, grad_out, kLdT, column, p.tf32);
-    multiply_pn<T>(dk, ds, q, kLdT, column, p.tf32);
+    add_cell_rows<T, DP, kRows>(dk, dv, p, k, v, key, q, grad_out, lse, delta, bias, column);
   }
   wait_for_copies();
 

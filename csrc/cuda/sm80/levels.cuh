@@ -100,4 +100,38 @@ auto with_cell_warps(int warps, F f) {
                     [&](auto w) { return f(std::integral_constant<int, (w < 4 ? w : 4)>{}); });
 }
 
+// Adds what a tile of kRows rows gives to the gradients of sixteen cells' means, dk less the scale:
+// of those from `key` on in k and v, their columns from `column` on. lse, delta: of the rows; bias:
+// of keys g and g + 8.
+template <typename T, int DP, int kRows, int kTiles>
+__device__ __forceinline__ void add_cell_rows(float (&dk)[kTiles][4], float (&dv)[kTiles][4],
+                                              const CellsBackward& p, const T* k, const T* v,
+                                              int key, const T* q, const T* grad_out,
+                                              const float* lse, const float* delta,
+                                              const float (&bias)[2], int column) {
+  constexpr int kLdT = kLd<T, DP>;
+  const int t = threadIdx.x % 4;
+  float s[kRows / 8][4] = {}, ds[kRows / 8][4];
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n + 2 * t);
+    ds[n][0] = ds[n][2] = -d.x;
+    ds[n][1] = ds[n][3] = -d.y;
+  }
+  multiply_nt<T, DP>(s, k, key, q, kLdT, p.tf32_scores);
+  multiply_nt<T, DP>(ds, v, key, grad_out, kLdT, p.tf32);
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    const float2 w = *reinterpret_cast<const float2*>(lse + 8 * n + 2 * t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float x = fmaf(s[n][i], p.scale * kLog2e, i % 2 ? -w.y : -w.x);
+      s[n][i] = exp2_approx(x + bias[i / 2]);
+      ds[n][i] *= s[n][i];
+    }
+  }
+  multiply_pn<T>(dv, s, grad_out, kLdT, column, p.tf32);
+  multiply_pn<T>(dk, ds, q, kLdT, column, p.tf32);
+}
+
 }  // namespace mra::cuda
