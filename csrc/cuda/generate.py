@@ -30,6 +30,8 @@ SM90_ORDER1 = {
     "moments": "Moments",
     "order1_rows": "Order1Rows",
     "order1_keys": "Order1Keys",
+    "order1_causal_rows": "CausalRows",
+    "order1_causal_keys": "CausalKeys",
 }
 
 

@@ -67,6 +67,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     }
   }
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
+  p.unit_tiles = 1;
   const Tensor matrices = at::empty({B, Hk, 2, dim, dim}, in.key.options());
   p.matrices = matrices.mutable_data_ptr();
   Tensor sums;

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "order1_causal.h"
 #include "order1_levels.h"
 #include "order1_term.h"
 #include "sm90/moments.h"
@@ -36,6 +37,7 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
   if (!o.levels.empty()) return order1_levels(result, in, pooled, o);
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
+  if (order1_causal(result, term)) return;
   const Tensor moments = term.moments();
   Order1Rows p = term.rows(moments, result.share, RowsStep::term);
   p.out = result.out.mutable_data_ptr();
@@ -208,6 +210,8 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   const Launch launch(in.query);
   const Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query),
                           empty_heads_last(in.key), empty_heads_last(in.value)};
+  const Term term(launch, in, pooled, o);
+  if (order1_causal_backward(with_aligned_rows(grad_out), share, delta, term, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);
   return grads;

@@ -51,13 +51,15 @@ struct Order1Gram {
 // Partial sums to matrices. One unit: the sum over its chunks over n. Causal, one chunk a unit:
 // forward, the sum over the units before each, over n (the valid keys of those); backward, the sum
 // over the units behind each, every one over its own n.
+// exclusive: in place, every chunk's sums become those of the chunks before it, or behind it
+// (backward); `matrices` and what they need is not read.
 struct Order1Sum {
   Dtype dtype;
-  bool causal, backward;
+  bool causal, backward, exclusive;
   int B, heads, units, chunks, dim;
   const int* key_count;  // [B, nk]
   int nk, unit_blocks;   // key blocks in a unit
-  const float* sums;     // [B, heads, units, chunks, 2, dim, dim]
+  float* sums;           // [B, heads, units, chunks, 2, dim, dim]
   void* matrices;        // [B, heads, units, 2, dim, dim]
   float factor;          // of the second matrix
 };

@@ -92,6 +92,31 @@ __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
   }
 }
 
+// A thread walks the chunks of its float4, forwards or backwards.
+__global__ void __launch_bounds__(128) exclusive_kernel(const Order1Sum p) {
+  const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 blockDim
+  const int columns = static_cast<int>(pair / (4 * blockDim.x));
+  const int head = blockIdx.x / columns;
+  const int64_t at = (int64_t{blockIdx.x % columns} * blockDim.x + threadIdx.x) * 4;
+  float* const sums = p.sums + int64_t{head} * p.chunks * pair + at;
+  const auto place = [&](int i) {
+    return reinterpret_cast<float4*>(sums + (p.backward ? p.chunks - 1 - i : i) * pair);
+  };
+  float4 sum{};
+  for (int first = 0; first < p.chunks; first += kBatch) {
+    float4 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      v[i] = first + i < p.chunks ? *place(first + i) : float4{};
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i < p.chunks) *place(first + i) = sum;
+      add(sum, v[i]);
+    }
+  }
+}
+
 template <typename S>
 cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
   const int64_t pair = int64_t{2} * p.dim * p.dim;
@@ -106,6 +131,10 @@ cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t order1_sum(const Order1Sum& p, cudaStream_t stream) {
+  if (p.exclusive) {
+    const int64_t blocks = int64_t{2} * p.dim * p.dim / (4 * 128) * p.B * p.heads;
+    return launch_grid(exclusive_kernel, blocks, 128, 0, stream, p);
+  }
   return p.dtype == Dtype::bf16 ? launch_sum<__nv_bfloat16>(p, stream)
                                 : launch_sum<float>(p, stream);
 }

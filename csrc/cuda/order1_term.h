@@ -133,7 +133,7 @@ struct Term {
     return matrices(g, true);
   }
 
-  void sum(const float* sums, int chunks, int units, bool backward, const Tensor& result) const {
+  void sum(float* sums, int chunks, int units, bool backward, const Tensor& result) const {
     Order1Sum s{};
     s.dtype = dtype;
     s.causal = o.causal;

@@ -120,7 +120,7 @@ cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaS
   constexpr int kBytes = sizeof(KeyTiles<DP, MomentsTraits<DP>::kStages, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
-  p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
+  p.tiles = chunk_tiles(p.M, p.chunks, p.unit_tiles);
   const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted>
                       : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted>
                                             : moments_kernel<DP, 4, kWeighted>;

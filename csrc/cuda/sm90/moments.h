@@ -20,6 +20,7 @@ struct Moments {
   // them, and the sums with them and the count of the block.
   const float* weights;
   int chunks;      // parts of a head that are summed apart: see tile_chunks
+  int unit_tiles;  // a chunk starts at a multiple of so many tiles of 64
   float* sums;     // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
   void* matrices;  // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
 };
@@ -39,6 +40,12 @@ inline int tile_chunks(int heads, int M, int DP, const Device& device) {
     if (cost < least) least = cost, best = chunks;
   }
   return best;
+}
+
+// Tiles of 64 rows of each of `chunks` chunks but the last, which may have fewer.
+inline int chunk_tiles(int rows, int chunks, int unit_tiles) {
+  const int tiles = (rows + 63) / 64, each = (tiles + chunks - 1) / chunks;
+  return (each + unit_tiles - 1) / unit_tiles * unit_tiles;
 }
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
