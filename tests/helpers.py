@@ -47,6 +47,18 @@ def new_seed():
     return seed
 
 
+def kernels_of(function):
+    """Names of the CUDA kernels that a call runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    return [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 class Case:
     """Inputs and options of one call. ``masks``: none | key | query | both | padding.
 

@@ -3,7 +3,7 @@ stands for, and itself."""
 
 import pytest
 import torch
-from helpers import CUDA_DTYPES, Case, assert_same_bits
+from helpers import CUDA_DTYPES, Case, assert_same_bits, kernels_of
 
 import mra_attention as mra
 
@@ -15,18 +15,6 @@ served = pytest.mark.skipif(
 )
 
 
-def kernels(function):
-    """Names of the CUDA kernels that a call runs."""
-    from torch.profiler import ProfilerActivity, profile
-
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        function()
-        torch.cuda.synchronize()
-    return [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-
-
 @served
 @pytest.mark.parametrize("device, dtype", HALF)
 def test_one_launch(device, dtype):
@@ -34,9 +22,9 @@ def test_one_launch(device, dtype):
     for coarse in ("none", "block"):
         for selection in ("row", "global"):
             options = dict(block_size=32, coarse=coarse, order=0, selection=selection)
-            names = kernels(lambda o=options: mra.mra_attention(q, k, v, **o))
+            names = kernels_of(lambda o=options: mra.mra_attention(q, k, v, **o))
             assert len(names) == 1 and "forward_head_kernel" in names[0], names
-    names = kernels(lambda: mra.mra_attention(q, k, v, block_size=32, coarse="row", order=0))
+    names = kernels_of(lambda: mra.mra_attention(q, k, v, block_size=32, coarse="row", order=0))
     assert not any("forward_head" in name for name in names)
 
 

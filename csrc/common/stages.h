@@ -122,6 +122,7 @@ struct PooledInputs {
   // could be that of what runs beside it.
   bool beside = false;
   Tensor held{};
+  Tensor moments_before{};  // CUDA, under causal: those of the keys before each chunk of a head
 };
 
 // What Options.pool other than even makes of the inputs (docs/algorithm.md). All acc.

@@ -11,29 +11,53 @@
 
 namespace mra::cuda {
 
+#ifdef MRA_SM90A
+namespace {
+
+constexpr int64_t kMostKeys = std::numeric_limits<int>::max() / 2;
+
+bool hopper_takes(const Tensor& key, const Launch& launch) {
+  return launch.device.major == 9 && key.scalar_type() == at::kBFloat16 && key.size(3) <= 128;
+}
+
+}  // namespace
+#endif
+
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
-  const int64_t D = key.size(3);
-  return launch.device.major == 9 && key.scalar_type() == at::kBFloat16 && !o.causal && D > 32 &&
-         D <= 128;
+  return !o.causal && hopper_takes(key, launch) && key.size(3) > 32;
 #else
   return false;
 #endif
 }
 
+std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const Launch& launch) {
+#ifdef MRA_SM90A
+  const int64_t D = in.key.size(3), M = in.key.size(2), heads = in.key.size(0) * in.key.size(1);
+  const int64_t unit = std::max(o.block_q, o.block_k);
+  if (!o.causal || !o.levels.empty() || !hopper_takes(in.key, launch) || o.block_k > 64 ||
+      unit < 64 || M > kMostKeys || heads > kMostKeys) {
+    return std::nullopt;
+  }
+  CausalCut cut{D <= 64 ? 64 : 128, static_cast<int>(unit / 64), 1};
+  const int rows = static_cast<int>(M);
+  const int most = sm90::tile_chunks(static_cast<int>(heads), rows, cut.dim, launch.device);
+  cut.chunks =
+      static_cast<int>(ceil_div(ceil_div(M, 64), sm90::chunk_tiles(rows, most, cut.unit_tiles)));
+  return cut;
+#else
+  return std::nullopt;
+#endif
+}
+
 #ifdef MRA_SM90A
 
-Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
-                    const Tensor& key_count, const std::function<void()>& launch_beside) {
+namespace {
+
+// What the kernel reads; means go to the key part of `pooled` unless it is null.
+sm90::Moments moments_of(const Inputs& in, const Options& o, PooledInputs* pooled) {
   const int64_t B = in.key.size(0), Hk = in.key.size(1), M = in.key.size(2), D = in.key.size(3);
   const int64_t nk = ceil_div(M, o.block_k);
-  const Launch launch(in.key);
-  if (!order1_on_hopper(in.key, o, launch) || o.block_k > 64 ||
-      M > std::numeric_limits<int>::max() / 2) {
-    return {};
-  }
-  const int dim = static_cast<int>(moments_dim(D));
-  const auto acc = in.key.options().dtype(at::kFloat);
   sm90::Moments p{};
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
@@ -46,49 +70,53 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   p.D = static_cast<int>(D);
   p.nk = static_cast<int>(nk);
   p.log2_block_k = log2_of(o.block_k);
-  Tensor count = key_count;
-  if (pooled != nullptr) {
-    pooled->key = at::empty({B, Hk, nk, D}, acc);
-    pooled->value = at::empty({B, Hk, nk, D}, acc);
-    p.k_mean = pooled->key.mutable_data_ptr<float>();
-    p.v_mean = pooled->value.mutable_data_ptr<float>();
-    if (pooled->weights.defined()) {
-      count = pooled->key_count;
-      p.weights = pooled->weights.const_data_ptr<float>();
-    } else {
-      count = pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
-      p.key_count = count.mutable_data_ptr<int>();
-    }
-    if (rounds_pooled(in.key, o) && o.levels.empty()) {
-      pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
-      pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());
-      p.k_rounded = pooled->key_rounded.mutable_data_ptr();
-      p.v_rounded = pooled->value_rounded.mutable_data_ptr();
-    }
-  }
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
   p.unit_tiles = 1;
-  const Tensor matrices = at::empty({B, Hk, 2, dim, dim}, in.key.options());
-  p.matrices = matrices.mutable_data_ptr();
-  Tensor sums;
-  if (p.chunks > 1) {
-    sums = at::empty({B, Hk, p.chunks, 2, dim, dim}, acc);
-    p.sums = sums.mutable_data_ptr<float>();
+  if (pooled == nullptr) return p;
+  const auto acc = in.key.options().dtype(at::kFloat);
+  pooled->key = at::empty({B, Hk, nk, D}, acc);
+  pooled->value = at::empty({B, Hk, nk, D}, acc);
+  p.k_mean = pooled->key.mutable_data_ptr<float>();
+  p.v_mean = pooled->value.mutable_data_ptr<float>();
+  if (pooled->weights.defined()) {
+    p.weights = pooled->weights.const_data_ptr<float>();
+  } else {
+    pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+    p.key_count = pooled->key_count.mutable_data_ptr<int>();
   }
+  if (rounds_pooled(in.key, o) && o.levels.empty()) {
+    pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
+    pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());
+    p.k_rounded = pooled->key_rounded.mutable_data_ptr();
+    p.v_rounded = pooled->value_rounded.mutable_data_ptr();
+  }
+  return p;
+}
+
+Tensor empty_sums(const sm90::Moments& p, int dim, const Tensor& like) {
+  return at::empty({p.B, p.Hk, p.chunks, 2, dim, dim}, like.options().dtype(at::kFloat));
+}
+
+// False where the kernel doesn't do it.
+bool launch_moments(const sm90::Moments& p, int dim, const Launch& launch) {
   const cudaError_t error = dim == 64 ? sm90::launch_moments<64>(p, launch.device, launch.stream)
                                       : sm90::launch_moments<128>(p, launch.device, launch.stream);
-  if (error == cudaErrorNotSupported) return {};
+  if (error == cudaErrorNotSupported) return false;
   launch.check(error);
-  launch_beside();
-  if (!sums.defined()) return matrices;
+  return true;
+}
+
+// Sums over chunks, to p.matrices or (exclusive) in place. A plan may run beside it.
+void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, bool exclusive,
+                const Tensor& sums, PooledInputs* pooled, const Launch& launch) {
   Order1Sum s{};
   s.dtype = Dtype::bf16;
+  s.exclusive = exclusive;
   s.B = p.B;
   s.heads = p.Hk;
   s.units = 1;
   s.chunks = p.chunks;
   s.dim = dim;
-  s.key_count = count.const_data_ptr<int>();
+  s.key_count = data_of<int>(key_count);
   s.nk = p.nk;
   s.sums = p.sums;
   s.matrices = p.matrices;
@@ -98,7 +126,44 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
     pooled->beside = true;
     pooled->held = sums;
   }
+}
+
+}  // namespace
+
+Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
+                    const Tensor& key_count, const std::function<void()>& launch_beside) {
+  const Launch launch(in.key);
+  if (!order1_on_hopper(in.key, o, launch) || o.block_k > 64 || in.key.size(2) > kMostKeys) {
+    return {};
+  }
+  sm90::Moments p = moments_of(in, o, pooled);
+  const int dim = static_cast<int>(moments_dim(p.D));
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
+  const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, in.key.options());
+  p.matrices = matrices.mutable_data_ptr();
+  const Tensor sums = p.chunks > 1 ? empty_sums(p, dim, in.key) : Tensor();
+  p.sums = data_of<float>(sums);
+  if (!launch_moments(p, dim, launch)) return {};
+  launch_beside();
+  if (sums.defined()) {
+    const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
+    sum_chunks(p, dim, count, false, sums, pooled, launch);
+  }
   return matrices;
+}
+
+Tensor causal_moments(const Inputs& in, const Options& o, const CausalCut& cut,
+                      PooledInputs* pooled, const std::function<void()>& launch_beside) {
+  const Launch launch(in.key);
+  sm90::Moments p = moments_of(in, o, pooled);
+  p.chunks = cut.chunks;
+  p.unit_tiles = cut.unit_tiles;
+  const Tensor sums = empty_sums(p, cut.dim, in.key);
+  p.sums = sums.mutable_data_ptr<float>();
+  if (!launch_moments(p, cut.dim, launch)) return {};
+  launch_beside();
+  sum_chunks(p, cut.dim, {}, true, sums, pooled, launch);
+  return sums;
 }
 
 #else

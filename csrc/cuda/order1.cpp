@@ -202,6 +202,14 @@ void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const Pooled
   order1_key_grads(term, moment_grads, {}, {grads.query, grads.key, grads.value}, add);
 }
 
+bool order1_grad_causal(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                        const Inputs& in, const PooledInputs& pooled, const Options& o,
+                        const Order1Grads& grads) {
+  const Launch launch(in.query);
+  const Term term(launch, in, pooled, o);
+  return order1_causal_backward(with_aligned_rows(grad_out), share, delta, term, grads);
+}
+
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o) {
   if (!o.levels.empty()) {
@@ -210,8 +218,7 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   const Launch launch(in.query);
   const Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query),
                           empty_heads_last(in.key), empty_heads_last(in.value)};
-  const Term term(launch, in, pooled, o);
-  if (order1_causal_backward(with_aligned_rows(grad_out), share, delta, term, grads)) return grads;
+  if (order1_grad_causal(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);
   return grads;

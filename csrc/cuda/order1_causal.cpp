@@ -12,25 +12,13 @@ namespace mra::cuda {
 
 namespace {
 
-bool serves(const Term& term) {
-  return term.o.causal && term.launch.device.major == 9 && term.dtype == Dtype::bf16 &&
-         term.D <= 128 && term.o.block_k <= 64 && term.unit_causal >= 64;
-}
-
-// Calls f with the padded head dim, an integral_constant.
-template <class F>
-cudaError_t by_dim(const Term& term, F f) {
-  return term.D <= 64 ? f(std::integral_constant<int, 64>{})
-                      : f(std::integral_constant<int, 128>{});
-}
-
-// What all of a call's launches share. Sums of chunks are padded to `dim`.
+// What all of a call's launches share.
 struct Walk {
   const Term& term;
-  int dim;
+  const CausalCut cut;
   sm90::CausalChunks chunks{};
 
-  explicit Walk(const Term& term) : term(term), dim(term.D <= 64 ? 64 : 128) {
+  Walk(const Term& term, const CausalCut& cut) : term(term), cut(cut) {
     const Inputs& in = term.in;
     auto& c = chunks;
     c.B = term.B;
@@ -40,10 +28,8 @@ struct Walk {
     c.D = term.D;
     c.nk = term.nk;
     c.log2_block_k = term.block_shift;
-    c.unit_tiles = term.unit_causal / 64;
-    const int most = sm90::tile_chunks(c.B * c.Hk, c.N, dim, term.launch.device);
-    c.chunks = static_cast<int>(
-        ceil_div(ceil_div(c.N, 64), sm90::chunk_tiles(c.N, most, c.unit_tiles)));
+    c.unit_tiles = cut.unit_tiles;
+    c.chunks = cut.chunks;
     c.k = in.key.const_data_ptr();
     c.v = in.value.const_data_ptr();
     c.k_strides = strides_of(in.key);
@@ -53,52 +39,23 @@ struct Walk {
     c.q_strides = strides_of(in.query);
   }
 
-  Tensor empty_sums() const {
-    return at::empty({chunks.B, chunks.Hk, chunks.chunks, 2, dim, dim}, term.acc());
-  }
-
-  // Sums of chunks -> those of the chunks before each, or behind it.
-  void accumulate(const Tensor& sums, bool backward) const {
+  // Sums of chunks -> those of the chunks behind each.
+  void sum_behind(const Tensor& sums) const {
     Order1Sum s{};
-    s.exclusive = true;
-    s.backward = backward;
+    s.exclusive = s.backward = true;
     s.B = chunks.B;
     s.heads = chunks.Hk;
     s.chunks = chunks.chunks;
-    s.dim = dim;
+    s.dim = cut.dim;
     s.sums = sums.mutable_data_ptr<float>();
     term.launch.check(order1_sum(s, term.launch.stream));
   }
 
-  // C and Sigma of the chunks before each; undefined for one chunk. False where no kernel does it.
-  bool moments(Tensor& start) const {
-    if (chunks.chunks == 1) return true;
-    start = empty_sums();
-    sm90::Moments p{};
-    p.k = chunks.k;
-    p.v = chunks.v;
-    p.k_strides = chunks.k_strides;
-    p.v_strides = chunks.v_strides;
-    p.mask = chunks.mask;
-    p.B = chunks.B;
-    p.Hk = chunks.Hk;
-    p.M = chunks.N;
-    p.D = chunks.D;
-    p.nk = chunks.nk;
-    p.log2_block_k = chunks.log2_block_k;
-    p.chunks = chunks.chunks;
-    p.unit_tiles = chunks.unit_tiles;
-    p.sums = start.mutable_data_ptr<float>();
-    const bool done = launch([&](auto dim) {
-      return sm90::launch_moments<dim()>(p, term.launch.device, term.launch.stream);
-    });
-    if (done) accumulate(start, false);
-    return done;
-  }
-
+  // Calls f with the padded head dim, an integral_constant; false where no kernel does it.
   template <class F>
   bool launch(F f) const {
-    const cudaError_t error = by_dim(term, f);
+    const cudaError_t error = cut.dim == 64 ? f(std::integral_constant<int, 64>{})
+                                            : f(std::integral_constant<int, 128>{});
     if (error == cudaErrorNotSupported) return false;
     term.launch.check(error);
     return true;
@@ -125,13 +82,20 @@ struct Walk {
   }
 };
 
+// Undefined for one chunk; false where no kernel does it.
+bool moments_before(Tensor& start, const Term& term, const CausalCut& cut) {
+  if (cut.chunks > 1) start = causal_moments(term.in, term.o, cut, nullptr);
+  return cut.chunks == 1 || start.defined();
+}
+
 }  // namespace
 
 bool order1_causal(FineResult& result, const Term& term) {
-  if (!serves(term)) return false;
-  const Walk walk(term);
-  Tensor start;
-  if (!walk.moments(start)) return false;
+  const auto cut = causal_cut(term.in, term.o, term.launch);
+  if (!cut) return false;
+  Tensor start = term.pooled.moments_before;
+  if (!start.defined() && !moments_before(start, term, *cut)) return false;
+  const Walk walk(term, *cut);
   sm90::CausalRows p = walk.rows_params(result.share, start);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
@@ -140,10 +104,10 @@ bool order1_causal(FineResult& result, const Term& term) {
 
 bool order1_causal_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Term& term, const Order1Grads& grads) {
-  if (!serves(term)) return false;
-  Walk walk(term);
+  const auto cut = causal_cut(term.in, term.o, term.launch);
   Tensor start;
-  if (!walk.moments(start)) return false;
+  if (!cut || !moments_before(start, term, *cut)) return false;
+  Walk walk(term, *cut);
   sm90::CausalChunks& c = walk.chunks;
   const Tensor weights = at::empty({c.B, c.H, ceil_div(c.N, 64) * 64, 2}, term.acc());
   c.grad_out = grad_out.const_data_ptr();
@@ -160,7 +124,7 @@ bool order1_causal_backward(const Tensor& grad_out, const Tensor& share, const T
   if (c.chunks > 1) {  // `start` is no longer read once the sums are written
     keys.sums = start.mutable_data_ptr<float>();
     if (!walk.keys(keys)) return false;
-    walk.accumulate(start, true);
+    walk.sum_behind(start);
     keys.sums = nullptr;
     keys.start = start.const_data_ptr<float>();
   }

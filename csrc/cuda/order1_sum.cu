@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
 
 // A thread walks the chunks of its float4, forwards or backwards.
 __global__ void __launch_bounds__(128) exclusive_kernel(const Order1Sum p) {
+  let_next_start();
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 blockDim
   const int columns = static_cast<int>(pair / (4 * blockDim.x));
   const int head = blockIdx.x / columns;

@@ -86,12 +86,17 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
   };
   if (has_order1(o) && even) {
-    pooled.moments = pool_moments(in, o, &pooled, {}, [&] {
+    const auto pool_queries = [&] {
       add_queries();
       pools.run(true);
-    });
+    };
+    pooled.moments = pool_moments(in, o, &pooled, {}, pool_queries);
+    const auto cut = causal_cut(in, o, Launch(in.key));
+    if (cut && cut->chunks > 1) {
+      pooled.moments_before = causal_moments(in, o, *cut, &pooled, pool_queries);
+    }
   }
-  if (!pooled.moments.defined()) {
+  if (!pooled.moments.defined() && !pooled.moments_before.defined()) {
     add_queries();
     const bool rounded = rounds_pooled(in.key, o) && even && o.levels.empty();
     if (key || (coarse && even)) {

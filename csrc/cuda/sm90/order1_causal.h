@@ -45,7 +45,7 @@ struct CausalRows : CausalChunks {
 };
 
 struct CausalKeys : CausalChunks {
-  float* sums;  // [B, Hk, chunks, 2, DP, DP]: those of each chunk's rows; else null and
+  float* sums;            // [B, Hk, chunks, 2, DP, DP]: those of each chunk's rows; else null and
   void *grad_k, *grad_v;  // [B, Hk, N, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
 };

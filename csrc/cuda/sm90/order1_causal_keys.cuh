@@ -4,7 +4,8 @@
 //   dv_j = kappa_j dC,   dk_j = nu_j dC^T + 2 kappa_j dSigma
 //
 // kappa and nu as in order1_keys.cuh. A chunk's tiles are walked from the last one on; behind the
-// keys of a tile its rows are added to dC and dSigma. Without kWalk: only that, the sums of a chunk.
+// keys of a tile its rows are added to dC and dSigma. Without kWalk: only that, the sums of a
+// chunk.
 #pragma once
 
 #include "order1_causal.cuh"
@@ -20,7 +21,7 @@ template <int DP, bool kWalk>
 struct CausalKeysShared {
   static constexpr int kPanels = DP / 64, kStages = 2;
   uint16_t matrices[kWalk ? 2 : 1][kPanels][DP][64];  // dC, 2 dSigma
-  uint16_t rows[kStages][2][kPanels][64][64];  // q, dO
+  uint16_t rows[kStages][2][kPanels][64][64];         // q, dO
   uint16_t weighted_q[kPanels][64][64];
   KeyTiles<DP, kWalk ? 2 : 1, false> keys;
   alignas(16) float2 weights[kStages][64];
@@ -50,8 +51,7 @@ __device__ __forceinline__ void weigh_rows(uint16_t (&rows)[2][kPanels][64][64],
       return make_uint4(Mma<T>::pack(x[0], x[1]), Mma<T>::pack(x[2], x[3]),
                         Mma<T>::pack(x[4], x[5]), Mma<T>::pack(x[6], x[7]));
     };
-    *reinterpret_cast<uint4*>(&weighted[panel][row][column]) =
-        any ? times(*q, weight.y) : uint4{};
+    *reinterpret_cast<uint4*>(&weighted[panel][row][column]) = any ? times(*q, weight.y) : uint4{};
     *grad = any ? times(*grad, weight.x) : uint4{};
     if (!any) *q = uint4{};
   }
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
     give_registers<Traits::kGiven>();
     if (warp == Traits::kConsumers) {
       if constexpr (kWalk) {
-        s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * last, at.tiles,
-                     -64);
+        s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * last, at.tiles, -64);
       }
     } else if (warp == Traits::kConsumers + 1) {
       const int64_t padded = (p.N + 63) / 64 * 64;
@@ -148,8 +147,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
       // The unit's last tile, or that of the keys.
       if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0) sums.place(s.matrices, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-      centre<kBlocks, Means::even>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk,
-                                   key_tile);
+      centre<kBlocks, Means::even>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk, key_tile);
       fence_for_copies();
       consumer_sync<DP>();
       float dk[8][4], dv[8][4];
@@ -210,10 +208,9 @@ cudaError_t launch_order1_causal_keys(const CausalKeys& params, const Device& de
   const bool maps =
       map(&p.q_map, p.q, p.q_strides, p.H) &&
       map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
-      (!walk ||
-       (map(&p.k_map, p.k, p.k_strides, p.Hk) && map(&p.v_map, p.v, p.v_strides, p.Hk) &&
-        map(&p.grad_k_map, p.grad_k, p.grad_k_strides, p.Hk) &&
-        map(&p.grad_v_map, p.grad_v, p.grad_v_strides, p.Hk)));
+      (!walk || (map(&p.k_map, p.k, p.k_strides, p.Hk) && map(&p.v_map, p.v, p.v_strides, p.Hk) &&
+                 map(&p.grad_k_map, p.grad_k, p.grad_k_strides, p.Hk) &&
+                 map(&p.grad_v_map, p.grad_v, p.grad_v_strides, p.Hk)));
   const int bytes = 1024 + static_cast<int>(walk ? sizeof(CausalKeysShared<DP, true>)
                                                  : sizeof(CausalKeysShared<DP, false>));
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;

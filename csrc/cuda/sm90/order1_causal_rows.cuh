@@ -20,7 +20,7 @@ template <int DP, bool kBackward>
 struct CausalRowsShared {
   static constexpr int kPanels = DP / 64, kTensors = kBackward ? 2 : 1;
   static constexpr int kStages = kBackward ? 2 : 3;
-  uint16_t matrices[2][kPanels][DP][64];  // C, Sigma
+  uint16_t matrices[2][kPanels][DP][64];              // C, Sigma
   uint16_t rows[kStages][kTensors][kPanels][64][64];  // q, dO
   KeyTiles<DP, 2, false> keys;
   float dots[2][kPanels][64];
@@ -72,8 +72,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
           for (int i = 0; i < kPanels; ++i) {
             copy_panel(s.rows[stage][0][i], p.q_map, &s.full[stage], 64 * i, row, h, at.b);
             if constexpr (kBackward) {
-              copy_panel(s.rows[stage][1][i], p.grad_out_map, &s.full[stage], 64 * i, row, h,
-                         at.b);
+              copy_panel(s.rows[stage][1][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, at.b);
             }
           }
         }
@@ -234,12 +233,11 @@ cudaError_t launch_order1_causal_rows(const CausalRows& params, const Device& de
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int heads) {
     return tensor_map(to, Dtype::bf16, data, strides, p.B, heads, p.N, p.D, 64);
   };
-  const bool maps =
-      map(&p.k_map, p.k, p.k_strides, p.Hk) && map(&p.v_map, p.v, p.v_strides, p.Hk) &&
-      map(&p.q_map, p.q, p.q_strides, p.H) &&
-      (backward ? map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
-                      map(&p.to_map, p.grad_q, p.grad_q_strides, p.H)
-                : map(&p.to_map, p.out, p.out_strides, p.H));
+  const bool maps = map(&p.k_map, p.k, p.k_strides, p.Hk) &&
+                    map(&p.v_map, p.v, p.v_strides, p.Hk) && map(&p.q_map, p.q, p.q_strides, p.H) &&
+                    (backward ? map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
+                                    map(&p.to_map, p.grad_q, p.grad_q_strides, p.H)
+                              : map(&p.to_map, p.out, p.out_strides, p.H));
   if (!maps) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
   return backward ? launch_order1_causal_rows_of<DP, true>(p, device, stream)
