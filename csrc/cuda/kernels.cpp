@@ -139,7 +139,7 @@ std::vector<KernelInfo> kernel_table() {
   return {
       {"pool", "pool_forward", "csrc/cuda/pool_fwd.cu", "sm_80+", all, "8..256"},
 #ifdef MRA_SM90A
-      {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "40..128 (64, 128)"},
+      {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "8..128 (64, 128)"},
 #endif
       {"pool", "sample", "csrc/cuda/centred_sample.cu", "sm_80+", all, "8..256"},
       {"pool", "key_weights", "csrc/cuda/centred_weights.cu", "sm_80+", all, dims},
@@ -185,9 +185,9 @@ std::vector<KernelInfo> kernel_table() {
 #endif
 #ifdef MRA_SM90A
       {"order1", "rows", "csrc/cuda/sm90/order1_rows.cuh", "sm_90a", "bfloat16",
-       "40..128 (64, 128)"},
+       "8..128 (64, 128)"},
       {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",
-       "40..128 (64, 128)"},
+       "8..128 (64, 128)"},
 #endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},

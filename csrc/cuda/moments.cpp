@@ -25,7 +25,7 @@ bool hopper_takes(const Tensor& key, const Launch& launch) {
 
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
-  return !o.causal && hopper_takes(key, launch) && key.size(3) > 32;
+  return !o.causal && hopper_takes(key, launch);
 #else
   return false;
 #endif
@@ -39,7 +39,7 @@ std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const La
       unit < 64 || M > kMostKeys || heads > kMostKeys) {
     return std::nullopt;
   }
-  CausalCut cut{D <= 64 ? 64 : 128, static_cast<int>(unit / 64), 1};
+  CausalCut cut{static_cast<int>(moments_dim(D)), static_cast<int>(unit / 64), 1};
   const int rows = static_cast<int>(M);
   const int most = sm90::tile_chunks(static_cast<int>(heads), rows, cut.dim, launch.device);
   cut.chunks =
@@ -98,7 +98,7 @@ Tensor empty_sums(const sm90::Moments& p, int dim, const Tensor& like) {
 
 // False where the kernel doesn't do it.
 bool launch_moments(const sm90::Moments& p, int dim, const Launch& launch) {
-  const cudaError_t error = dim == 64 ? sm90::launch_moments<64>(p, launch.device, launch.stream)
+  const cudaError_t error = dim <= 64 ? sm90::launch_moments<64>(p, launch.device, launch.stream)
                                       : sm90::launch_moments<128>(p, launch.device, launch.stream);
   if (error == cudaErrorNotSupported) return false;
   launch.check(error);

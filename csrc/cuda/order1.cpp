@@ -96,7 +96,7 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& 
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
   p.grad_v_strides = strides_of(grads.value);
-  const cudaError_t error = term.dim == 64
+  const cudaError_t error = term.dim <= 64
                                 ? sm90::launch_order1_keys<64>(p, device, term.launch.stream)
                                 : sm90::launch_order1_keys<128>(p, device, term.launch.stream);
   if (error == cudaErrorNotSupported) return false;
@@ -142,7 +142,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   p.grad_q_strides = strides_of(grad_query);
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
   p.sums = sums.mutable_data_ptr<float>();
-  const cudaError_t error = term.dim == 64
+  const cudaError_t error = term.dim <= 64
                                 ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
                                 : sm90::launch_order1_rows<128>(p, device, term.launch.stream);
   if (error == cudaErrorNotSupported) return {};

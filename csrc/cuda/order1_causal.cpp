@@ -54,7 +54,7 @@ struct Walk {
   // Calls f with the padded head dim, an integral_constant; false where no kernel does it.
   template <class F>
   bool launch(F f) const {
-    const cudaError_t error = cut.dim == 64 ? f(std::integral_constant<int, 64>{})
+    const cudaError_t error = cut.dim <= 64 ? f(std::integral_constant<int, 64>{})
                                             : f(std::integral_constant<int, 128>{});
     if (error == cudaErrorNotSupported) return false;
     term.launch.check(error);

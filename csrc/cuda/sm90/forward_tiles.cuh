@@ -17,9 +17,9 @@ struct ForwardMaps : ForwardParams, KeyMaps {
     const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
-    if (moments != nullptr && (dtype != Dtype::bf16 || D <= DP / 2)) return cudaErrorNotSupported;
+    if (moments != nullptr && dtype != Dtype::bf16) return cudaErrorNotSupported;
     const bool maps =
-        (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, DP)) &&
+        (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
         tensor_map(&out_map, dtype, out, out_strides, B, H, this->rows, D, out_rows) &&
         set(*this, dtype);
@@ -143,9 +143,11 @@ __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const f
   with_matrix(1);
   if (p.centre_term != nullptr) {
     const int64_t key_head = static_cast<int64_t>(at_rows.b) * p.Hk + at_rows.h / (p.H / p.Hk);
-    const float* const less = p.centre_term + key_head * (64 * kPanels) + 2 * t;
+    const int dim = matrix_dim<64 * kPanels>(p.D);
+    const float* const less = p.centre_term + key_head * dim + 2 * t;
 #pragma unroll
     for (int n = 0; n < 8 * kPanels; ++n) {
+      if (8 * n >= dim) break;
       const float2 u = __ldg(reinterpret_cast<const float2*>(less + 8 * n));
       x[n][0] -= u.x, x[n][1] -= u.y, x[n][2] -= u.x, x[n][3] -= u.y;
     }

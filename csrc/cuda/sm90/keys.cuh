@@ -214,17 +214,17 @@ struct KeyProducer {
       wait_for_keys();
       if (fetched >= kStages)
         barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
-      const int stage = fetched % kStages, row = (kPanels - 1 - i) * DP;
+      const int stage = fetched % kStages, first = 2 * at.hk, matrix = first + kPanels - 1 - i;
       barrier_expect(&s.k_full[stage], kKeys * DP * 2);
       barrier_expect(&s.v_full[stage], kKeys * DP * 2);
       if (lane == 0) {
         for (int r = 0; r < DP; r += 64) {
           if (kPanels == 1) {
-            copy_panel(s.k[stage], map, &s.k_full[stage], 0, DP, at.hk, at.b);
-            copy_panel(s.v[stage], map, &s.v_full[stage], 0, 0, at.hk, at.b);
+            copy_panel(s.k[stage], map, &s.k_full[stage], 0, 0, first + 1, at.b);
+            copy_panel(s.v[stage], map, &s.v_full[stage], 0, 0, first, at.b);
           } else {
-            copy_panel(s.k[stage][r / 64], map, &s.k_full[stage], 0, row + r, at.hk, at.b);
-            copy_panel(s.v[stage][r / 64], map, &s.v_full[stage], 64, row + r, at.hk, at.b);
+            copy_panel(s.k[stage][r / 64], map, &s.k_full[stage], 0, r, matrix, at.b);
+            copy_panel(s.v[stage][r / 64], map, &s.v_full[stage], 64, r, matrix, at.b);
           }
         }
       }

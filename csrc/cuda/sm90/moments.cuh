@@ -89,13 +89,16 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   pin(sigma);
 
   const int row = 64 * group + 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
+  const int dim = matrix_dim<DP>(p.D);
+  if (row >= dim) return;
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
     const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = (matrix * DP + row + 8 * half) * DP + threadIdx.x % 4 * 2;
+      const int64_t at = (matrix * dim + row + 8 * half) * dim + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 8 * kPanels; ++n) {
+        if (8 * n >= dim) break;
         const float u = c[n][2 * half], w = c[n][2 * half + 1];
         if (p.sums != nullptr) {
           *reinterpret_cast<float2*>(p.sums + at + 8 * n) = make_float2(u, w);

@@ -21,14 +21,14 @@ struct Moments {
   const float* weights;
   int chunks;      // parts of a head that are summed apart: see tile_chunks
   int unit_tiles;  // a chunk starts at a multiple of so many tiles of 64
-  float* sums;     // [B, Hk, chunks, 2, DP, DP], or null for one chunk:
-  void* matrices;  // then [B, Hk, 2, DP, DP] bfloat16, over the number of valid keys
+  float* sums;     // [B, Hk, chunks, 2, dim, dim], or null for one chunk:
+  void* matrices;  // then [B, Hk, 2, dim, dim] bfloat16, over the number of valid keys
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
 // tiles besides its own.
-inline int tile_chunks(int heads, int M, int DP, const Device& device) {
-  const int64_t slots = device.sms * (DP == 64 ? 2 : 1);
+inline int tile_chunks(int heads, int M, int dim, const Device& device) {
+  const int64_t slots = device.sms * (dim <= 64 ? 2 : 1);
   const int64_t tiles = (M + 63) / 64;
   int best = 1;
   int64_t least = tiles * heads * 8;

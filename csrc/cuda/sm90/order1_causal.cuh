@@ -49,18 +49,19 @@ struct WalkedPair {
     }
   }
 
-  // From chunk `chunk` of [chunks, 2, DP, DP], or zeros.
-  __device__ __forceinline__ void load(const float* from, int64_t chunk) {
+  // From chunk `chunk` of [chunks, 2, dim, dim], or zeros.
+  __device__ __forceinline__ void load(const float* from, int64_t chunk, int dim) {
     for_pairs([&](float& x, float& y, int which, int row, int column) {
-      float2 u{};
-      if (from != nullptr) u = load_pair(from + ((chunk * 2 + which) * DP + row) * DP + column);
+      const bool there = from != nullptr && row < dim && column < dim;
+      const float* const at = from + ((chunk * 2 + which) * dim + row) * dim + column;
+      const float2 u = there ? load_pair(at) : float2{};
       x = u.x, y = u.y;
     });
   }
-  __device__ __forceinline__ void store(float* to, int64_t chunk) {
+  __device__ __forceinline__ void store(float* to, int64_t chunk, int dim) {
     for_pairs([&](float x, float y, int which, int row, int column) {
-      *reinterpret_cast<float2*>(to + ((chunk * 2 + which) * DP + row) * DP + column) =
-          make_float2(x, y);
+      float* const at = to + ((chunk * 2 + which) * dim + row) * dim + column;
+      if (row < dim && column < dim) *reinterpret_cast<float2*>(at) = make_float2(x, y);
     });
   }
   // As panels of bfloat16, the second one times `factor`.

@@ -26,7 +26,7 @@ struct CausalChunks {
   Strides q_strides, grad_out_strides;
   // [B, H, 64 ceil(N / 64), 2]: over the number of keys before the row, a and b of order1_rows.cuh.
   float* weights;
-  // [B, Hk, chunks, 2, DP, DP]: sums of the chunks before (rows) or behind (keys) each; null for
+  // [B, Hk, chunks, 2, dim, dim]: sums of the chunks before (rows) or behind (keys) each; null for
   // one chunk.
   const float* start;
 };
@@ -45,7 +45,7 @@ struct CausalRows : CausalChunks {
 };
 
 struct CausalKeys : CausalChunks {
-  float* sums;            // [B, Hk, chunks, 2, DP, DP]: those of each chunk's rows; else null and
+  float* sums;            // [B, Hk, chunks, 2, dim, dim]: those of each chunk's rows; else null and
   void *grad_k, *grad_v;  // [B, Hk, N, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
 };

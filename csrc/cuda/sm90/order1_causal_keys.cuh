@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   const int64_t chunk = static_cast<int64_t>(at.key_head) * p.chunks + at.chunk;
   WalkedPair<DP> sums;
-  sums.load(kWalk ? p.start : nullptr, chunk);
+  sums.load(kWalk ? p.start : nullptr, chunk, matrix_dim<DP>(p.D));
   int turn = 0;
 
   const auto add_rows = [&] {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
   if constexpr (!kWalk) {
 #pragma unroll 1
     for (int i = 0; i < row_tiles * at.group; ++i) add_rows();
-    sums.store(p.sums, chunk);
+    sums.store(p.sums, chunk, matrix_dim<DP>(p.D));
     return;
   } else {
     const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
   WalkedPair<DP> sums;
-  sums.load(p.start, static_cast<int64_t>(at.key_head) * p.chunks + at.chunk);
+  sums.load(p.start, at.key_head * p.chunks + at.chunk, matrix_dim<DP>(p.D));
   int seen = s.keys_before, turn = 0;
   float over_n = 0.f;
 

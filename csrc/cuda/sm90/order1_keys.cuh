@@ -159,7 +159,7 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
   const bool maps = map(&p.k_map, p.k, p.k_strides) && map(&p.v_map, p.v, p.v_strides) &&
                     map(&p.grad_k_map, p.grad_k, p.grad_k_strides) &&
                     map(&p.grad_v_map, p.grad_v, p.grad_v_strides) &&
-                    matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, DP);
+                    matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, matrix_dim<DP>(p.D));
   constexpr int kBytes = sizeof(Order1KeysShared<DP, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;

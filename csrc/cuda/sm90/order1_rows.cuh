@@ -78,12 +78,13 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   }
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
   const int b = head / p.H, h = head - b * p.H, first = chunk * p.tiles * 64;
+  const int dim = matrix_dim<DP>(p.D);
   if constexpr (kCentred) {
     const int64_t key_head = static_cast<int64_t>(b) * p.Hk + h / (p.H / p.Hk);
     for (int d = threadIdx.x; d < DP; d += blockDim.x) {
       s.vectors[0][d] = d < p.D ? p.centre[key_head * p.D + d] : 0.f;
-      s.vectors[1][d] = p.shift[key_head * 2 * DP + d];
-      s.vectors[2][d] = p.shift[(key_head * 2 + 1) * DP + d];
+      s.vectors[1][d] = d < dim ? p.shift[key_head * 2 * dim + d] : 0.f;
+      s.vectors[2][d] = d < dim ? p.shift[(key_head * 2 + 1) * dim + d] : 0.f;
     }
   }
   __syncthreads();
@@ -253,13 +254,15 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   pin(ds);
   if (threadIdx.x == 0) store_wait();
 
+  if (64 * panel + row >= dim) return;
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
-      float* to = p.sums + (matrix * DP + 64 * panel + row + 8 * half) * DP + 2 * t;
+      float* to = p.sums + (matrix * dim + 64 * panel + row + 8 * half) * dim + 2 * t;
 #pragma unroll
       for (int n = 0; n < 8 * kPanels; ++n) {
+        if (8 * n >= dim) break;
         *reinterpret_cast<float2*>(to + 8 * n) = make_float2(c[n][2 * half], c[n][2 * half + 1]);
       }
     }
@@ -278,7 +281,7 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
       tensor_map(&p.q_map, bf16, p.q, p.q_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
-      matrices_map(&p.moments_map, p.moments, p.B, p.Hk, DP);
+      matrices_map(&p.moments_map, p.moments, p.B, p.Hk, matrix_dim<DP>(p.D));
   const bool centred = params.a != nullptr;
   constexpr int kPlain = sizeof(Order1RowsShared<DP, false>) + 1024;
   constexpr int kCentred = sizeof(Order1RowsShared<DP, true>) + 1024;

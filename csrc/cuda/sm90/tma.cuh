@@ -141,10 +141,15 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
 // the tensor has no map.
 bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& strides, int B,
                 int H, int L, int D, int rows);
-// Of pairs of matrices [B, H, 2, DP, DP] bfloat16, contiguous.
-inline bool matrices_map(CUtensorMap* map, const void* data, int B, int H, int DP) {
-  const int64_t matrix = int64_t{DP} * DP;
-  return tensor_map(map, Dtype::bf16, data, {H * 2 * matrix, 2 * matrix, DP}, B, H, 2 * DP, DP, 64);
+// Side of the matrices that heads of D columns have (moments_dim of common/stages.h).
+template <int DP>
+constexpr int matrix_dim(int D) {
+  return DP == 64 && D <= 32 ? 32 : DP;
+}
+// Of pairs of matrices [B, H, 2, dim, dim] bfloat16, contiguous: matrix i of head h is at 2 h + i.
+inline bool matrices_map(CUtensorMap* map, const void* data, int B, int H, int dim) {
+  const int64_t matrix = int64_t{dim} * dim;
+  return tensor_map(map, Dtype::bf16, data, {2 * H * matrix, matrix, dim}, B, 2 * H, dim, dim, 64);
 }
 // Of means of blocks [B, H, n, D], contiguous.
 inline bool means_map(CUtensorMap* map, Dtype dtype, const void* data, int B, int H, int n, int D) {
@@ -160,8 +165,8 @@ __device__ __forceinline__ void copy_matrices(uint16_t (&to)[2][DP / 64][DP][64]
   constexpr int kPanels = DP / 64;
   for (int i = 0; i < 2 * kPanels; ++i) {
     for (int r = 0; r < DP; r += 64) {
-      copy_panel(to[i / kPanels][i % kPanels][r], map, barrier, i % kPanels * 64,
-                 i / kPanels * DP + r, h, b);
+      copy_panel(to[i / kPanels][i % kPanels][r], map, barrier, i % kPanels * 64, r,
+                 2 * h + i / kPanels, b);
     }
   }
 }
