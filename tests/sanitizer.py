@@ -38,7 +38,7 @@ def cases():
         yield dtype, dict(D=D, coarse=coarse, order=order)
     for block in itertools.product([32, 64, 128], [16, 32, 64, 128]):
         yield torch.bfloat16, dict(D=64, N=260, block_size=block)
-    for D, block, (coarse, order) in itertools.product([64, 128], [64, (64, 16)], FORMS):
+    for D, block, (coarse, order) in itertools.product([32, 64, 128], [64, (64, 16)], FORMS):
         options = dict(D=D, N=330, M=700, block_size=block, coarse=coarse, order=order)
         yield torch.bfloat16, options | dict(masks="both")
     # short heads: all stages in one launch
@@ -51,7 +51,7 @@ def cases():
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
     # weighted means, and more than two resolutions
     pools = itertools.product(
-        DTYPES, ["centred", "sampled"], [0, 1], [64, 80, 256], ["none", "both"]
+        DTYPES, ["centred", "sampled"], [0, 1], [32, 64, 80, 256], ["none", "both"]
     )
     for dtype, pool, order, D, masks in pools:
         options = dict(N=150, M=330, D=D, order=order, block_size=32, masks=masks)

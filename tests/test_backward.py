@@ -35,7 +35,7 @@ def test_every_block_size(device, dtype, block):
 
 
 @pytest.mark.parametrize("block", [64, (64, 32), (64, 16), (128, 64), (32, 32), (64, 128)])
-@pytest.mark.parametrize("D", [40, 64, 96, 128])
+@pytest.mark.parametrize("D", [8, 32, 40, 64, 96, 128])
 @pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:])
 def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
     for coarse, order in FORMS[1:]:
@@ -46,7 +46,7 @@ def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
 
 
 @pytest.mark.parametrize("block", [64, 32, (64, 32), (32, 64)])
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("selection", ["row", "global"])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
 def test_more_blocks_than_the_device_holds(device, dtype, selection, D, block):

@@ -55,7 +55,7 @@ def test_other_dtypes(device, dtype, pool, order):
         Case(device, dtype, pool=pool, order=order, masks=masks, N=500, M=700, D=32).check()
 
 
-@pytest.mark.parametrize("D", [8, 40, 64, 96, 128, 200, 256])
+@pytest.mark.parametrize("D", [8, 32, 40, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES)
 @forms
 def test_kernels(device, dtype, pool, order, D):
