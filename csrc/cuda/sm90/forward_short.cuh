@@ -18,7 +18,8 @@ struct ForwardShortTraits {
 template <int DP>
 using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages>;
 
-template <typename T, int DP>
+// kColumns: of the DP of a row, those that may be other than zeros.
+template <typename T, int DP, int kColumns>
 __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShortTraits<DP>::kBlocks)
     forward_short_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -43,9 +44,9 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     barrier_wait(&s.q_full[slot], turn / 2 & 1);
     const ForwardWork at = s.work[slot];
     if (at.rows == 0) break;
-    typename Mma<T>::A q[DP / 16];
+    typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[slot], row, lane);
-    OnlineSoftmax<T, DP> softmax;
+    OnlineSoftmax<T, kColumns> softmax;
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
                   p.D);
     // The place of the block before is given back once its output has left.
@@ -107,8 +108,9 @@ cudaError_t launch_forward_short(const ForwardParams& params, const Device& devi
   ForwardMaps p{params};
   const cudaError_t error = p.set_tiles<DP>(kDtype<T>, 32, 16);
   if (error != cudaSuccess) return error;
-  return launch_tiles<ForwardShortShared<DP>, ForwardShortTraits<DP>>(forward_short_kernel<T, DP>,
-                                                                      p, device, stream);
+  const auto kernel = p.D <= 32   ? forward_short_kernel < T, DP,
+             DP == 64 ? 32 : DP > : forward_short_kernel<T, DP, DP>;
+  return launch_tiles<ForwardShortShared<DP>, ForwardShortTraits<DP>>(kernel, p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

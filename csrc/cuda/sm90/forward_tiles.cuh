@@ -102,15 +102,15 @@ struct ForwardTiles {
 // C lie in the ring's next places, as KeyProducer::fetch_matrices has put them. `share`: the pooled
 // part of this thread's rows. multiply(x, first, second): x = the rows times the matrix whose
 // columns from 0 on start at `first`, those from 64 on at `second`.
-template <typename T, int kPanels, int kRows, class Ring, class Multiply>
-__device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const float (&share)[2],
+template <typename T, int kTiles, int kPanels, int kRows, class Ring, class Multiply>
+__device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float (&share)[2],
                                            const uint16_t (&q)[kPanels][kRows][64], int row,
                                            Ring& ring, int place, const ForwardParams& p,
                                            const ForwardWork& at_rows, const Multiply& multiply) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const float scale = p.scale;
   const float* const variance = of_rows(p.variance, p, at_rows, row);
-  float x[8 * kPanels][4];
+  float x[kTiles][4];
   // Matrix `which` in the order of the ring.
   const auto with_matrix = [&](int which) {
     const int i = place + (kPanels == 1 ? 0 : which), stage = i % Ring::kStages;
@@ -128,7 +128,7 @@ __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const f
   for (int half = 0; half < 2; ++half) {
     float dot = 0.f;
 #pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       const uint16_t* at = &q[n / 8][row + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
       const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
       dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
@@ -146,14 +146,14 @@ __device__ __forceinline__ void add_order1(float (&acc)[8 * kPanels][4], const f
     const int dim = matrix_dim<64 * kPanels>(p.D);
     const float* const less = p.centre_term + key_head * dim + 2 * t;
 #pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       if (8 * n >= dim) break;
       const float2 u = __ldg(reinterpret_cast<const float2*>(less + 8 * n));
       x[n][0] -= u.x, x[n][1] -= u.y, x[n][2] -= u.x, x[n][3] -= u.y;
     }
   }
 #pragma unroll
-  for (int n = 0; n < 8 * kPanels; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (factor[i / 2] != 0.f) acc[n][i] = fmaf(factor[i / 2], x[n][i], acc[n][i]);

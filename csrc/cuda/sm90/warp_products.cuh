@@ -1,5 +1,6 @@
 // Products of one warp's 16 rows by mma.sync, for blocks too short for a warpgroup: its operands
-// come from panels as the bulk tensor copies leave them (wgmma.cuh), each warp at its own pace.
+// come from panels as the bulk tensor copies leave them (wgmma.cuh), each warp at its own pace. The
+// sizes of fragments and accumulators say how many columns of the panels count.
 #pragma once
 
 #include "../sm80/mma.cuh"
@@ -23,26 +24,26 @@ struct PanelLane {
 };
 
 // A warp's 16 rows, from row `first` of panels of kRows, as left operands.
-template <typename T, int kPanels, int kRows>
-__device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[4 * kPanels],
+template <typename T, int kSteps, int kPanels, int kRows>
+__device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[kSteps],
                                           const uint16_t (&from)[kPanels][kRows][64], int first,
                                           const PanelLane& lane) {
   const uint32_t base = smem_address(from) + first * 128;
 #pragma unroll
-  for (int i = 0; i < 4 * kPanels; ++i) {
+  for (int i = 0; i < kSteps; ++i) {
     ldmatrix_x4<false>(a[i].r, base + i / 4 * kRows * 128 + lane.rows(i % 4));
   }
 }
 
-// c += A B^T over the columns of the panels: B of kRows rows.
-template <typename T, int kPanels, int kRows>
+// c += A B^T over the columns of A: B of kRows rows.
+template <typename T, int kSteps, int kPanels, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
-                                            const typename Mma<T>::A (&a)[4 * kPanels],
+                                            const typename Mma<T>::A (&a)[kSteps],
                                             const uint16_t (&b)[kPanels][kRows][64],
                                             const PanelLane& lane) {
   const uint32_t base = smem_address(b);
 #pragma unroll
-  for (int i = 0; i < 4 * kPanels; ++i) {
+  for (int i = 0; i < kSteps; ++i) {
     typename Mma<T>::B fb[kRows / 16];
 #pragma unroll
     for (int n = 0; n < kRows / 16; ++n) {
@@ -73,20 +74,20 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
 }
 
 // acc += P B: P of kRows columns in accumulators, B of kRows rows.
-template <typename T, int kPanels, int kRows>
-__device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
-                                            const float (&p)[kRows / 8][4],
+template <typename T, int kTiles, int kPanels, int kRows>
+__device__ __forceinline__ void multiply_pn(float (&acc)[kTiles][4], const float (&p)[kRows / 8][4],
                                             const uint16_t (&b)[kPanels][kRows][64],
                                             const PanelLane& lane) {
+  constexpr int kPairs = kTiles / kPanels / 2;
   const uint32_t base = smem_address(b);
 #pragma unroll
   for (int k = 0; k < kRows / 16; ++k) {
     const typename Mma<T>::A a = Mma<T>::from_accumulator(p, k);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {
-      typename Mma<T>::B fb[4];
+      typename Mma<T>::B fb[kPairs];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
+      for (int n = 0; n < kPairs; ++n) {
         ldmatrix_x4<true>(fb[n].r, base + i * kRows * 128 + k * 2048 + lane.rows(n));
       }
       Mma<T>::mma(acc, 8 * i, a, fb, false);
@@ -94,16 +95,16 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
   }
 }
 
-// x = A times a matrix of 64 kPanels rows, whose columns from 0 on are `first`, from 64 on
-// `second`.
-template <typename T, int kPanels>
-__device__ __forceinline__ void multiply_matrix(float (&x)[8 * kPanels][4],
-                                                const typename Mma<T>::A (&a)[4 * kPanels],
+// x = A times a matrix, whose columns from 0 on are `first`, from 64 on `second`.
+template <typename T, int kTiles, int kPanels>
+__device__ __forceinline__ void multiply_matrix(float (&x)[kTiles][4],
+                                                const typename Mma<T>::A (&a)[kTiles / 2],
                                                 const uint16_t (&first)[kPanels][64][64],
                                                 const uint16_t (&second)[kPanels][64][64],
                                                 const PanelLane& lane) {
+  constexpr int kPairs = kTiles / kPanels / 2;
 #pragma unroll
-  for (int n = 0; n < 8 * kPanels; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[n][i] = 0.f;
   }
@@ -111,22 +112,22 @@ __device__ __forceinline__ void multiply_matrix(float (&x)[8 * kPanels][4],
   for (int i = 0; i < kPanels; ++i) {
     const uint32_t base = smem_address(i == 0 ? first : second);
 #pragma unroll
-    for (int k = 0; k < 4 * kPanels; ++k) {
-      typename Mma<T>::B fb[4];
+    for (int k = 0; k < kTiles / 2; ++k) {
+      typename Mma<T>::B fb[kPairs];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) ldmatrix_x4<true>(fb[n].r, base + k * 2048 + lane.rows(n));
+      for (int n = 0; n < kPairs; ++n) ldmatrix_x4<true>(fb[n].r, base + k * 2048 + lane.rows(n));
       Mma<T>::mma(x, 8 * i, a[k], fb, false);
     }
   }
 }
 
 // A warp's 16 rows of accumulators as rows `first` on of panels.
-template <typename T, int kPanels, int kRows>
+template <typename T, int kTiles, int kPanels, int kRows>
 __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][kRows][64], int first,
-                                           const float (&c)[8 * kPanels][4]) {
+                                           const float (&c)[kTiles][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int n = 0; n < 8 * kPanels; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint16_t* at = &to[n / 8][first + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
