@@ -123,7 +123,8 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
   barrier_arrive(&s.keys_full[turn % 2]);
 }
 
-template <typename T, int DP>
+// kColumns: of the DP of a row, those that may be other than zeros.
+template <typename T, int DP, int kColumns>
 __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
                                   BackwardColumnsShortTraits<DP>::kBlocks)
     backward_columns_short_kernel(const __grid_constant__ BackwardColumnsShortMaps p) {
@@ -163,14 +164,14 @@ __global__ void __launch_bounds__(BackwardColumnsShortTraits<DP>::kThreads,
       if (first_lane) store_wait();
       barrier_arrive(&s.keys_empty[slot ^ 1]);
     }
-    float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
+    float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < at.tiles; ++tile, ++at_tile) {
       const int stage = at_tile % kStages;
       barrier_wait(&s.full[stage], at_tile / kStages & 1);
       float c[4][4] = {}, ds[4][4] = {};
-      multiply_nt<T>(c, s.k[slot], key, s.q[stage], lane);
-      multiply_nt<T>(ds, s.v[slot], key, s.grad_out[stage], lane);
+      multiply_nt<T, kColumns / 16>(c, s.k[slot], key, s.q[stage], lane);
+      multiply_nt<T, kColumns / 16>(ds, s.v[slot], key, s.grad_out[stage], lane);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float2 l = *reinterpret_cast<const float2*>(&s.sums[stage][0][8 * n + 2 * t]);
@@ -248,8 +249,9 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch_grid(backward_columns_short_kernel<T, DP>, blocks, Traits::kThreads, kBytes, stream,
-                     Beside{p.beside}, p);
+  const auto kernel = p.D <= 32   ? backward_columns_short_kernel < T, DP,
+             DP == 64 ? 32 : DP > : backward_columns_short_kernel<T, DP, DP>;
+  return launch_grid(kernel, blocks, Traits::kThreads, kBytes, stream, Beside{p.beside}, p);
 }
 
 }  // namespace mra::cuda::sm90

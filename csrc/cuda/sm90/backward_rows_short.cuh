@@ -16,7 +16,8 @@ struct BackwardRowsShortTraits {
 template <int DP>
 using BackwardRowsShortShared = BackwardRowsTiles<DP, 2, BackwardRowsShortTraits<DP>::kStages, 2>;
 
-template <typename T, int DP>
+// kColumns: of the DP of a row, those that may be other than zeros.
+template <typename T, int DP, int kColumns>
 __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
                                   BackwardRowsShortTraits<DP>::kBlocks)
     backward_rows_short_kernel(const __grid_constant__ BackwardRowsMaps p) {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       if (first_lane) store_wait();
       barrier_arrive(&s.rows_empty[slot ^ 1]);
     }
-    float acc[DP / 8][4] = {};
+    float acc[kColumns / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < at.tiles; ++tile, ++at_tile) {
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
@@ -73,14 +74,14 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       }
       float c[8][4] = {}, ds[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
-      multiply_nt<T>(c, s.q[slot], row, ring.k[stage], lane);
+      multiply_nt<T, kColumns / 16>(c, s.q[slot], row, ring.k[stage], lane);
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + row + g);
         scale = 1.f;
       }
       barrier_wait(&ring.v_full[stage], phase);
-      multiply_nt<T>(ds, s.grad_out[slot], row, ring.v[stage], lane);
+      multiply_nt<T, kColumns / 16>(ds, s.grad_out[slot], row, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
@@ -121,8 +122,10 @@ cudaError_t launch_backward_rows_short(const BackwardParams& params, const Devic
   BackwardRowsMaps p{params};
   const cudaError_t error = p.set_tiles(kDtype<T>, 32, 16);
   if (error != cudaSuccess) return error;
-  return launch_tiles<BackwardRowsShortShared<DP>, BackwardRowsShortTraits<DP>>(
-      backward_rows_short_kernel<T, DP>, p, device, stream);
+  const auto kernel = p.D <= 32   ? backward_rows_short_kernel < T, DP,
+             DP == 64 ? 32 : DP > : backward_rows_short_kernel<T, DP, DP>;
+  return launch_tiles<BackwardRowsShortShared<DP>, BackwardRowsShortTraits<DP>>(kernel, p, device,
+                                                                                stream);
 }
 
 }  // namespace mra::cuda::sm90

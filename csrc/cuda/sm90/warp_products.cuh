@@ -53,15 +53,16 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
   }
 }
 
-// The same with the left rows, from row `first` of panels of kLeft, read again from where they lie.
-template <typename T, int kPanels, int kLeft, int kRows>
+// The same with the left rows, from row `first` of panels of kLeft, read again from where they lie:
+// 16 kSteps columns.
+template <typename T, int kSteps, int kPanels, int kLeft, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
                                             const uint16_t (&a)[kPanels][kLeft][64], int first,
                                             const uint16_t (&b)[kPanels][kRows][64],
                                             const PanelLane& lane) {
   const uint32_t left = smem_address(a) + first * 128, base = smem_address(b);
 #pragma unroll
-  for (int i = 0; i < 4 * kPanels; ++i) {
+  for (int i = 0; i < kSteps; ++i) {
     typename Mma<T>::A fa;
     ldmatrix_x4<false>(fa.r, left + i / 4 * kLeft * 128 + lane.rows(i % 4));
     typename Mma<T>::B fb[kRows / 16];
