@@ -20,7 +20,7 @@ struct BlockMeans {
 template <int DP, int kPlaces, bool kWeighted>
 struct KeyTiles {
   static constexpr int kStages = kPlaces, kPanels = DP / 64;
-  static constexpr int kUnits = 4 * kPanels;  // a warp's share of columns: 32
+  static constexpr int kUnits = 4 * kPanels;  // a warp's share of columns: 32, or 16 of 32
   uint16_t x[kStages][2][kPanels][64][64];    // keys, values
   uint32_t valid[kStages][2];                 // one bit a key
   uint64_t full[kStages], empty[kStages];
@@ -98,35 +98,39 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
   }
 }
 
-// Columns `unit` (32 of keys or values) of the tile at `stage`, tile `tile` of head h, whose rows
-// lie in kBlocks blocks of keys, by one warp: means to memory, centred rows to where they were,
-// zeros for rows that don't count. Returns the number that do. Weighted means with kMeans other
-// than even; rooted: rows then also get the root of their weight times the count of their block.
+// Columns `unit` (32 of keys or values, or, where all from 32 on are zeros, kNarrow: 16) of the
+// tile at `stage`, tile `tile` of head h, whose rows lie in kBlocks blocks of keys, by one warp:
+// means to memory, centred rows to where they were, zeros for rows that don't count. Returns the
+// number that do. Weighted means with kMeans other than even; rooted: rows then also get the root
+// of their weight times the count of their block.
 enum class Means { even, weighted, rooted };
-template <int kBlocks, Means kMeans, class Tiles>
+template <int kBlocks, Means kMeans, bool kNarrow, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
-  constexpr int kPanels = Tiles::kPanels;
+  constexpr int kPanels = Tiles::kPanels, kChunks = kNarrow ? 2 : 4;
+  constexpr int kReads = 2 * kChunks, kStep = 64 / kReads;  // reads of a lane; rows read at once
   const int lane = threadIdx.x % 32;
-  // Lanes of a quarter warp read four chunks of two rows that lie four apart: no bank twice.
-  const int row = lane / 4 % 2 * 4 + lane / 8;
+  // Lanes of a quarter warp read four chunks of two rows that lie four apart, or two chunks of four
+  // rows that lie two apart: no bank twice.
+  const int row =
+      kNarrow ? lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane / 4 % 2 * 4 + lane / 8;
   const int which = unit / (2 * kPanels), panel = unit / 2 % kPanels,
-            chunk = unit % 2 * 4 + lane % 4;
+            chunk = unit % 2 * kChunks + lane % kChunks;
   uint16_t(*const rows)[64] = s.x[stage][which][panel];
   const uint32_t valid[2] = {s.valid[stage][0], s.valid[stage][1]};
   const auto place = [&](int i) {
-    return reinterpret_cast<uint4*>(&rows[row + 8 * i][(chunk ^ row) * 8]);
+    return reinterpret_cast<uint4*>(&rows[row + kStep * i][(chunk ^ row % 8) * 8]);
   };
-  const auto counts = [&](int i) { return valid[i / 4] >> (i % 4 * 8 + row) & 1; };
+  const auto counts = [&](int i) { return valid[kStep * i / 32] >> (kStep * i % 32 + row) & 1; };
 
-  uint4 bits[8];
+  uint4 bits[kReads];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
+  for (int i = 0; i < kReads; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
   float* const to = which == 0 ? p.k_mean : p.v_mean;
   auto* const rounded = static_cast<__nv_bfloat16*>(which == 0 ? p.k_rounded : p.v_rounded);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
-    constexpr int kRows = 8 / kBlocks;  // of this lane
+    constexpr int kRows = kReads / kBlocks;  // of this lane
     float sum[8] = {}, x[8];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -136,7 +140,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
         if constexpr (kMeans == Means::even) {
           sum[e] += x[e];
         } else {
-          sum[e] = fmaf(s.weight[stage][row + 8 * (block * kRows + i)], x[e], sum[e]);
+          sum[e] = fmaf(s.weight[stage][row + kStep * (block * kRows + i)], x[e], sum[e]);
         }
       }
     }
@@ -146,12 +150,13 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
     const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
                                    : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
     float mean = reduce_scatter(sum);
+    if constexpr (kNarrow) mean += __shfl_xor_sync(0xffffffffu, mean, 2);
     if constexpr (kMeans == Means::even) mean /= static_cast<float>(max(count, 1));
     all_gather(sum, mean);
     const int y = tile * kBlocks + block;
     if (y < p.nk) {
       const int column = 64 * panel + chunk * 8 + lane / 4;
-      if (to != nullptr && column < p.D) {
+      if (to != nullptr && column < p.D && lane % 4 < kChunks) {
         const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
         to[at] = mean;
         if (rounded != nullptr) rounded[at] = __float2bfloat16_rn(mean);
@@ -166,7 +171,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
       if constexpr (kMeans == Means::rooted) {
-        const float root = sqrtf(s.weight[stage][row + 8 * i] * static_cast<float>(count));
+        const float root = sqrtf(s.weight[stage][row + kStep * i] * static_cast<float>(count));
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] *= root;
       }

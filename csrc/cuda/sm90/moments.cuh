@@ -27,7 +27,8 @@ struct MomentsTraits {
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
-template <int DP, int kBlocks, bool kWeighted>
+// kNarrow: head dims up to 32.
+template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
 __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>::kBlocks)
     moments_kernel(const __grid_constant__ MomentsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   const auto prepare = [&](int tile) {
     const int stage = tile % kStages;
     barrier_wait(&s.full[stage], tile / kStages & 1);
-    keys += centre<kBlocks, kMeans>(means, s, stage, threadIdx.x / 32, b, h, first + tile);
+    keys += centre<kBlocks, kMeans, kNarrow>(means, s, stage, threadIdx.x / 32, b, h, first + tile);
     fence_for_copies();  // products read shared memory as copies do
     asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory");
   };
@@ -89,16 +90,16 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
   pin(sigma);
 
   const int row = 64 * group + 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
-  const int dim = matrix_dim<DP>(p.D);
-  if (row >= dim) return;
+  constexpr int kDim = kNarrow ? 32 : DP;
+  if (kNarrow && row >= kDim) return;
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
     const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = (matrix * dim + row + 8 * half) * dim + threadIdx.x % 4 * 2;
+      const int64_t at = (matrix * kDim + row + 8 * half) * kDim + threadIdx.x % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 8 * kPanels; ++n) {
-        if (8 * n >= dim) break;
+        if (8 * n >= kDim) break;
         const float u = c[n][2 * half], w = c[n][2 * half + 1];
         if (p.sums != nullptr) {
           *reinterpret_cast<float2*>(p.sums + at + 8 * n) = make_float2(u, w);
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>
 #endif
 }
 
-template <int DP, bool kWeighted>
+template <int DP, bool kWeighted, bool kNarrow>
 cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaStream_t stream) {
   MomentsMaps p{params};
   const bool maps = tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
@@ -124,16 +125,20 @@ cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaS
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.M, p.chunks, p.unit_tiles);
-  const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted>
-                      : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted>
-                                            : moments_kernel<DP, 4, kWeighted>;
+  const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted, kNarrow>
+                      : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted, kNarrow>
+                                            : moments_kernel<DP, 4, kWeighted, kNarrow>;
   return launch_grid(kernel, blocks, MomentsTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 template <int DP>
 cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
-  return params.weights != nullptr ? launch_moments_of<DP, true>(params, device, stream)
-                                   : launch_moments_of<DP, false>(params, device, stream);
+  constexpr bool kCanBeNarrow = DP == 64;
+  const auto launch = [&](auto weighted) {
+    return params.D <= 32 ? launch_moments_of<DP, weighted(), kCanBeNarrow>(params, device, stream)
+                          : launch_moments_of<DP, weighted(), false>(params, device, stream);
+  };
+  return params.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 }  // namespace mra::cuda::sm90

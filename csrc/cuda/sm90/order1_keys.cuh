@@ -39,7 +39,8 @@ __device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
   return __popc(valid[r / 32] & 0xffffu << r % 32 / 16 * 16);
 }
 
-template <int DP, int kBlocks, bool kWeighted>
+// kNarrow: head dims up to 32.
+template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
 __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTraits<DP>::kBlocks)
     order1_keys_kernel(const __grid_constant__ Order1KeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -86,8 +87,8 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     barrier_wait(&keys.full[stage], tile / kStages & 1);
 #pragma unroll 1
     for (int unit = warp; unit < keys.kUnits; unit += 4) {
-      centre<kBlocks, kWeighted ? Means::weighted : Means::even>(nowhere, keys, stage, unit, b, h,
-                                                                 first + tile);
+      centre<kBlocks, kWeighted ? Means::weighted : Means::even, kNarrow>(nowhere, keys, stage,
+                                                                          unit, b, h, first + tile);
     }
     fence_for_copies();  // products read shared memory as copies do
     group_sync();
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
 #endif
 }
 
-template <int DP, bool kWeighted>
+template <int DP, bool kWeighted, bool kNarrow>
 cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device,
                                   cudaStream_t stream) {
   Order1KeysMaps p{params};
@@ -164,17 +165,22 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1, kWeighted>
-                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2, kWeighted>
-                                            : order1_keys_kernel<DP, 4, kWeighted>;
+  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1, kWeighted, kNarrow>
+                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2, kWeighted, kNarrow>
+                                            : order1_keys_kernel<DP, 4, kWeighted, kNarrow>;
   return launch_grid(kernel, blocks, Order1KeysTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 template <int DP>
 cudaError_t launch_order1_keys(const Order1Keys& params, const Device& device,
                                cudaStream_t stream) {
-  return params.weights != nullptr ? launch_order1_keys_of<DP, true>(params, device, stream)
-                                   : launch_order1_keys_of<DP, false>(params, device, stream);
+  constexpr bool kCanBeNarrow = DP == 64;
+  const auto launch = [&](auto weighted) {
+    return params.D <= 32
+               ? launch_order1_keys_of<DP, weighted(), kCanBeNarrow>(params, device, stream)
+               : launch_order1_keys_of<DP, weighted(), false>(params, device, stream);
+  };
+  return params.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }
 
 }  // namespace mra::cuda::sm90
