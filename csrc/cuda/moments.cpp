@@ -41,7 +41,7 @@ std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const La
   }
   CausalCut cut{static_cast<int>(moments_dim(D)), static_cast<int>(unit / 64), 1};
   const int rows = static_cast<int>(M);
-  const int most = sm90::tile_chunks(static_cast<int>(heads), rows, cut.dim, launch.device);
+  const int most = sm90::tile_chunks(static_cast<int>(heads), rows, D <= 64 ? 2 : 1, launch.device);
   cut.chunks =
       static_cast<int>(ceil_div(ceil_div(M, 64), sm90::chunk_tiles(rows, most, cut.unit_tiles)));
   return cut;
@@ -138,7 +138,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   }
   sm90::Moments p = moments_of(in, o, pooled);
   const int dim = static_cast<int>(moments_dim(p.D));
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, dim, launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim), launch.device);
   const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, in.key.options());
   p.matrices = matrices.mutable_data_ptr();
   const Tensor sums = p.chunks > 1 ? empty_sums(p, dim, in.key) : Tensor();

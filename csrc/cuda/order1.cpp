@@ -91,7 +91,7 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& 
   p.log2_block_k = term.block_shift;
   p.weights = data_of<float>(term.pooled.weights);
   p.shares = data_of<float>(shares);
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim, device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim <= 64 ? 2 : 1, device);
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
@@ -137,7 +137,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   p.Hk = term.Hk;
   p.N = term.N;
   p.D = term.D;
-  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim, device);
+  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim <= 64 ? 2 : 1, device);
   p.grad_q = grad_query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grad_query);
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());

@@ -21,18 +21,19 @@ struct MomentsMaps : Moments {
 };
 
 // Measured choices (docs/kernels.md).
-template <int DP>
+template <int DP, bool kNarrow>
 struct MomentsTraits {
-  static constexpr int kStages = 6, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kBlocks = moments_resident(kNarrow ? 32 : DP), kStages = kNarrow ? 4 : 6;
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
 // kNarrow: head dims up to 32.
 template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
-__global__ void __launch_bounds__(MomentsTraits<DP>::kThreads, MomentsTraits<DP>::kBlocks)
+__global__ void __launch_bounds__(MomentsTraits<DP, kNarrow>::kThreads,
+                                  MomentsTraits<DP, kNarrow>::kBlocks)
     moments_kernel(const __grid_constant__ MomentsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = KeyTiles<DP, MomentsTraits<DP>::kStages, kWeighted>;
+  using Shared = KeyTiles<DP, MomentsTraits<DP, kNarrow>::kStages, kWeighted>;
   constexpr Means kMeans = kWeighted ? Means::rooted : Means::even;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
@@ -121,14 +122,15 @@ cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaS
   MomentsMaps p{params};
   const bool maps = tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
                     tensor_map(&p.v_map, Dtype::bf16, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
-  constexpr int kBytes = sizeof(KeyTiles<DP, MomentsTraits<DP>::kStages, kWeighted>) + 1024;
+  constexpr int kBytes =
+      sizeof(KeyTiles<DP, MomentsTraits<DP, kNarrow>::kStages, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.M, p.chunks, p.unit_tiles);
   const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted, kNarrow>
                       : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted, kNarrow>
                                             : moments_kernel<DP, 4, kWeighted, kNarrow>;
-  return launch_grid(kernel, blocks, MomentsTraits<DP>::kThreads, kBytes, stream, p);
+  return launch_grid(kernel, blocks, MomentsTraits<DP, kNarrow>::kThreads, kBytes, stream, p);
 }
 
 template <int DP>

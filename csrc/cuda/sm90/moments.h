@@ -26,9 +26,9 @@ struct Moments {
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
-// tiles besides its own.
-inline int tile_chunks(int heads, int M, int dim, const Device& device) {
-  const int64_t slots = device.sms * (dim <= 64 ? 2 : 1);
+// tiles besides its own. `resident`: blocks of threads that a multiprocessor holds.
+inline int tile_chunks(int heads, int M, int resident, const Device& device) {
+  const int64_t slots = int64_t{device.sms} * resident;
   const int64_t tiles = (M + 63) / 64;
   int best = 1;
   int64_t least = tiles * heads * 8;
@@ -47,6 +47,9 @@ inline int chunk_tiles(int rows, int chunks, int unit_tiles) {
   const int tiles = (rows + 63) / 64, each = (tiles + chunks - 1) / chunks;
   return (each + unit_tiles - 1) / unit_tiles * unit_tiles;
 }
+
+// Blocks of threads that a multiprocessor holds.
+constexpr int moments_resident(int dim) { return dim <= 32 ? 3 : dim <= 64 ? 2 : 1; }
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>
