@@ -59,6 +59,17 @@ def test_more_blocks_than_the_device_holds(device, dtype, selection, D, block):
         assert_same_bits(case.check(), case.ours())
 
 
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("D", [8, 32, 64])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
+def test_more_heads_than_the_device_holds(device, dtype, D, block):
+    """What a head sums then comes from one block of threads, whole."""
+    Case(
+        device, dtype, block_size=block, D=D, coarse="row", order=1, masks="both", B=16, H=32,
+        Hk=32, N=130, M=200,
+    ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("masks", ["key", "query", "padding"])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_masks(device, dtype, masks):
