@@ -366,10 +366,12 @@ def test_memory_of_a_token_does_not_grow(device, form):
         x = [torch.randn(1, 2, N, 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
         for t in x:
             t.requires_grad_()
-        for _ in range(2):
+        peaks = []  # autograd's threads may give back the gradients of the turn before only now
+        for _ in range(4):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_stats()["requested_bytes.all.current"]
             torch.autograd.grad(mra.mra_attention(*x, config=config).sum(), x)
-        used.append((torch.cuda.memory_stats()["requested_bytes.all.peak"] - before) / N)
+            peaks.append(torch.cuda.memory_stats()["requested_bytes.all.peak"] - before)
+        used.append(max(peaks) / N)
     assert used[1] < 1.1 * used[0], used

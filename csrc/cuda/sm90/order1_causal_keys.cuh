@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
       // The unit's last tile, or that of the keys.
       if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0) sums.place(s.matrices, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-      centre<kBlocks, Means::even>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk, key_tile);
+      centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk,
+                                          key_tile);
       fence_for_copies();
       consumer_sync<DP>();
       float dk[8][4], dv[8][4];

@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
 
     const int stage = tile % 2;
     barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-    seen += centre<kBlocks, Means::even>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk,
-                                         at.first + tile);
+    seen += centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, threadIdx.x / 32, at.b,
+                                                at.hk, at.first + tile);
     fence_for_copies();
     consumer_sync<DP>();
     const auto& x = s.keys.x[stage];
