@@ -45,6 +45,31 @@ def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
         ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [64, (64, 32), (128, 16), (128, 64), (64, 128), (32, 64)])
+@pytest.mark.parametrize("D", [136, 192, 256])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
+def test_wide_heads(device, dtype, D, block):
+    """Head dims that have kernels of their own on Hopper, without order 1."""
+    for coarse in ("none", "block", "row"):
+        for is_causal, masks in [(False, "both"), (False, "none"), (True, "key")]:
+            Case(
+                device, dtype, block_size=block, D=D, coarse=coarse, order=0, masks=masks,
+                is_causal=is_causal, N=333, M=None if is_causal else 777, spread=0.5,
+            ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (1, 300), (300, 1), (64, 129), (257, 511)])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
+def test_lengths_of_wide_heads(device, dtype, N, M):
+    """One tile, two and many, uneven rows and rows without a pair."""
+    for coarse, order in FORMS:
+        for m in (1, 2, 3):
+            Case(
+                device, dtype, D=256, block_size=64, N=N, M=M, coarse=coarse, order=order,
+                selection="global", blocks_per_row=m, spread=0.5,
+            ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("block", [64, 32, (64, 32), (32, 64)])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("selection", ["row", "global"])

@@ -25,6 +25,8 @@ SM90 = {
     "backward_rows_short": "backward_rows_short",
     "backward_columns_short": "backward_columns_short",
 }
+# Beyond 128 columns, to 256.
+SM90_WIDE = {"forward": "forward"}
 # Of order 1, bfloat16 alone: head_dim is their one argument.
 SM90_ORDER1 = {
     "moments": "Moments",
@@ -82,6 +84,7 @@ write("sm80", attention("mra::cuda", SM80, ("f32", "f16", "bf16"), (32, 64, 128,
 write(
     "sm90",
     attention("mra::cuda::sm90", SM90, ("f16", "bf16"), (64, 128))
+    | attention("mra::cuda::sm90", SM90_WIDE, ("f16", "bf16"), (256,))
     | {
         f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
         for kernel, params in SM90_ORDER1.items()

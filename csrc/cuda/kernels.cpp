@@ -36,10 +36,11 @@ cudaError_t dispatch(Dtype dtype, int head_dim, F f) {
 // f as dispatch calls it, for what sm90/ has; cudaErrorNotSupported for the rest.
 template <class F>
 cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
-  if (device.major != 9 || dtype == Dtype::f32 || head_dim > 128) return cudaErrorNotSupported;
+  if (device.major != 9 || dtype == Dtype::f32) return cudaErrorNotSupported;
   const auto by_dim = [&](auto t) {
-    return head_dim <= 64 ? f(t, std::integral_constant<int, 64>{})
-                          : f(t, std::integral_constant<int, 128>{});
+    if (head_dim <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (head_dim <= 128) return f(t, std::integral_constant<int, 128>{});
+    return f(t, std::integral_constant<int, 256>{});
   };
   return dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
 }
@@ -51,9 +52,14 @@ cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStr
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
+    if (d() > 128) p.moments = nullptr;
     const cudaError_t error = sm90::launch_forward<T, d()>(p, device, stream);
-    if (error != cudaErrorNotSupported) return error;
-    return sm90::launch_forward_short<T, d()>(p, device, stream);
+    if constexpr (d() <= 128) {
+      if (error == cudaErrorNotSupported) {
+        return sm90::launch_forward_short<T, d()>(p, device, stream);
+      }
+    }
+    return error;
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -68,9 +74,13 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
-    const cudaError_t error = sm90::launch_backward_rows<T, d()>(p, device, stream);
-    if (error != cudaErrorNotSupported) return error;
-    return sm90::launch_backward_rows_short<T, d()>(p, device, stream);
+    if constexpr (d() > 128) {
+      return cudaErrorNotSupported;
+    } else {
+      const cudaError_t error = sm90::launch_backward_rows<T, d()>(p, device, stream);
+      if (error != cudaErrorNotSupported) return error;
+      return sm90::launch_backward_rows_short<T, d()>(p, device, stream);
+    }
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -84,9 +94,13 @@ cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device&
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
-    const cudaError_t error = sm90::launch_backward_columns<T, d()>(p, device, stream);
-    if (error != cudaErrorNotSupported) return error;
-    return sm90::launch_backward_columns_short<T, d()>(p, device, stream);
+    if constexpr (d() > 128) {
+      return cudaErrorNotSupported;
+    } else {
+      const cudaError_t error = sm90::launch_backward_columns<T, d()>(p, device, stream);
+      if (error != cudaErrorNotSupported) return error;
+      return sm90::launch_backward_columns_short<T, d()>(p, device, stream);
+    }
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -99,7 +113,11 @@ cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& 
                             cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    return sm90::launch_backward_pooled<decltype(t), d()>(p, device, stream);
+    if constexpr (d() > 128) {
+      return cudaErrorNotSupported;
+    } else {
+      return sm90::launch_backward_pooled<decltype(t), d()>(p, device, stream);
+    }
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -169,7 +187,7 @@ std::vector<KernelInfo> kernel_table() {
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"fine", "forward", "csrc/cuda/sm90/forward.cuh", "sm_90a", "float16, bfloat16",
-       "8..128 (64, 128)"},
+       "8..256 (64, 128, 256)"},
       {"fine", "backward_rows", "csrc/cuda/sm90/backward_rows.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",

@@ -1,5 +1,5 @@
 // The fine forward on Hopper: what sm80/forward.cuh computes, for half types and head dims up to
-// 128. Persistent blocks of threads take tiles of 64 rows in turns: one warp fetches queries and
+// 256. Persistent blocks of threads take tiles of 64 rows in turns: one warp fetches queries and
 // keys ahead by bulk tensor copies, a warpgroup attends by wgmma with the softmax in registers.
 #pragma once
 
@@ -9,38 +9,48 @@
 
 namespace mra::cuda::sm90 {
 
-// Measured choices (docs/kernels.md): stages of the ring, blocks of threads a multiprocessor.
+// Measured choices (docs/kernels.md): places for rows, stages of the ring, blocks of threads a
+// multiprocessor.
 template <int DP>
 struct ForwardTraits {
-  static constexpr int kStages = DP == 64 ? 3 : 2, kBlocks = DP == 64 ? 3 : 2, kThreads = 160;
+  static constexpr int kPlaces = DP <= 128 ? 2 : 1, kStages = DP == 64 ? 3 : DP == 128 ? 2 : 1;
+  static constexpr int kBlocks = DP == 64 ? 3 : 2, kThreads = DP <= 128 ? 160 : 256;
 };
 
 template <int DP>
-using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages>;
+using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages, ForwardTraits<DP>::kPlaces>;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = ForwardShared<DP>;
-  constexpr int kKeys = 64, kStages = ForwardTraits<DP>::kStages, kPanels = DP / 64;
+  constexpr int kKeys = 64, kStages = ForwardTraits<DP>::kStages, kPanels = DP / 64,
+                kPlaces = ForwardTraits<DP>::kPlaces;
+  constexpr bool kMoves = ForwardTraits<DP>::kThreads == 256;  // registers, to those who attend
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
   if (threadIdx.x == 0) s.init();
   __syncthreads();
-  if (warp_index() == 4) {
-    s.fetch_ahead(p);
+  if (warp_index() >= 4) {
+    if (kMoves) give_registers<56>();
+    if (warp_index() == 4) s.fetch_ahead(p);
     return;
   }
+  if (kMoves) take_registers<200>();
   auto& ring = s.ring;
 
+  // The only place for queries is given back with the last scores; the output then leaves through
+  // the place of the last values.
+  constexpr bool kEarly = kPlaces == 1;
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
+  bool owes = false;         // the place of the last values
 #pragma unroll 1
   for (;; ++turn) {
-    const int slot = turn % 2;
-    barrier_wait(&s.q_full[slot], turn / 2 & 1);
+    const int slot = turn % kPlaces;
+    barrier_wait(&s.q_full[slot], turn / kPlaces & 1);
     const ForwardWork at = s.work[slot];
     if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
@@ -79,12 +89,33 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
         softmax.end_pooled(of_rows(p.row_bias, p, at, warp_row), at.rows - warp_row);
       return grown;
     };
-    // The place of the tile before is given back once its output has left.
+    // Once the output of the tile before has left, the place that it took.
     auto give_back = [&] {
-      if (turn > 0) arrive_behind_stores(&s.q_empty[slot ^ 1]);
+      if (turn == 0 || (kEarly && !owes)) return;
+      arrive_behind_stores(kEarly ? &ring.v_empty[(before - 1) % kStages] : &s.q_empty[slot ^ 1]);
     };
     if (tiles == 0) give_back();
-    if (tiles > 0) {
+    if constexpr (kEarly) {
+      // Both places are fetched into while the other blocks of threads compute.
+#pragma unroll 1
+      for (int tile = 0; tile < tiles; ++tile) {
+        const bool last = tile + 1 == tiles;
+        float factor[2];
+        start_scores(tile);
+        if (tile == 0) give_back();
+        wgmma_wait<0>();
+        pin(c);
+        const bool grown = weigh(tile, factor);
+        if (last) barrier_arrive(&s.q_empty[slot]);
+        if (grown) softmax.rescale(factor);
+        pack<T>(weights, c);
+        start_values(tile);
+        wgmma_wait<0>();
+        pin(softmax.acc);
+        if (!last) barrier_arrive(&ring.v_empty[(before + tile) % kStages]);
+      }
+      before += tiles;
+    } else if (tiles > 0) {
       float factor[2];
       start_scores(0);
       give_back();
@@ -114,7 +145,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     }
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && !kEarly) {
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p, at,
                       [&](auto& x, const auto& first, const auto&) {
@@ -129,17 +160,20 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       }
     }
 
-    // Out through the place of the queries, once every warp is done with them.
+    // Out through the place of the queries (of the last values), once every warp is done with them.
+    owes = kEarly && tiles > 0;
+    auto& way_out = owes ? ring.v[(before - 1) % kStages] : s.q[slot];
     group_sync();
-    place_rows<T>(s.q[slot], softmax.acc);
+    place_rows<T>(way_out, softmax.acc);
     fence_for_copies();
     group_sync();
     if (threadIdx.x == 0) {
       for (int i = 0; i < kPanels; ++i) {
-        store_panel(p.out_map, s.q[slot][i], 64 * i, at.first_row, at.h, at.b);
+        store_panel(p.out_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
       store_commit();
     }
+    if (kEarly && !owes) arrive_behind_stores(&s.q_empty[slot]);
   }
   if (threadIdx.x == 0) store_wait();
 #endif

@@ -1,5 +1,5 @@
 // What the forward kernels share: tiles of queries, and all that their consumers are told of them,
-// on their way into two places, and the warp that fetches them together with their keys.
+// on their way into places, and the warp that fetches them together with their keys.
 #pragma once
 
 #include "forward.h"
@@ -41,14 +41,14 @@ __device__ __forceinline__ const float* of_rows(const float* values, const Forwa
 }
 
 // kWarps attend 16 rows each; kStages tiles of keys.
-template <int DP, int kWarps, int kStages>
+template <int DP, int kWarps, int kStages, int kPlaces = 2>
 struct ForwardTiles {
   static constexpr int kRows = 16 * kWarps;
-  uint16_t q[2][DP / 64][kRows][64];  // also the output on its way to memory
+  uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
   KeyRing<DP, kStages, kWarps> ring;
-  alignas(16) float state_mean[2][DP];
-  ForwardWork work[2];
-  uint64_t q_full[2], q_empty[2];
+  alignas(16) float state_mean[kPlaces][DP];
+  ForwardWork work[kPlaces];
+  uint64_t q_full[kPlaces], q_empty[kPlaces];
   uint32_t bitmap[1];
 
   // By one thread.
@@ -65,8 +65,8 @@ struct ForwardTiles {
       if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
     };
     const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
-      const int slot = turn % 2;
-      if (turn >= 2) barrier_wait(&q_empty[slot], turn / 2 - 1 & 1);
+      const int slot = turn % kPlaces;
+      if (turn >= kPlaces) barrier_wait(&q_empty[slot], turn / kPlaces - 1 & 1);
       const bool state = p.state_mean != nullptr;
       if (producer.lane == 0) {
         work[slot] = {at.b,
@@ -89,12 +89,12 @@ struct ForwardTiles {
       __syncwarp();
     };
     const auto end = [&](int turn) {
-      const int slot = turn % 2;
-      if (turn >= 2) barrier_wait(&q_empty[slot], turn / 2 - 1 & 1);
+      const int slot = turn % kPlaces;
+      if (turn >= kPlaces) barrier_wait(&q_empty[slot], turn / kPlaces - 1 & 1);
       if (producer.lane == 0) work[slot].rows = 0;
       barrier_arrive(&q_full[slot]);
     };
-    producer.template run_all<2>(p, fetch_rows, fetch_last, end);
+    producer.template run_all<kPlaces>(p, fetch_rows, fetch_last, end);
   }
 };
 

@@ -111,14 +111,21 @@ __device__ __forceinline__ void multiply_nt(float (&c)[N / 8][4],
   }
 }
 
-// acc += A B: A of 64 rows x K in registers, B of K rows in panels.
+// acc += A B: A of 64 rows x K in registers, B of K rows in panels, at most two a product: one of
+// four panels needs more registers at once than a thread may start with.
 template <typename T, int K, int kPanels>
 __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
                                             const uint32_t (&a)[K / 16][4],
                                             const uint16_t (&b)[kPanels][K][64]) {
+  constexpr int kEach = kPanels < 2 ? kPanels : 2, kTiles = 8 * kEach;
+  static_assert(kPanels % kEach == 0);
 #pragma unroll
   for (int j = 0; j < K / 16; ++j) {
-    Wgmma<T, 64 * kPanels>::multiply_pn(acc, a[j], descriptor(b, K * 128) + 128 * j);
+#pragma unroll
+    for (int i = 0; i < kPanels; i += kEach) {
+      auto& part = *reinterpret_cast<float(*)[kTiles][4]>(&acc[8 * i]);
+      Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], K * 128) + 128 * j);
+    }
   }
 }
 
