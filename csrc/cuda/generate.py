@@ -26,7 +26,10 @@ SM90 = {
     "backward_columns_short": "backward_columns_short",
 }
 # Beyond 128 columns, to 256.
-SM90_WIDE = {"forward": "forward"}
+SM90_WIDE = {
+    "forward": "forward",
+    "backward_rows_wide": "backward_rows_wide",
+}
 # Of order 1, bfloat16 alone: head_dim is their one argument.
 SM90_ORDER1 = {
     "moments": "Moments",

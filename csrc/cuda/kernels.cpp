@@ -75,7 +75,7 @@ cudaError_t backward_rows(const BackwardParams& p, Dtype dtype, const Device& de
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
     if constexpr (d() > 128) {
-      return cudaErrorNotSupported;
+      return sm90::launch_backward_rows_wide<T, d()>(p, device, stream);
     } else {
       const cudaError_t error = sm90::launch_backward_rows<T, d()>(p, device, stream);
       if (error != cudaErrorNotSupported) return error;
@@ -190,6 +190,8 @@ std::vector<KernelInfo> kernel_table() {
        "8..256 (64, 128, 256)"},
       {"fine", "backward_rows", "csrc/cuda/sm90/backward_rows.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
+      {"fine", "backward_rows_wide", "csrc/cuda/sm90/backward_rows_wide.cuh", "sm_90a",
+       "float16, bfloat16", "136..256 (256)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
       {"fine", "forward_short", "csrc/cuda/sm90/forward_short.cuh", "sm_90a", "float16, bfloat16",

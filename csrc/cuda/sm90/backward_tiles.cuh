@@ -32,8 +32,8 @@ struct BackwardRowsWork {
   int b, h, first_row, rows, pooled_tiles, tiles;
 };
 
-// kWarps attend 16 rows each; kStages tiles of keys.
-template <int DP, int kWarps, int kStages, int kPlaces>
+// kWarps attend 16 rows each, kGroups times: each group other tiles of keys; kStages tiles of keys.
+template <int DP, int kWarps, int kStages, int kPlaces, int kGroups = 1>
 struct BackwardRowsTiles {
   static constexpr int kRows = 16 * kWarps;
   uint16_t q[kPlaces][DP / 64][kRows][64];  // also the gradient on its way to memory
@@ -45,11 +45,13 @@ struct BackwardRowsTiles {
   float coarse_sum[kRows];           // each written and read by one thread
   BackwardRowsWork work[kPlaces];
   uint64_t rows_full[kPlaces], rows_empty[kPlaces];
+  uint64_t handed;  // the sums of one group, to another
   uint32_t bitmap[1];
 
   // By one thread.
   __device__ void init() {
-    barrier_init_ring(rows_full, rows_empty, kWarps);
+    barrier_init_ring(rows_full, rows_empty, kWarps * kGroups);
+    if (kGroups > 1) barrier_init(&handed, kWarps);
     ring.init();
     barrier_init_done();
   }

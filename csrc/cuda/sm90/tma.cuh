@@ -115,13 +115,17 @@ __device__ __forceinline__ void store_commit() {
 __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// By a whole warp, once the stores of the first thread of all have read what they store.
+// By a whole warp, once the stores of the first thread of its warpgroup have read what they store.
 __device__ __forceinline__ void arrive_behind_stores(uint64_t* barrier) {
-  if (threadIdx.x == 0) store_wait();
+  if (threadIdx.x % 128 == 0) store_wait();
   barrier_arrive(barrier);
 }
 // The 128 threads that attend, where one warpgroup does.
 __device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// Those of one of several.
+__device__ __forceinline__ void group_sync(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+}
 // What this thread wrote to shared memory is seen by copies that follow.
 __device__ __forceinline__ void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
