@@ -95,7 +95,7 @@ cudaError_t backward_columns(const BackwardParams& p, Dtype dtype, const Device&
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
     if constexpr (d() > 128) {
-      return cudaErrorNotSupported;
+      return sm90::launch_backward_columns_wide<T, d()>(p, device, stream);
     } else {
       const cudaError_t error = sm90::launch_backward_columns<T, d()>(p, device, stream);
       if (error != cudaErrorNotSupported) return error;
@@ -194,6 +194,8 @@ std::vector<KernelInfo> kernel_table() {
        "float16, bfloat16", "136..256 (256)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
+      {"fine", "backward_columns_wide", "csrc/cuda/sm90/backward_columns_wide.cuh", "sm_90a",
+       "float16, bfloat16", "136..256 (256)"},
       {"fine", "forward_short", "csrc/cuda/sm90/forward_short.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"all", "forward_head", "csrc/cuda/sm90/forward_head.cuh", "sm_90a", "float16, bfloat16",

@@ -16,6 +16,8 @@ cudaError_t launch_backward_pooled(const BackwardParams&, const Device&, cudaStr
 // The same for head dims beyond 128, DP = 256; rows without their coarse_sum.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_wide(const BackwardParams&, const Device&, cudaStream_t);
+template <typename T, int DP>
+cudaError_t launch_backward_columns_wide(const BackwardParams&, const Device&, cudaStream_t);
 // Query blocks of 32 rows; key blocks of 32 keys.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_short(const BackwardParams&, const Device&, cudaStream_t);

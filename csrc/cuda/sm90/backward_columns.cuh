@@ -15,6 +15,26 @@ namespace mra::cuda::sm90 {
 struct BackwardColumnsMaps : BackwardParams {
   int items;  // tiles of keys in all
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
+
+  cudaError_t set(Dtype dtype) {
+    if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr) return cudaErrorNotSupported;
+    const auto of_rows = [&](CUtensorMap* to, const void* data, const Strides& strides) {
+      return tensor_map(to, dtype, data, strides, B, H, rows, D, std::min(list_rows, 64));
+    };
+    const auto of_keys = [&](CUtensorMap* to, const void* data, const Strides& strides) {
+      return tensor_map(to, dtype, data, strides, B, Hk, M, D, 64);
+    };
+    const bool maps = of_rows(&q_map, q, q_strides) &&
+                      of_rows(&grad_out_map, grad_out, grad_out_strides) &&
+                      of_keys(&k_map, k, k_strides) && of_keys(&v_map, v, v_strides) &&
+                      of_keys(&grad_k_map, grad_k, grad_k_strides) &&
+                      of_keys(&grad_v_map, grad_v, grad_v_strides);
+    if (!maps) return cudaErrorNotSupported;
+    const int64_t tiles = (M + 63) / 64 * static_cast<int64_t>(B) * Hk;
+    if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
+    items = static_cast<int>(tiles);
+    return cudaSuccess;
+  }
 };
 
 // A tile of 64 keys of one block, and how many tiles of rows attend it; below zero: the end.
@@ -202,24 +222,9 @@ __global__ void __launch_bounds__(256, 2)
 template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams& params, const Device& device,
                                     cudaStream_t stream) {
-  if (params.block_k % 64 != 0 || params.list_rows < 32 || params.sums == nullptr) {
-    return cudaErrorNotSupported;
-  }
   BackwardColumnsMaps p{params};
-  constexpr Dtype dtype = kDtype<T>;
-  const int run = p.list_rows < 64 ? p.list_rows : 64;
-  const bool maps =
-      tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, run) &&
-      tensor_map(&p.grad_out_map, dtype, p.grad_out, p.grad_out_strides, p.B, p.H, p.rows, p.D,
-                 run) &&
-      tensor_map(&p.k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-      tensor_map(&p.v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64) &&
-      tensor_map(&p.grad_k_map, dtype, p.grad_k, p.grad_k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-      tensor_map(&p.grad_v_map, dtype, p.grad_v, p.grad_v_strides, p.B, p.Hk, p.M, p.D, 64);
-  if (!maps) return cudaErrorNotSupported;
-  const int64_t items = (p.M + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk;
-  if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
-  p.items = static_cast<int>(items);
+  const cudaError_t error = p.set(kDtype<T>);
+  if (error != cudaSuccess) return error;
   const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, 2 * device.sms);

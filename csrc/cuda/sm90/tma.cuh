@@ -126,6 +126,8 @@ __device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" :
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 }
+// Two warpgroups at once.
+__device__ __forceinline__ void groups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 // What this thread wrote to shared memory is seen by copies that follow.
 __device__ __forceinline__ void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
