@@ -30,6 +30,7 @@ SM90_WIDE = {
     "forward": "forward",
     "backward_rows_wide": "backward_rows_wide",
     "backward_columns_wide": "backward_columns_wide",
+    "backward_pooled": "backward_pooled",
 }
 # Of order 1, bfloat16 alone: head_dim is their one argument.
 SM90_ORDER1 = {

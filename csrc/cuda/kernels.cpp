@@ -113,11 +113,7 @@ cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& 
                             cudaStream_t stream) {
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
-    if constexpr (d() > 128) {
-      return cudaErrorNotSupported;
-    } else {
-      return sm90::launch_backward_pooled<decltype(t), d()>(p, device, stream);
-    }
+    return sm90::launch_backward_pooled<decltype(t), d()>(p, device, stream);
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
@@ -181,7 +177,7 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",
-       "float16, bfloat16", "8..128 (64, 128)"},
+       "float16, bfloat16", "8..256 (64, 128, 256)"},
 #endif
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},

@@ -94,8 +94,9 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
   // One wave of what the kernel's registers allow a multiprocessor.
-  const bool two = dtype == Dtype::f32 || p.D > 64 || launch.device.major == 9;
-  const int64_t slots = (two ? 2 : 3) * launch.device.sms;
+  const bool hopper = launch.device.major == 9, half = dtype != Dtype::f32;
+  const int blocks = hopper && half && p.D > 128 ? 1 : hopper || !half || p.D > 64 ? 2 : 3;
+  const int64_t slots = int64_t{blocks} * launch.device.sms;
   p.splits = static_cast<int>(
       std::clamp<int64_t>(slots / std::max<int64_t>(1, tiles), 1, ceil_div(p.rows, 64)));
   const auto acc = like.options().dtype(at::kFloat);

@@ -5,8 +5,8 @@
 
 namespace mra::cuda::sm90 {
 
-// Half types, head dims up to DP = 64 or 128. Rows and pooled: query blocks of a
-// multiple of 64 rows. Columns: key blocks of a multiple of 64 keys.
+// Half types, head dims up to DP = 64 or 128, pooled also 256. Rows: query blocks of a multiple of
+// 64 rows, pooled: of 32. Columns: key blocks of a multiple of 64 keys.
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
@@ -18,7 +18,7 @@ template <typename T, int DP>
 cudaError_t launch_backward_rows_wide(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_columns_wide(const BackwardParams&, const Device&, cudaStream_t);
-// Query blocks of 32 rows; key blocks of 32 keys.
+// Query blocks of 32 rows; key blocks of 32 keys. DP = 64 or 128.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_short(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>

@@ -1,7 +1,7 @@
 // Gradients of the pooled keys and values on Hopper: what sm80/backward_columns.cuh computes for
-// them, for half types and head dims up to 128. A block of threads takes 64 pooled keys and a part
+// them, for half types and head dims up to 256. A block of threads takes 64 pooled keys and a part
 // of the rows: one warp fetches tiles of rows, one looks up which of the keys they don't see, a
-// warpgroup multiplies.
+// warpgroup multiplies, or two.
 #pragma once
 
 #include "columns.cuh"
@@ -116,8 +116,15 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
   }
 }
 
+template <int DP>
+struct BackwardPooledTraits {
+  static constexpr int kWarps = ColumnsShared<DP>::kWarps;  // that multiply
+  static constexpr int kThreads = 32 * kWarps + 128, kBlocks = kWarps == 4 ? 2 : 1;
+};
+
 template <typename T, int DP>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
+                                  BackwardPooledTraits<DP>::kBlocks)
     backward_pooled_kernel(const __grid_constant__ BackwardPooledMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardPooledShared<DP>;
@@ -130,15 +137,16 @@ __global__ void __launch_bounds__(256, 2)
   }
   __syncthreads();
   const PooledTile at(p);
-  if (warp_index() >= 4) {
+  constexpr int kWarps = BackwardPooledTraits<DP>::kWarps;
+  if (warp_index() >= kWarps) {
     give_registers<32>();
-    if (warp_index() == 4) fetch_rows<DP>(p, s, at);
-    if (warp_index() == 5) look_up_unseen<DP>(p, s, at);
+    if (warp_index() == kWarps) fetch_rows<DP>(p, s, at);
+    if (warp_index() == kWarps + 1) look_up_unseen<DP>(p, s, at);
     return;
   }
   take_registers<224>();
 
-  const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
+  const int key = 16 * (warp_index() % 4), g = threadIdx.x % 32 / 4;
   float bias[2];
   bool live[2];
 #pragma unroll
@@ -149,18 +157,28 @@ __global__ void __launch_bounds__(256, 2)
     bias[half] = live[half] ? log2_approx(mass) : -INFINITY;
   }
   const int tiles = uniform(at.group * at.tiles);
-  float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-  barrier_wait(&s.keys_full[0], 0);
-  attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
-
-  const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
   const auto store = [&](float(&c)[DP / 8][4], float scale, float* to) {
+    const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
     const float factor[2] = {scale, scale};
     finish_rows(c, factor, live, nullptr, 0, p.D);
     store_rows<float>(c, to + (head * p.nk + at.first_key + key) * p.D, p.D, at.keys - key, 0, p.D);
   };
-  store(dk, p.scale, p.pooled_grad_k);
-  store(dv, 1.f, p.pooled_grad_v);
+  barrier_wait(&s.keys_full[0], 0);
+  if constexpr (kWarps == 8) {
+    float sums[DP / 8][4] = {};
+    if (warp_index() < 4) {
+      attend_rows_wide<T, DP, true, true>(sums, s, 0, 0, tiles, p.scale, false, 0, bias);
+      store(sums, 1.f, p.pooled_grad_v);
+    } else {
+      attend_rows_wide<T, DP, true, false>(sums, s, 0, 0, tiles, p.scale, false, 0, bias);
+      store(sums, p.scale, p.pooled_grad_k);
+    }
+  } else {
+    float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
+    attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
+    store(dk, p.scale, p.pooled_grad_k);
+    store(dv, 1.f, p.pooled_grad_v);
+  }
 #endif
 }
 
@@ -179,7 +197,7 @@ cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& d
   if (!maps || kBytes > device.max_smem) return cudaErrorNotSupported;
   const int64_t blocks = (p.nk + 63) / 64 * static_cast<int64_t>(p.B) * p.Hk * p.splits;
   const auto kernel = backward_pooled_kernel<T, DP>;
-  return launch_grid(kernel, blocks, 256, kBytes, stream, p);
+  return launch_grid(kernel, blocks, BackwardPooledTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90
