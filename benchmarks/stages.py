@@ -31,7 +31,7 @@ KERNELS = {
     "levels_columns spread_levels merge_block_rows split_shares spread_shares cells_candidates "
     "cells_sum",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
-    "backward_columns backward_columns_short",
+    "backward_rows_wide backward_columns backward_columns_short backward_columns_wide",
     "order1": "row_weights shift",
     "whole": "forward_head",
 }
