@@ -45,8 +45,8 @@ def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
         ).check()  # fmt: skip
 
 
-@pytest.mark.parametrize("block", [64, (64, 32), (128, 16), (128, 64), (64, 128), (32, 64)])
-@pytest.mark.parametrize("D", [136, 192, 256])
+@pytest.mark.parametrize("block", [64, (128, 16), (128, 64), (64, 128), (32, 64)])
+@pytest.mark.parametrize("D", [136, 192, 200, 256])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
 def test_wide_heads(device, dtype, D, block):
     """Head dims that have kernels of their own on Hopper, without order 1."""

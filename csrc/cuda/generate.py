@@ -89,7 +89,7 @@ write("sm80", attention("mra::cuda", SM80, ("f32", "f16", "bf16"), (32, 64, 128,
 write(
     "sm90",
     attention("mra::cuda::sm90", SM90, ("f16", "bf16"), (64, 128))
-    | attention("mra::cuda::sm90", SM90_WIDE, ("f16", "bf16"), (256,))
+    | attention("mra::cuda::sm90", SM90_WIDE, ("f16", "bf16"), (192, 256))
     | {
         f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
         for kernel, params in SM90_ORDER1.items()

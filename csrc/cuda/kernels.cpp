@@ -40,6 +40,7 @@ cudaError_t on_hopper(Dtype dtype, int head_dim, const Device& device, F f) {
   const auto by_dim = [&](auto t) {
     if (head_dim <= 64) return f(t, std::integral_constant<int, 64>{});
     if (head_dim <= 128) return f(t, std::integral_constant<int, 128>{});
+    if (head_dim <= 192) return f(t, std::integral_constant<int, 192>{});
     return f(t, std::integral_constant<int, 256>{});
   };
   return dtype == Dtype::f16 ? by_dim(__half{}) : by_dim(__nv_bfloat16{});
@@ -177,21 +178,21 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",
-       "float16, bfloat16", "8..256 (64, 128, 256)"},
+       "float16, bfloat16", "8..256 (64, 128, 192, 256)"},
 #endif
       {"fine", "forward", "csrc/cuda/sm80/forward.cuh", "sm_80+", all, dims},
       {"fine", "backward_rows", "csrc/cuda/sm80/backward_rows.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
       {"fine", "forward", "csrc/cuda/sm90/forward.cuh", "sm_90a", "float16, bfloat16",
-       "8..256 (64, 128, 256)"},
+       "8..256 (64, 128, 192, 256)"},
       {"fine", "backward_rows", "csrc/cuda/sm90/backward_rows.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"fine", "backward_rows_wide", "csrc/cuda/sm90/backward_rows_wide.cuh", "sm_90a",
-       "float16, bfloat16", "136..256 (256)"},
+       "float16, bfloat16", "136..256 (192, 256)"},
       {"fine", "backward_columns", "csrc/cuda/sm90/backward_columns.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
       {"fine", "backward_columns_wide", "csrc/cuda/sm90/backward_columns_wide.cuh", "sm_90a",
-       "float16, bfloat16", "136..256 (256)"},
+       "float16, bfloat16", "136..256 (192, 256)"},
       {"fine", "forward_short", "csrc/cuda/sm90/forward_short.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"all", "forward_head", "csrc/cuda/sm90/forward_head.cuh", "sm_90a", "float16, bfloat16",

@@ -5,15 +5,15 @@
 
 namespace mra::cuda::sm90 {
 
-// Half types, head dims up to DP = 64 or 128, pooled also 256. Rows: query blocks of a multiple of
-// 64 rows, pooled: of 32. Columns: key blocks of a multiple of 64 keys.
+// Half types, head dims up to DP = 64 or 128, pooled also 192 and 256. Rows: query blocks of a
+// multiple of 64 rows, pooled: of 32. Columns: key blocks of a multiple of 64 keys.
 template <typename T, int DP>
 cudaError_t launch_backward_rows(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams&, const Device&, cudaStream_t);
-// The same for head dims beyond 128, DP = 256; rows without their coarse_sum.
+// The same for head dims beyond 128, DP = 192 or 256; rows without their coarse_sum.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_wide(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>

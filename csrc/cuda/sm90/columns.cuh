@@ -25,7 +25,7 @@ struct ColumnsShared {
   static constexpr bool kWide = DP > 128;
   static constexpr int kWarps = kWide ? 8 : 4;  // that multiply
   static constexpr int kPlaces = kKeyPlaces, kPanels = DP / 64;
-  static constexpr int kStages = DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
+  static constexpr int kStages = DP == 192 ? 3 : DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
   // The only place for keys is given back with the last scores; their gradients then leave through
   // the place of the last rows.
   static constexpr bool kEarly = kPlaces == 1;

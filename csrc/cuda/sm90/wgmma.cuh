@@ -63,6 +63,7 @@ struct Wgmma;
 #define MRA_D16(d, n) MRA_D4(d, n), MRA_D4(d, n + 1), MRA_D4(d, n + 2), MRA_D4(d, n + 3)
 #define MRA_D32(d, n) MRA_D16(d, n), MRA_D16(d, n + 4)
 #define MRA_D64(d, n) MRA_D32(d, n), MRA_D32(d, n + 8)
+#define MRA_D96(d, n) MRA_D64(d, n), MRA_D32(d, n + 16)
 #define MRA_R32                                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -70,6 +71,10 @@ struct Wgmma;
   MRA_R32                                                                                   \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MRA_R96                                                                        \
+  MRA_R64                                                                              \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 #define MRA_WGMMA(T, TYPE, N, REGS, D, i0, i1, i2, i3, i4, i5)                                    \
   template <>                                                                                     \
@@ -92,9 +97,10 @@ struct Wgmma;
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
     }                                                                                             \
   };
-#define MRA_WGMMA_TYPE(T, TYPE)                                                      \
-  MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37") \
-  MRA_WGMMA(T, TYPE, 128, MRA_R64, MRA_D64, "%64", "%65", "%66", "%67", "%68", "%69")
+#define MRA_WGMMA_TYPE(T, TYPE)                                                       \
+  MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37")  \
+  MRA_WGMMA(T, TYPE, 128, MRA_R64, MRA_D64, "%64", "%65", "%66", "%67", "%68", "%69") \
+  MRA_WGMMA(T, TYPE, 192, MRA_R96, MRA_D96, "%96", "%97", "%98", "%99", "%100", "%101")
 
 MRA_WGMMA_TYPE(__nv_bfloat16, "bf16")
 MRA_WGMMA_TYPE(__half, "f16")
@@ -111,13 +117,13 @@ __device__ __forceinline__ void multiply_nt(float (&c)[N / 8][4],
   }
 }
 
-// acc += A B: A of 64 rows x K in registers, B of K rows in panels, at most two a product: one of
-// four panels needs more registers at once than a thread may start with.
+// acc += A B: A of 64 rows x K in registers, B of K rows in panels, four of them by two products:
+// one would need more registers at once than a thread may start with.
 template <typename T, int K, int kPanels>
 __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
                                             const uint32_t (&a)[K / 16][4],
                                             const uint16_t (&b)[kPanels][K][64]) {
-  constexpr int kEach = kPanels < 2 ? kPanels : 2, kTiles = 8 * kEach;
+  constexpr int kEach = kPanels <= 3 ? kPanels : 2, kTiles = 8 * kEach;
   static_assert(kPanels % kEach == 0);
 #pragma unroll
   for (int j = 0; j < K / 16; ++j) {
@@ -185,8 +191,10 @@ __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
 
 #undef MRA_WGMMA_TYPE
 #undef MRA_WGMMA
+#undef MRA_R96
 #undef MRA_R64
 #undef MRA_R32
+#undef MRA_D96
 #undef MRA_D64
 #undef MRA_D32
 #undef MRA_D16
