@@ -38,7 +38,7 @@ def cases():
         yield dtype, dict(D=D, coarse=coarse, order=order)
     for block in itertools.product([32, 64, 128], [16, 32, 64, 128]):
         yield torch.bfloat16, dict(D=64, N=260, block_size=block)
-    for D, block, (coarse, order) in itertools.product([32, 64, 128], [64, (64, 16)], FORMS):
+    for D, block, (coarse, order) in itertools.product([32, 64, 128, 256], [64, (64, 16)], FORMS):
         options = dict(D=D, N=330, M=700, block_size=block, coarse=coarse, order=order)
         yield torch.bfloat16, options | dict(masks="both")
     # short heads: all stages in one launch

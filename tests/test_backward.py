@@ -71,7 +71,7 @@ def test_lengths_of_wide_heads(device, dtype, N, M):
 
 
 @pytest.mark.parametrize("block", [64, 32, (64, 32), (32, 64)])
-@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
 @pytest.mark.parametrize("selection", ["row", "global"])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
 def test_more_blocks_than_the_device_holds(device, dtype, selection, D, block):

@@ -208,6 +208,12 @@ std::vector<KernelInfo> kernel_table() {
       {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
 #endif
+#ifdef MRA_SM90A
+      {"order1", "causal_rows", "csrc/cuda/sm90/order1_causal_rows.cuh", "sm_90a", "bfloat16",
+       "8..128 (64, 128)"},
+      {"order1", "causal_keys", "csrc/cuda/sm90/order1_causal_keys.cuh", "sm_90a", "bfloat16",
+       "8..128 (64, 128)"},
+#endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},
       {"order1", "sum", "csrc/cuda/order1_sum.cu", "sm_80+", "float32 sums", dims},
       {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},

@@ -186,18 +186,36 @@ struct KeyProducer {
     fetch(maps.pooled_k_map, maps.pooled_v_map, kKeys / 64, 64, y0 + 64 * lane);
   }
 
-  __device__ void fetch_listed(int tile, int stage, int block) {
+  // First key of this lane's copy of tile `tile`, from `block`; p.M: none, zeros from beyond the
+  // end.
+  __device__ int first_of(int tile, int block) const {
     const bool valid = static_cast<unsigned>(block) < static_cast<unsigned>(p.nk);
     const int within = (tile * runs + lane) * run & (p.block_k - 1);
-    const int first = valid ? block * p.block_k + within : p.M;  // beyond the end: zeros
-    const bool whole = lane >= runs || (first + run <= p.M && p.key_mask == nullptr &&
-                                        (!p.causal || first + run - 1 <= at.first_row));
+    return valid ? block * p.block_k + within : p.M;
+  }
+
+  // Which keys of a tile count, of which this lane has two, 32 apart.
+  __device__ void look_up_mask(int tile, int block, bool (&there)[kKeys / 32]) const {
+    const int first = first_of(tile, block);
+#pragma unroll
+    for (int half = 0; half < kKeys / 32; ++half) {
+      const int i = lane + 32 * half, j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
+      there[half] = j < p.M && p.key_mask[static_cast<int64_t>(at.b) * p.M + j];
+    }
+  }
+
+  // masked: what look_up_mask said, where there is a mask.
+  __device__ void fetch_listed(int tile, int stage, int block, const bool (&masked)[kKeys / 32]) {
+    const int first = first_of(tile, block);
+    bool whole =
+        lane >= runs || (first + run <= p.M && (!p.causal || first + run - 1 <= at.first_row));
+    if (p.key_mask != nullptr) whole = whole && masked[0] && masked[1];
     const bool plain = __all_sync(0xffffffffu, whole) && p.scale > 0.f;
     if (!plain) {
-      for (int i = lane; i < kKeys; i += 32) {
-        const int j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
-        const bool there =
-            j < p.M && (p.key_mask == nullptr || p.key_mask[static_cast<int64_t>(at.b) * p.M + j]);
+#pragma unroll
+      for (int half = 0; half < kKeys / 32; ++half) {
+        const int i = lane + 32 * half, j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
+        const bool there = p.key_mask != nullptr ? masked[half] : j < p.M;
         s.bias[stage][i] = there ? 0.f : -INFINITY;
         if (i % 16 == 0) s.first[stage][i / 16] = j;
       }
@@ -266,8 +284,11 @@ struct KeyProducer {
     fetch_rows(at, 0);
 #pragma unroll 1
     for (; queue.has_item(); queue.advance(), ++turn) {
-      int block = block_of(0), counts[kKeys / 32];
+      // Of the next exact tile, on their way: the block behind it and the mask of its keys.
+      int block = block_of(0), ahead = block_of(1), counts[kKeys / 32];
+      bool masked[kKeys / 32];
       look_up_counts(0, counts);
+      if (p.key_mask != nullptr) look_up_mask(0, block, masked);
       const bool more = queue.has_next();
       const Rows next_rows(p, more ? queue.next : 0);
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
@@ -281,15 +302,19 @@ struct KeyProducer {
         }
         if (tile == at.tiles) break;
         const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
-        const int next = exact >= 0 ? block_of(exact + 1) : block;
         wait_for_keys();
         if (exact < 0) {
           fetch_pooled(tile, stage, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          fetch_listed(exact, stage, block);
+          const int next = block_of(exact + 2);
+          bool next_masked[kKeys / 32];
+          if (p.key_mask != nullptr) look_up_mask(exact + 1, ahead, next_masked);
+          fetch_listed(exact, stage, block, masked);
+          block = ahead;
+          ahead = next;
+          for (int half = 0; half < kKeys / 32; ++half) masked[half] = next_masked[half];
         }
-        block = next;
       }
       fetch_last();
       at = next_rows;
