@@ -37,8 +37,8 @@ SM90_ORDER1 = {
     "moments": "Moments",
     "order1_rows": "Order1Rows",
     "order1_keys": "Order1Keys",
-    "order1_causal_rows": "CausalRows",
-    "order1_causal_keys": "CausalKeys",
+    "order1_walk_rows": "WalkRows",
+    "order1_walk_keys": "WalkKeys",
 }
 
 
@@ -62,11 +62,14 @@ def params_of(kernel):
 def write(folder, files):
     folder = Path(__file__).parent / folder / "instances"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("*.cu"):
-        old.unlink()
     (folder / ".clang-format").write_text("# Made by csrc/cuda/generate.py.\nDisableFormat: true\n")
+    for old in folder.glob("*.cu"):
+        if old.stem not in files:
+            old.unlink()
     for name, text in files.items():
-        (folder / f"{name}.cu").write_text(text)
+        file = folder / f"{name}.cu"
+        if not file.exists() or file.read_text() != text:  # else it would be compiled again
+            file.write_text(text)
 
 
 def attention(namespace, kernels, types, dims):

@@ -209,9 +209,9 @@ std::vector<KernelInfo> kernel_table() {
        "8..128 (64, 128)"},
 #endif
 #ifdef MRA_SM90A
-      {"order1", "causal_rows", "csrc/cuda/sm90/order1_causal_rows.cuh", "sm_90a", "bfloat16",
+      {"order1", "walk_rows", "csrc/cuda/sm90/order1_walk_rows.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
-      {"order1", "causal_keys", "csrc/cuda/sm90/order1_causal_keys.cuh", "sm_90a", "bfloat16",
+      {"order1", "walk_keys", "csrc/cuda/sm90/order1_walk_keys.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
 #endif
       {"order1", "gram", "csrc/cuda/order1_gram.cu", "sm_80+", all, dims},

@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kMostKeys = std::numeric_limits<int>::max() / 2;
 
 bool hopper_takes(const Tensor& key, const Launch& launch) {
-  return launch.device.major == 9 && key.scalar_type() == at::kBFloat16 && key.size(3) <= 128;
+  return launch.device.major == 9 && at::isReducedFloatingType(key.scalar_type()) &&
+         key.size(3) <= 128;
 }
 
 }  // namespace
@@ -25,13 +26,13 @@ bool hopper_takes(const Tensor& key, const Launch& launch) {
 
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
-  return !o.causal && hopper_takes(key, launch);
+  return !o.causal && key.scalar_type() == at::kBFloat16 && hopper_takes(key, launch);
 #else
   return false;
 #endif
 }
 
-std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const Launch& launch) {
+std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
   const int64_t D = in.key.size(3), M = in.key.size(2), heads = in.key.size(0) * in.key.size(1);
   const int64_t unit = std::max(o.block_q, o.block_k);
@@ -39,7 +40,7 @@ std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const La
       unit < 64 || M > kMostKeys || heads > kMostKeys) {
     return std::nullopt;
   }
-  CausalCut cut{static_cast<int>(moments_dim(D)), static_cast<int>(unit / 64), 1};
+  WalkCut cut{static_cast<int>(moments_dim(D)), static_cast<int>(unit / 64), 1};
   const int rows = static_cast<int>(M);
   const int most = sm90::tile_chunks(static_cast<int>(heads), rows, D <= 64 ? 2 : 1, launch.device);
   cut.chunks =
@@ -59,6 +60,7 @@ sm90::Moments moments_of(const Inputs& in, const Options& o, PooledInputs* poole
   const int64_t B = in.key.size(0), Hk = in.key.size(1), M = in.key.size(2), D = in.key.size(3);
   const int64_t nk = ceil_div(M, o.block_k);
   sm90::Moments p{};
+  p.dtype = dtype_of(in.key);
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
   p.k_strides = strides_of(in.key);
@@ -109,7 +111,7 @@ bool launch_moments(const sm90::Moments& p, int dim, const Launch& launch) {
 void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, bool exclusive,
                 const Tensor& sums, PooledInputs* pooled, const Launch& launch) {
   Order1Sum s{};
-  s.dtype = Dtype::bf16;
+  s.dtype = p.dtype == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;  // of the matrices
   s.exclusive = exclusive;
   s.B = p.B;
   s.heads = p.Hk;
@@ -133,15 +135,18 @@ void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, bool e
 Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
                     const Tensor& key_count, const std::function<void()>& launch_beside) {
   const Launch launch(in.key);
-  if (!order1_on_hopper(in.key, o, launch) || o.block_k > 64 || in.key.size(2) > kMostKeys) {
+  if (o.causal || !hopper_takes(in.key, launch) || o.block_k > 64 || in.key.size(2) > kMostKeys) {
     return {};
   }
+  const bool half = in.key.scalar_type() == at::kHalf;
+  if (half && pooled != nullptr && pooled->weights.defined()) return {};
   sm90::Moments p = moments_of(in, o, pooled);
   const int dim = static_cast<int>(moments_dim(p.D));
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim), launch.device);
-  const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, in.key.options());
+  const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
+  const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();
-  const Tensor sums = p.chunks > 1 ? empty_sums(p, dim, in.key) : Tensor();
+  const Tensor sums = p.chunks > 1 || half ? empty_sums(p, dim, in.key) : Tensor();
   p.sums = data_of<float>(sums);
   if (!launch_moments(p, dim, launch)) return {};
   launch_beside();
@@ -152,8 +157,8 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   return matrices;
 }
 
-Tensor causal_moments(const Inputs& in, const Options& o, const CausalCut& cut,
-                      PooledInputs* pooled, const std::function<void()>& launch_beside) {
+Tensor moments_before(const Inputs& in, const Options& o, const WalkCut& cut, PooledInputs* pooled,
+                      const std::function<void()>& launch_beside) {
   const Launch launch(in.key);
   sm90::Moments p = moments_of(in, o, pooled);
   p.chunks = cut.chunks;

@@ -20,17 +20,17 @@ Tensor pool_moments(
     const Inputs& in, const Options& o, PooledInputs* pooled, const Tensor& key_count,
     const std::function<void()>& launch_beside = [] {});
 
-// Under causal, how the kernels that walk the sequence (order1_causal.h) cut a head: matrices are
+// Under causal, how the kernels that walk the sequence (order1_walk.h) cut a head: matrices are
 // padded to `dim`; a chunk starts at a multiple of unit_tiles tiles of 64 keys.
-struct CausalCut {
+struct WalkCut {
   int dim, unit_tiles, chunks;
 };
 // nullopt where they don't serve the call.
-std::optional<CausalCut> causal_cut(const Inputs& in, const Options& o, const Launch& launch);
+std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch& launch);
 // Of each chunk the sums that C and Sigma are of the keys in the chunks before it, [B, Hk, chunks,
 // 2, dim, dim] float32. The rest as pool_moments.
-Tensor causal_moments(
-    const Inputs& in, const Options& o, const CausalCut& cut, PooledInputs* pooled,
+Tensor moments_before(
+    const Inputs& in, const Options& o, const WalkCut& cut, PooledInputs* pooled,
     const std::function<void()>& launch_beside = [] {});
 
 // The means alone, weighted with pooled.weights: key and value, also in T where attention wants it.

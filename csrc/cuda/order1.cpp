@@ -5,9 +5,9 @@
 
 #include <vector>
 
-#include "order1_causal.h"
 #include "order1_levels.h"
 #include "order1_term.h"
+#include "order1_walk.h"
 #include "sm90/moments.h"
 #include "sm90/order1_keys.h"
 
@@ -37,13 +37,14 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
   if (!o.levels.empty()) return order1_levels(result, in, pooled, o);
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  if (order1_causal(result, term)) return;
+  if (o.causal && order1_walk(result, term, {})) return;
   const Tensor moments = term.moments();
+  if (keeps_moments(o)) pooled.moments = moments;
+  if (order1_walk(result, term, moments)) return;
   Order1Rows p = term.rows(moments, result.share, RowsStep::term);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
   launch.check(order1_rows(p, launch.stream));
-  if (keeps_moments(o)) pooled.moments = moments;
 }
 
 namespace {
@@ -202,12 +203,12 @@ void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const Pooled
   order1_key_grads(term, moment_grads, {}, {grads.query, grads.key, grads.value}, add);
 }
 
-bool order1_grad_causal(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                        const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads) {
+bool order1_grad_walk(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                      const Inputs& in, const PooledInputs& pooled, const Options& o,
+                      const Order1Grads& grads) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  return order1_causal_backward(with_aligned_rows(grad_out), share, delta, term, grads);
+  return order1_walk_backward(with_aligned_rows(grad_out), share, delta, term, grads);
 }
 
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
@@ -218,7 +219,7 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   const Launch launch(in.query);
   const Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query),
                           empty_heads_last(in.key), empty_heads_last(in.value)};
-  if (order1_grad_causal(grad_out, share, delta, in, pooled, o, grads)) return grads;
+  if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);
   return grads;

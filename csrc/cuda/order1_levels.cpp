@@ -133,7 +133,7 @@ Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, 
     Order1Grads own = grads;
     own.coarse_delta = grads.coarse_delta.select(0, r);
     const Tensor own_share = share.select(2, r).contiguous();
-    if (r == 0 && order1_grad_causal(grad_out, own_share, delta, in, means, one, own)) continue;
+    if (r == 0 && order1_grad_walk(grad_out, own_share, delta, in, means, one, own)) continue;
     const Tensor moment_grads =
         order1_grad_rows(grad_out, own_share, delta, in, means, one, own, r > 0);
     if (o.causal) {

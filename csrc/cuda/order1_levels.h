@@ -26,9 +26,9 @@ void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const Pooled
                       const Options& o, const Order1Grads& grads, bool add);
 
 // Both at once under causal where Hopper's kernels serve the call; else false.
-bool order1_grad_causal(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                        const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads);
+bool order1_grad_walk(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                      const Inputs& in, const PooledInputs& pooled, const Options& o,
+                      const Order1Grads& grads);
 
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
 void order1_levels(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);

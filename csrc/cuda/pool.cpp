@@ -91,9 +91,9 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
       pools.run(true);
     };
     pooled.moments = pool_moments(in, o, &pooled, {}, pool_queries);
-    const auto cut = causal_cut(in, o, Launch(in.key));
+    const auto cut = walk_cut(in, o, Launch(in.key));
     if (cut && cut->chunks > 1) {
-      pooled.moments_before = causal_moments(in, o, *cut, &pooled, pool_queries);
+      pooled.moments_before = moments_before(in, o, *cut, &pooled, pool_queries);
     }
   }
   if (!pooled.moments.defined() && !pooled.moments_before.defined()) {

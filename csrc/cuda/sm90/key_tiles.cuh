@@ -11,14 +11,15 @@ namespace mra::cuda::sm90 {
 // Where block means go. Null pointers: nowhere.
 struct BlockMeans {
   float *k_mean, *v_mean;       // [B, Hk, nk, D]
-  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] bfloat16
+  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] T
   int* key_count;               // [B, nk]
   int Hk, nk, D;
 };
 
 // kWeighted: block means are weighted, and the keys' weights come along.
-template <int DP, int kPlaces, bool kWeighted>
+template <int DP, int kPlaces, bool kWeighted, typename Value = __nv_bfloat16>
 struct KeyTiles {
+  using T = Value;
   static constexpr int kStages = kPlaces, kPanels = DP / 64;
   static constexpr int kUnits = 4 * kPanels;  // a warp's share of columns: 32, or 16 of 32
   uint16_t x[kStages][2][kPanels][64][64];    // keys, values
@@ -107,6 +108,7 @@ enum class Means { even, weighted, rooted };
 template <int kBlocks, Means kMeans, bool kNarrow, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
+  using T = typename Tiles::T;
   constexpr int kPanels = Tiles::kPanels, kChunks = kNarrow ? 2 : 4;
   constexpr int kReads = 2 * kChunks, kStep = 64 / kReads;  // reads of a lane; rows read at once
   const int lane = threadIdx.x % 32;
@@ -127,14 +129,14 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
 #pragma unroll
   for (int i = 0; i < kReads; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
   float* const to = which == 0 ? p.k_mean : p.v_mean;
-  auto* const rounded = static_cast<__nv_bfloat16*>(which == 0 ? p.k_rounded : p.v_rounded);
+  auto* const rounded = static_cast<T*>(which == 0 ? p.k_rounded : p.v_rounded);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     constexpr int kRows = kReads / kBlocks;  // of this lane
     float sum[8] = {}, x[8];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      unpack16<__nv_bfloat16>(bits[block * kRows + i], x);
+      unpack16<T>(bits[block * kRows + i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         if constexpr (kMeans == Means::even) {
@@ -159,7 +161,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
       if (to != nullptr && column < p.D && lane % 4 < kChunks) {
         const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
         to[at] = mean;
-        if (rounded != nullptr) rounded[at] = __float2bfloat16_rn(mean);
+        if (rounded != nullptr) rounded[at] = from_float<T>(mean);
       }
       if (p.key_count != nullptr && h == 0 && unit == 0 && lane == 0) {
         p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;
@@ -167,7 +169,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
     }
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
-      unpack16<__nv_bfloat16>(bits[i], x);
+      unpack16<T>(bits[i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
       if constexpr (kMeans == Means::rooted) {
@@ -175,7 +177,7 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] *= root;
       }
-      using M = Mma<__nv_bfloat16>;
+      using M = Mma<T>;
       *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
                              M::pack(x[6], x[7]));
     }

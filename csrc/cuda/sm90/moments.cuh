@@ -28,12 +28,12 @@ struct MomentsTraits {
 };
 
 // kNarrow: head dims up to 32.
-template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
+template <typename T, int DP, int kBlocks, bool kWeighted, bool kNarrow>
 __global__ void __launch_bounds__(MomentsTraits<DP, kNarrow>::kThreads,
                                   MomentsTraits<DP, kNarrow>::kBlocks)
     moments_kernel(const __grid_constant__ MomentsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = KeyTiles<DP, MomentsTraits<DP, kNarrow>::kStages, kWeighted>;
+  using Shared = KeyTiles<DP, MomentsTraits<DP, kNarrow>::kStages, kWeighted, T>;
   constexpr Means kMeans = kWeighted ? Means::rooted : Means::even;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kNarrow>::kThreads,
   const auto multiply = [&](int tile, bool add) {
     const auto& x = s.x[tile % kStages];
     wgmma_fence();
-    multiply_tn<__nv_bfloat16>(moment, x[0][group], x[1], add);
-    multiply_tn<__nv_bfloat16>(sigma, x[0][group], x[0], add);
+    multiply_tn<T>(moment, x[0][group], x[1], add);
+    multiply_tn<T>(sigma, x[0][group], x[0], add);
     wgmma_commit();
   };
   prepare(0);
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kNarrow>::kThreads,
         const float u = c[n][2 * half], w = c[n][2 * half + 1];
         if (p.sums != nullptr) {
           *reinterpret_cast<float2*>(p.sums + at + 8 * n) = make_float2(u, w);
-        } else {
+        } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
           const float over_n = 1.f / max(keys, 1);
           reinterpret_cast<uint32_t*>(p.matrices)[(at + 8 * n) / 2] =
-              Mma<__nv_bfloat16>::pack(u * over_n, w * over_n);
+              Mma<T>::pack(u * over_n, w * over_n);
         }
       }
     }
@@ -117,30 +117,37 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kNarrow>::kThreads,
 #endif
 }
 
-template <int DP, bool kWeighted, bool kNarrow>
+template <typename T, int DP, bool kWeighted, bool kNarrow>
 cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaStream_t stream) {
   MomentsMaps p{params};
-  const bool maps = tensor_map(&p.k_map, Dtype::bf16, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
-                    tensor_map(&p.v_map, Dtype::bf16, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
+  const bool maps = tensor_map(&p.k_map, kDtype<T>, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
+                    tensor_map(&p.v_map, kDtype<T>, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, 64);
   constexpr int kBytes =
       sizeof(KeyTiles<DP, MomentsTraits<DP, kNarrow>::kStages, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.M, p.chunks, p.unit_tiles);
-  const auto kernel = p.log2_block_k == 6   ? moments_kernel<DP, 1, kWeighted, kNarrow>
-                      : p.log2_block_k == 5 ? moments_kernel<DP, 2, kWeighted, kNarrow>
-                                            : moments_kernel<DP, 4, kWeighted, kNarrow>;
+  const auto kernel = p.log2_block_k == 6   ? moments_kernel<T, DP, 1, kWeighted, kNarrow>
+                      : p.log2_block_k == 5 ? moments_kernel<T, DP, 2, kWeighted, kNarrow>
+                                            : moments_kernel<T, DP, 4, kWeighted, kNarrow>;
   return launch_grid(kernel, blocks, MomentsTraits<DP, kNarrow>::kThreads, kBytes, stream, p);
 }
 
 template <int DP>
 cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
   constexpr bool kCanBeNarrow = DP == 64;
-  const auto launch = [&](auto weighted) {
-    return params.D <= 32 ? launch_moments_of<DP, weighted(), kCanBeNarrow>(params, device, stream)
-                          : launch_moments_of<DP, weighted(), false>(params, device, stream);
+  const auto launch = [&](auto t, auto weighted) {
+    using T = decltype(t);
+    return params.D <= 32
+               ? launch_moments_of<T, DP, weighted(), kCanBeNarrow>(params, device, stream)
+               : launch_moments_of<T, DP, weighted(), false>(params, device, stream);
   };
-  return params.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
+  if (params.dtype == Dtype::f16) {
+    if (params.weights != nullptr || params.sums == nullptr) return cudaErrorNotSupported;
+    return launch(__half{}, std::false_type{});
+  }
+  return params.weights != nullptr ? launch(__nv_bfloat16{}, std::true_type{})
+                                   : launch(__nv_bfloat16{}, std::false_type{});
 }
 
 }  // namespace mra::cuda::sm90

@@ -8,13 +8,14 @@
 namespace mra::cuda::sm90 {
 
 struct Moments {
-  const void *k, *v;  // [B, Hk, M, D] bfloat16
+  Dtype dtype;        // T: bf16, or f16 with sums and without weights
+  const void *k, *v;  // [B, Hk, M, D] T
   Strides k_strides, v_strides;
   const uint8_t* mask;  // [B, M] or null
   int B, Hk, M, D, nk, log2_block_k;
 
   float *k_mean, *v_mean;       // [B, Hk, nk, D], or null: not written
-  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] bfloat16: the same rounded, or null
+  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] T: the same rounded, or null
   int* key_count;               // [B, nk], or null
   // [B, Hk, nk << log2_block_k], or null: of each key within its block. The means are weighted with
   // them, and the sums with them and the count of the block.

@@ -1,4 +1,4 @@
-// What both kernels of order 1 under causal share: the pair of matrices that grows along the walk.
+// What both kernels of order1_walk.h share: the pair of matrices, which may grow along the walk.
 // Warpgroup w of DP / 64 holds rows 64 w to 64 w + 63 of both.
 #pragma once
 
@@ -6,12 +6,12 @@
 
 #include "key_tiles.cuh"
 #include "moments.h"
-#include "order1_causal.h"
+#include "order1_walk.h"
 
 namespace mra::cuda::sm90 {
 
 template <int DP>
-struct CausalTraits {
+struct WalkTraits {
   static constexpr int kPanels = DP / 64, kConsumers = 4 * kPanels;  // warps
   static constexpr int kBlocks = DP == 64 ? 2 : 1, kThreads = 128 * (kPanels + 1);
   // Registers of the warps that attend and of those that fetch.
@@ -64,14 +64,41 @@ struct WalkedPair {
       if (row < dim && column < dim) *reinterpret_cast<float2*>(at) = make_float2(x, y);
     });
   }
-  // As panels of bfloat16, the second one times `factor`.
-  __device__ __forceinline__ void place(uint16_t (&to)[2][kPanels][DP][64], float factor = 1.f) {
+  // As panels of T, times a factor each.
+  template <typename T>
+  __device__ __forceinline__ void place(uint16_t (&to)[2][kPanels][DP][64], float of_first,
+                                        float of_second) {
     for_pairs([&](float x, float y, int which, int row, int column) {
       const int chunk = column % 64 / 8 ^ row % 8;
-      const float times = which == 0 ? 1.f : factor;
+      const float factor = which == 0 ? of_first : of_second;
       *reinterpret_cast<uint32_t*>(&to[which][column / 64][row][chunk * 8 + column % 8]) =
-          Mma<__nv_bfloat16>::pack(times * x, times * y);
+          Mma<T>::pack(factor * x, factor * y);
     });
+  }
+
+  // For each matrix the power of two that takes its largest entry near 2^14, which float16 holds;
+  // `room` holds two floats a warp. By all consumers.
+  __device__ __forceinline__ void fit(float (&room)[2][4 * kPanels], float (&factors)[2]) {
+    float most[2] = {};
+    for_pairs([&](float x, float y, int which, int, int) {
+      most[which] = fmaxf(most[which], fmaxf(fabsf(x), fabsf(y)));
+    });
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      // Of numbers that are not negative, the order is that of their bits.
+      const uint32_t bits = __reduce_max_sync(kFullWarp, __float_as_uint(most[which]));
+      if (threadIdx.x % 32 == 0) room[which][threadIdx.x / 32] = __uint_as_float(bits);
+    }
+    consumer_sync<DP>();
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      float all = 0.f;
+#pragma unroll
+      for (int warp = 0; warp < 4 * kPanels; ++warp) all = fmaxf(all, room[which][warp]);
+      // 2^e <= all < 2^(e + 1); 14 - e within the exponents of float.
+      const int e = max(static_cast<int>(__float_as_uint(all) >> 23) - 127, -112);
+      factors[which] = all > 0.f && e < 128 ? __uint_as_float(14 - e + 127 << 23) : 1.f;
+    }
   }
   __device__ __forceinline__ void pin_both() {
     pin(first);
@@ -81,7 +108,7 @@ struct WalkedPair {
 
 // Products of 64 rows in panels with a matrix of DP x DP in panels: the 64 columns of panel
 // `panel`. kTransposed: with its transpose.
-template <bool kTransposed, int kPanels>
+template <typename T, bool kTransposed, int kPanels>
 __device__ __forceinline__ void multiply_columns(float (&c)[8][4],
                                                  const uint16_t (&a)[kPanels][64][64],
                                                  const uint16_t (&b)[kPanels][64 * kPanels][64],
@@ -90,17 +117,17 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4],
   for (int i = 0; i < 4 * kPanels; ++i) {
     const uint64_t right = kTransposed ? descriptor(b[i / 4][64 * panel]) + 2 * (i % 4)
                                        : descriptor(b[panel]) + 128 * i;
-    Wgmma<__nv_bfloat16, 64>::template multiply<false, !kTransposed>(
-        c, descriptor(a[i / 4]) + 2 * (i % 4), right, add || i > 0);
+    Wgmma<T, 64>::template multiply<false, !kTransposed>(c, descriptor(a[i / 4]) + 2 * (i % 4),
+                                                         right, add || i > 0);
   }
 }
 
 // Which tiles a block of threads walks.
-struct CausalWalk {
+struct Walk {
   int b, hk, group, chunk, first, tiles;  // group: query heads of the key head; first: tile
   int64_t key_head;
 
-  __device__ __forceinline__ CausalWalk(const CausalChunks& p, int chunk_tiles) {
+  __device__ __forceinline__ Walk(const WalkChunks& p, int chunk_tiles) {
     const int head = blockIdx.x / p.chunks;
     chunk = blockIdx.x - head * p.chunks;
     b = head / p.Hk;

@@ -1,10 +1,10 @@
-// Order 1 under causal by Hopper's kernels: see sm90/order1_causal.h.
-#include "order1_causal.h"
+// Order 1 under causal by Hopper's kernels: see sm90/order1_walk.h.
+#include "order1_walk.h"
 
 #include <ATen/ops/empty_like.h>
 
 #include "sm90/moments.h"
-#include "sm90/order1_causal.h"
+#include "sm90/order1_walk.h"
 
 namespace mra::cuda {
 
@@ -15,12 +15,13 @@ namespace {
 // What all of a call's launches share.
 struct Walk {
   const Term& term;
-  const CausalCut cut;
-  sm90::CausalChunks chunks{};
+  const WalkCut cut;
+  sm90::WalkChunks chunks{};
 
-  Walk(const Term& term, const CausalCut& cut) : term(term), cut(cut) {
+  Walk(const Term& term, const WalkCut& cut) : term(term), cut(cut) {
     const Inputs& in = term.in;
     auto& c = chunks;
+    c.dtype = term.dtype;
     c.B = term.B;
     c.H = term.H;
     c.Hk = term.Hk;
@@ -61,66 +62,80 @@ struct Walk {
     return true;
   }
 
-  bool rows(const sm90::CausalRows& p) const {
+  bool rows(const sm90::WalkRows& p) const {
     return launch([&](auto dim) {
-      return sm90::launch_order1_causal_rows<dim()>(p, term.launch.device, term.launch.stream);
+      return sm90::launch_order1_walk_rows<dim()>(p, term.launch.device, term.launch.stream);
     });
   }
-  bool keys(const sm90::CausalKeys& p) const {
+  bool keys(const sm90::WalkKeys& p) const {
     return launch([&](auto dim) {
-      return sm90::launch_order1_causal_keys<dim()>(p, term.launch.device, term.launch.stream);
+      return sm90::launch_order1_walk_keys<dim()>(p, term.launch.device, term.launch.stream);
     });
   }
 
-  sm90::CausalRows rows_params(const Tensor& share, const Tensor& start) const {
-    sm90::CausalRows p{chunks};
-    p.key_count = term.pooled.key_count.const_data_ptr<int>();
+  sm90::WalkRows rows_params(const Tensor& share, const Tensor& start) const {
+    sm90::WalkRows p{chunks};
+    p.key_count = data_of<int>(term.pooled.key_count);
     p.share = share.const_data_ptr<float>();
+    p.causal = term.o.causal;
     p.scale = static_cast<float>(term.o.scale);
     p.start = data_of<float>(start);
     return p;
   }
 };
 
-// Undefined for one chunk; false where no kernel does it.
-bool moments_before(Tensor& start, const Term& term, const CausalCut& cut) {
-  if (cut.chunks > 1) start = causal_moments(term.in, term.o, cut, nullptr);
-  return cut.chunks == 1 || start.defined();
+// Under causal, what chunks start from: undefined for one; false where no kernel does it.
+bool find_start(Tensor& start, const Term& term, const WalkCut& cut) {
+  start = term.pooled.moments_before;
+  if (cut.chunks == 1 || start.defined()) return true;
+  start = moments_before(term.in, term.o, cut, nullptr);
+  return start.defined();
+}
+
+// Without causal: float16, whose moments are float.
+std::optional<WalkCut> head_cut(const Term& term, const Tensor& moments) {
+  if (term.o.causal || !moments.defined() || term.dtype != Dtype::f16 || term.D > 128 ||
+      term.launch.device.major != 9) {
+    return std::nullopt;
+  }
+  const int resident = term.dim <= 64 ? 2 : 1;
+  return WalkCut{term.dim, 1,
+                 sm90::tile_chunks(term.B * term.Hk, term.N, resident, term.launch.device)};
 }
 
 }  // namespace
 
-bool order1_causal(FineResult& result, const Term& term) {
-  const auto cut = causal_cut(term.in, term.o, term.launch);
-  if (!cut) return false;
-  Tensor start = term.pooled.moments_before;
-  if (!start.defined() && !moments_before(start, term, *cut)) return false;
+bool order1_walk(FineResult& result, const Term& term, const Tensor& moments) {
+  const bool causal = term.o.causal;
+  const auto cut = causal ? walk_cut(term.in, term.o, term.launch) : head_cut(term, moments);
+  Tensor start = moments;
+  if (!cut || (causal && !find_start(start, term, *cut))) return false;
   const Walk walk(term, *cut);
-  sm90::CausalRows p = walk.rows_params(result.share, start);
+  sm90::WalkRows p = walk.rows_params(result.share, start);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
   return walk.rows(p);
 }
 
-bool order1_causal_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                            const Term& term, const Order1Grads& grads) {
-  const auto cut = causal_cut(term.in, term.o, term.launch);
+bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                          const Term& term, const Order1Grads& grads) {
+  const auto cut = walk_cut(term.in, term.o, term.launch);
   Tensor start;
-  if (!cut || !moments_before(start, term, *cut)) return false;
+  if (!cut || term.dtype != Dtype::bf16 || !find_start(start, term, *cut)) return false;
   Walk walk(term, *cut);
-  sm90::CausalChunks& c = walk.chunks;
+  sm90::WalkChunks& c = walk.chunks;
   const Tensor weights = at::empty({c.B, c.H, ceil_div(c.N, 64) * 64, 2}, term.acc());
   c.grad_out = grad_out.const_data_ptr();
   c.grad_out_strides = strides_of(grad_out);
   c.weights = weights.mutable_data_ptr<float>();
-  sm90::CausalRows rows = walk.rows_params(share, start);
+  sm90::WalkRows rows = walk.rows_params(share, start);
   rows.delta = delta.const_data_ptr<float>();
   rows.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   rows.grad_q = grads.query.mutable_data_ptr();
   rows.grad_q_strides = strides_of(grads.query);
   if (!walk.rows(rows)) return false;
 
-  sm90::CausalKeys keys{c};
+  sm90::WalkKeys keys{c};
   if (c.chunks > 1) {  // `start` is no longer read once the sums are written
     keys.sums = start.mutable_data_ptr<float>();
     if (!walk.keys(keys)) return false;
@@ -137,9 +152,9 @@ bool order1_causal_backward(const Tensor& grad_out, const Tensor& share, const T
 
 #else
 
-bool order1_causal(FineResult&, const Term&) { return false; }
-bool order1_causal_backward(const Tensor&, const Tensor&, const Tensor&, const Term&,
-                            const Order1Grads&) {
+bool order1_walk(FineResult&, const Term&, const Tensor&) { return false; }
+bool order1_walk_backward(const Tensor&, const Tensor&, const Tensor&, const Term&,
+                          const Order1Grads&) {
   return false;
 }
 

@@ -8,17 +8,17 @@
 // chunk.
 #pragma once
 
-#include "order1_causal.cuh"
+#include "order1_walk.cuh"
 
 namespace mra::cuda::sm90 {
 
-struct CausalKeysMaps : CausalKeys {
+struct WalkKeysMaps : WalkKeys {
   CUtensorMap k_map, v_map, q_map, grad_out_map, grad_k_map, grad_v_map;
   int tiles;  // of a chunk
 };
 
 template <int DP, bool kWalk>
-struct CausalKeysShared {
+struct WalkKeysShared {
   static constexpr int kPanels = DP / 64, kStages = 2;
   uint16_t matrices[kWalk ? 2 : 1][kPanels][DP][64];  // dC, 2 dSigma
   uint16_t rows[kStages][2][kPanels][64][64];         // q, dO
@@ -58,12 +58,12 @@ __device__ __forceinline__ void weigh_rows(uint16_t (&rows)[2][kPanels][64][64],
 }
 
 template <int DP, int kBlocks, bool kWalk>
-__global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::kBlocks)
-    order1_causal_keys_kernel(const __grid_constant__ CausalKeysMaps p) {
+__global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlocks)
+    order1_walk_keys_kernel(const __grid_constant__ WalkKeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Traits = CausalTraits<DP>;
-  using Shared = CausalKeysShared<DP, kWalk>;
+  using Traits = WalkTraits<DP>;
+  using Shared = WalkKeysShared<DP, kWalk>;
   constexpr int kPanels = DP / 64, kStages = Shared::kStages;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
     barrier_init_done();
   }
   __syncthreads();
-  const CausalWalk at(p, p.tiles);
+  const Walk at(p, p.tiles);
   const int last = at.first + at.tiles - 1;
   // The rows of the chunk's first tile come last, and nothing behind them.
   const int row_tiles = kWalk ? at.tiles - 1 : at.tiles;
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
       const int stage = tile % 2, key_tile = last - tile;
       auto& x = s.keys.x[stage];
       // The unit's last tile, or that of the keys.
-      if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0) sums.place(s.matrices, 2.f);
+      if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0)
+        sums.template place<T>(s.matrices, 1.f, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
       centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk,
                                           key_tile);
@@ -155,9 +156,9 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
       pin(dk);
       pin(dv);
       wgmma_fence();
-      multiply_columns<false>(dv, x[0], s.matrices[0], panel, false);
-      multiply_columns<false>(dk, x[0], s.matrices[1], panel, false);
-      multiply_columns<true>(dk, x[1], s.matrices[0], panel, true);
+      multiply_columns<T, false>(dv, x[0], s.matrices[0], panel, false);
+      multiply_columns<T, false>(dk, x[0], s.matrices[1], panel, false);
+      multiply_columns<T, true>(dk, x[1], s.matrices[0], panel, true);
       wgmma_commit();
       wgmma_wait<0>();
       pin(dk);
@@ -199,9 +200,10 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
 }
 
 template <int DP>
-cudaError_t launch_order1_causal_keys(const CausalKeys& params, const Device& device,
-                                      cudaStream_t stream) {
-  CausalKeysMaps p{params};
+cudaError_t launch_order1_walk_keys(const WalkKeys& params, const Device& device,
+                                    cudaStream_t stream) {
+  WalkKeysMaps p{params};
+  if (p.dtype != Dtype::bf16) return cudaErrorNotSupported;
   const bool walk = p.sums == nullptr;
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int heads) {
     return tensor_map(to, Dtype::bf16, data, strides, p.B, heads, p.N, p.D, 64);
@@ -212,16 +214,16 @@ cudaError_t launch_order1_causal_keys(const CausalKeys& params, const Device& de
       (!walk || (map(&p.k_map, p.k, p.k_strides, p.Hk) && map(&p.v_map, p.v, p.v_strides, p.Hk) &&
                  map(&p.grad_k_map, p.grad_k, p.grad_k_strides, p.Hk) &&
                  map(&p.grad_v_map, p.grad_v, p.grad_v_strides, p.Hk)));
-  const int bytes = 1024 + static_cast<int>(walk ? sizeof(CausalKeysShared<DP, true>)
-                                                 : sizeof(CausalKeysShared<DP, false>));
+  const int bytes = 1024 + static_cast<int>(walk ? sizeof(WalkKeysShared<DP, true>)
+                                                 : sizeof(WalkKeysShared<DP, false>));
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || bytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
-  const auto kernel = !walk                 ? order1_causal_keys_kernel<DP, 1, false>
-                      : p.log2_block_k == 6 ? order1_causal_keys_kernel<DP, 1, true>
-                      : p.log2_block_k == 5 ? order1_causal_keys_kernel<DP, 2, true>
-                                            : order1_causal_keys_kernel<DP, 4, true>;
-  return launch_grid(kernel, blocks, CausalTraits<DP>::kThreads, bytes, stream, p);
+  const auto kernel = !walk                 ? order1_walk_keys_kernel<DP, 1, false>
+                      : p.log2_block_k == 6 ? order1_walk_keys_kernel<DP, 1, true>
+                      : p.log2_block_k == 5 ? order1_walk_keys_kernel<DP, 2, true>
+                                            : order1_walk_keys_kernel<DP, 4, true>;
+  return launch_grid(kernel, blocks, WalkTraits<DP>::kThreads, bytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

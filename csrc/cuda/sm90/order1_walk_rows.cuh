@@ -1,40 +1,41 @@
-// The order-1 term of the queries under causal, and its gradient. From tiles of 64 queries, with C
-// and Sigma the sums over the keys of the units before, n of which count:
+// The order-1 term of the queries, and its gradient. From tiles of 64 queries, with C and Sigma the
+// sums over the keys of the units before, n of which count:
 //
 //   forward    out += P gamma s / n q C,    gamma = 1 / (1 + s^2 / (4 n) q Sigma q^T)
 //   backward   as order1_rows.cuh, with C / n and Sigma / n; a / n and b / n go to `weights`
 //
-// Then the keys of the tile are centred and added to C and Sigma.
+// Then the keys of the tile are centred and added to C and Sigma. Without kCausal these are what
+// the whole head has, n = 1.
 #pragma once
 
-#include "order1_causal.cuh"
+#include "order1_walk.cuh"
 
 namespace mra::cuda::sm90 {
 
-struct CausalRowsMaps : CausalRows {
+struct WalkRowsMaps : WalkRows {
   CUtensorMap k_map, v_map, q_map, grad_out_map, to_map;  // to: out or grad_q
   int tiles;                                              // of a chunk
 };
 
-template <int DP, bool kBackward>
-struct CausalRowsShared {
+template <typename T, int DP, bool kBackward>
+struct WalkRowsShared {
   static constexpr int kPanels = DP / 64, kTensors = kBackward ? 2 : 1;
   static constexpr int kStages = kBackward ? 2 : 3;
   uint16_t matrices[2][kPanels][DP][64];              // C, Sigma
   uint16_t rows[kStages][kTensors][kPanels][64][64];  // q, dO
-  KeyTiles<DP, 2, false> keys;
+  KeyTiles<DP, 2, false, T> keys;
   float dots[2][kPanels][64];
+  float most[2][4 * kPanels];
   uint64_t full[kStages], empty[kStages];
   int keys_before;
 };
 
-template <int DP, int kBlocks, bool kBackward>
-__global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::kBlocks)
-    order1_causal_rows_kernel(const __grid_constant__ CausalRowsMaps p) {
+template <typename T, int DP, int kBlocks, bool kBackward, bool kCausal>
+__global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlocks)
+    order1_walk_rows_kernel(const __grid_constant__ WalkRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using T = __nv_bfloat16;
-  using Traits = CausalTraits<DP>;
-  using Shared = CausalRowsShared<DP, kBackward>;
+  using Traits = WalkTraits<DP>;
+  using Shared = WalkRowsShared<T, DP, kBackward>;
   constexpr int kPanels = DP / 64, kStages = Shared::kStages, kLast = Shared::kTensors - 1;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -45,9 +46,9 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
     s.keys_before = 0;
   }
   __syncthreads();
-  const CausalWalk at(p, p.tiles);
+  const Walk at(p, p.tiles);
   int before = 0;
-  const int blocks_before = min(at.first * kBlocks, p.nk);
+  const int blocks_before = kCausal ? min(at.first * kBlocks, p.nk) : 0;
   for (int y = threadIdx.x; y < blocks_before; y += blockDim.x) {
     before += p.key_count[static_cast<int64_t>(at.b) * p.nk + y];
   }
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
     give_registers<Traits::kGiven>();
     if (warp == Traits::kConsumers) {
       // Nothing comes behind the last tile's keys.
-      s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * at.first,
-                   at.tiles - 1);
+      const int tiles = kCausal ? at.tiles - 1 : 0;
+      s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * at.first, tiles);
     } else if (warp == Traits::kConsumers + 1) {
 #pragma unroll 1
       for (int turn = 0; turn < at.tiles * at.group; ++turn) {
@@ -87,9 +88,10 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
   WalkedPair<DP> sums;
-  sums.load(p.start, at.key_head * p.chunks + at.chunk, matrix_dim<DP>(p.D));
+  sums.load(p.start, kCausal ? at.key_head * p.chunks + at.chunk : at.key_head,
+            matrix_dim<DP>(p.D));
   int seen = s.keys_before, turn = 0;
-  float over_n = 0.f;
+  float of_x = 0.f, of_w = 0.f;  // what products with the matrices in shared memory need
 
   // One tile of queries of head h.
   const auto walk = [&](int tile, int h) {
@@ -110,8 +112,8 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
     pin(x);
     pin(w);
     wgmma_fence();
-    multiply_columns<kBackward>(x, to, s.matrices[0], panel, false);
-    multiply_columns<true>(w, q, s.matrices[1], panel, false);  // symmetric
+    multiply_columns<T, kBackward>(x, to, s.matrices[0], panel, false);
+    multiply_columns<T, true>(w, q, s.matrices[1], panel, false);  // symmetric
     wgmma_commit();
     wgmma_wait<0>();
     pin(x);
@@ -146,12 +148,12 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
         v[half] = s.dots[1][0][r] + s.dots[1][1][r];
       }
       const bool any = share[half] != 0.f;
-      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * over_n * v[half]);
-      const float a = any ? share[half] * gamma * p.scale * over_n : 0.f;
+      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * of_w * v[half]);
+      const float a = any ? share[half] * gamma * p.scale * of_x : 0.f;
       float c = 0.f;
       if constexpr (kBackward) {
-        const float gu = gamma * p.scale * over_n * u[half];
-        c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) * over_n : 0.f;
+        const float gu = gamma * p.scale * of_x * u[half];
+        c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) * of_w : 0.f;
         if (panel == 0 && t == 0) {
           const int i = first_row + r, padded = (p.N + 63) / 64 * 64;
           *reinterpret_cast<float2*>(p.weights + 2 * (head * padded + i)) = make_float2(a, c);
@@ -183,15 +185,19 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
 
 #pragma unroll 1
   for (int tile = 0;; ++tile) {
-    if ((at.first + tile) % p.unit_tiles == 0) {
-      sums.place(s.matrices);
+    if (kCausal ? (at.first + tile) % p.unit_tiles == 0 : tile == 0) {
+      float factors[2] = {1.f, 1.f};
+      if constexpr (std::is_same_v<T, __half>) sums.fit(s.most, factors);
+      sums.template place<T>(s.matrices, factors[0], factors[1]);
       fence_for_copies();  // products read shared memory as copies do
-      over_n = 1.f / static_cast<float>(max(seen, 1));
+      const float over_n = kCausal ? 1.f / static_cast<float>(max(seen, 1)) : 1.f;
+      of_x = over_n / factors[0], of_w = over_n / factors[1];
     }
     consumer_sync<DP>();
 #pragma unroll 1
     for (int i = 0; i < at.group; ++i) walk(tile, at.hk * at.group + i);
     if (tile == at.tiles - 1) break;
+    if constexpr (!kCausal) continue;
 
     const int stage = tile % 2;
     barrier_wait(&s.keys.full[stage], tile / 2 & 1);
@@ -213,35 +219,43 @@ __global__ void __launch_bounds__(CausalTraits<DP>::kThreads, CausalTraits<DP>::
 #endif
 }
 
-template <int DP, bool kBackward>
-cudaError_t launch_order1_causal_rows_of(CausalRowsMaps& p, const Device& device,
-                                         cudaStream_t stream) {
-  constexpr int kBytes = sizeof(CausalRowsShared<DP, kBackward>) + 1024;
+template <typename T, int DP, bool kBackward>
+cudaError_t launch_order1_walk_rows_of(WalkRowsMaps& p, const Device& device, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WalkRowsShared<T, DP, kBackward>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
-  const auto kernel = p.log2_block_k == 6   ? order1_causal_rows_kernel<DP, 1, kBackward>
-                      : p.log2_block_k == 5 ? order1_causal_rows_kernel<DP, 2, kBackward>
-                                            : order1_causal_rows_kernel<DP, 4, kBackward>;
-  return launch_grid(kernel, blocks, CausalTraits<DP>::kThreads, kBytes, stream, p);
+  void (*kernel)(WalkRowsMaps) =
+      p.log2_block_k == 6   ? order1_walk_rows_kernel<T, DP, 1, kBackward, true>
+      : p.log2_block_k == 5 ? order1_walk_rows_kernel<T, DP, 2, kBackward, true>
+                            : order1_walk_rows_kernel<T, DP, 4, kBackward, true>;
+  if constexpr (std::is_same_v<T, __half>) {
+    if (!p.causal) kernel = order1_walk_rows_kernel<T, DP, 1, false, false>;
+  }
+  return launch_grid(kernel, blocks, WalkTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 template <int DP>
-cudaError_t launch_order1_causal_rows(const CausalRows& params, const Device& device,
-                                      cudaStream_t stream) {
-  CausalRowsMaps p{params};
+cudaError_t launch_order1_walk_rows(const WalkRows& params, const Device& device,
+                                    cudaStream_t stream) {
+  WalkRowsMaps p{params};
   const bool backward = p.grad_out != nullptr;
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int heads) {
-    return tensor_map(to, Dtype::bf16, data, strides, p.B, heads, p.N, p.D, 64);
+    return tensor_map(to, p.dtype, data, strides, p.B, heads, p.N, p.D, 64);
   };
-  const bool maps = map(&p.k_map, p.k, p.k_strides, p.Hk) &&
-                    map(&p.v_map, p.v, p.v_strides, p.Hk) && map(&p.q_map, p.q, p.q_strides, p.H) &&
+  const bool maps = (!p.causal || (map(&p.k_map, p.k, p.k_strides, p.Hk) &&
+                                   map(&p.v_map, p.v, p.v_strides, p.Hk))) &&
+                    map(&p.q_map, p.q, p.q_strides, p.H) &&
                     (backward ? map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
                                     map(&p.to_map, p.grad_q, p.grad_q_strides, p.H)
                               : map(&p.to_map, p.out, p.out_strides, p.H));
-  if (!maps) return cudaErrorNotSupported;
+  const bool half = p.dtype == Dtype::f16;
+  if (!maps || p.dtype == Dtype::f32 || (half && backward) || (!half && !p.causal)) {
+    return cudaErrorNotSupported;
+  }
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
-  return backward ? launch_order1_causal_rows_of<DP, true>(p, device, stream)
-                  : launch_order1_causal_rows_of<DP, false>(p, device, stream);
+  if (half) return launch_order1_walk_rows_of<__half, DP, false>(p, device, stream);
+  return backward ? launch_order1_walk_rows_of<__nv_bfloat16, DP, true>(p, device, stream)
+                  : launch_order1_walk_rows_of<__nv_bfloat16, DP, false>(p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

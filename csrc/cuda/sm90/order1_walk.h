@@ -1,41 +1,45 @@
-// Order 1 under causal on Hopper, where every unit of rows (as many as the larger block) has
-// moments of its own: those of the key blocks before it. A block of threads walks a chunk of a key
-// head's tiles of 64 with the sums of all before (behind) the tile at hand in registers; what it
-// starts from are the sums of the other chunks, made by a pass before. See forward.h.
+// Order 1 on Hopper where a block of threads walks a chunk of a key head's tiles of 64 rows with
+// moments in registers. Under causal every unit of rows (as many as the larger block) has moments
+// of its own, those of the key blocks before it: the keys of each tile are added on the way, and
+// what a chunk starts from are the sums of the other chunks, made by a pass before. See forward.h.
 //
 //   forward    moments -> sum -> rows
 //   backward   moments -> sum -> rows -> keys (sums) -> sum -> keys
+//
+// Without causal it is the forward pass of float16, whose moments need more than float16 to hold.
 #pragma once
 
 #include "../types.h"
 
 namespace mra::cuda::sm90 {
 
-struct CausalChunks {
+struct WalkChunks {
+  Dtype dtype;  // T: bf16; in the forward pass also f16
   int B, H, Hk, N, D;
   int nk, log2_block_k;
   int unit_tiles;  // tiles of a unit: 1 or 2
   int chunks;      // of a head: see chunk_tiles
 
-  // [B, Hk, N, D] bfloat16, and which keys count, [B, N] or null.
+  // [B, Hk, N, D] T, and which keys count, [B, N] or null: causal
   const void *k, *v;
   Strides k_strides, v_strides;
   const uint8_t* mask;
-  // [B, H, N, D] bfloat16.
+  // [B, H, N, D] T
   const void *q, *grad_out;  // grad_out: backward, else null
   Strides q_strides, grad_out_strides;
   // [B, H, 64 ceil(N / 64), 2]: over the number of keys before the row, a and b of order1_rows.cuh.
   float* weights;
   // [B, Hk, chunks, 2, dim, dim]: sums of the chunks before (rows) or behind (keys) each; null for
-  // one chunk.
+  // one chunk. Without causal [B, Hk, 2, dim, dim]: C and Sigma.
   const float* start;
 };
 
-struct CausalRows : CausalChunks {
+struct WalkRows : WalkChunks {
+  bool causal;
   const int* key_count;  // [B, nk]
   const float* share;    // [B, H, N]
   float scale;
-  void* out;  // forward: [B, H, N, D] bfloat16, added to
+  void* out;  // forward: [B, H, N, D] T, added to
   Strides out_strides;
 
   const float* delta;   // backward: [B, H, N]
@@ -44,7 +48,7 @@ struct CausalRows : CausalChunks {
   Strides grad_q_strides;
 };
 
-struct CausalKeys : CausalChunks {
+struct WalkKeys : WalkChunks {
   float* sums;            // [B, Hk, chunks, 2, dim, dim]: those of each chunk's rows; else null and
   void *grad_k, *grad_v;  // [B, Hk, N, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
@@ -52,8 +56,8 @@ struct CausalKeys : CausalChunks {
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>
-cudaError_t launch_order1_causal_rows(const CausalRows&, const Device&, cudaStream_t);
+cudaError_t launch_order1_walk_rows(const WalkRows&, const Device&, cudaStream_t);
 template <int DP>
-cudaError_t launch_order1_causal_keys(const CausalKeys&, const Device&, cudaStream_t);
+cudaError_t launch_order1_walk_keys(const WalkKeys&, const Device&, cudaStream_t);
 
 }  // namespace mra::cuda::sm90

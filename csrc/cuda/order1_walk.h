@@ -1,0 +1,15 @@
+// Order 1 under causal where Hopper's kernels walk the sequence. False where they don't serve the
+// call: nothing that counts is written then.
+#pragma once
+
+#include "order1_term.h"
+
+namespace mra::cuda {
+
+// Adds the term to result.out. moments: without causal, those of the whole heads.
+bool order1_walk(FineResult& result, const Term& term, const Tensor& moments);
+// Fills all of `grads`. grad_out: with aligned rows.
+bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
+                          const Term& term, const Order1Grads& grads);
+
+}  // namespace mra::cuda

@@ -1,6 +1,0 @@
-// Made by csrc/cuda/generate.py.
-#include "../order1_causal_rows.cuh"
-
-namespace mra::cuda::sm90 {
-template cudaError_t launch_order1_causal_rows<64>(const CausalRows&, const Device&, cudaStream_t);
-}  // namespace mra::cuda::sm90
