@@ -129,9 +129,9 @@ struct KeyProducer {
   Ring& s;
   uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
   Rows at;
-  int turn = 0;               // tiles of rows before this one
-  int fetched = 0;            // tiles of keys so far
-  const int lane, run, runs;  // run: keys of one copy, runs: copies a tile
+  int turn = 0;                         // tiles of rows before this one
+  int fetched = 0;                      // tiles of keys so far
+  const int lane, log2_run, run, runs;  // run: keys of one copy, runs: copies a tile
 
   __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps)
       : p(p),
@@ -140,7 +140,8 @@ struct KeyProducer {
         bitmaps(bitmaps),
         at(p, blockIdx.x),
         lane(threadIdx.x % 32),
-        run(min(p.block_k, 64)),
+        log2_run(min(p.log2_block_k, 6)),
+        run(1 << log2_run),
         runs(kKeys / run) {}
 
   // The selected block that this lane's copy of tile `tile` (of the exact ones) reads; -1: none.
@@ -194,29 +195,34 @@ struct KeyProducer {
     return valid ? block * p.block_k + within : p.M;
   }
 
-  // Which keys of a tile count, of which this lane has two, 32 apart.
-  __device__ void look_up_mask(int tile, int block, bool (&there)[kKeys / 32]) const {
+  // Key i of a tile whose copies start at `first` of each lane.
+  __device__ int key_of(int first, int i) const {
+    return __shfl_sync(0xffffffffu, first, i >> log2_run) + (i & (run - 1));
+  }
+
+  // Bytes of the mask for two keys of a tile, 32 apart; of another one where there is no such key.
+  // Nothing is done with them before they are there.
+  __device__ void look_up_mask(int tile, int block, int (&mask)[kKeys / 32]) const {
     const int first = first_of(tile, block);
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
-      const int i = lane + 32 * half, j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
-      there[half] = j < p.M && p.key_mask[static_cast<int64_t>(at.b) * p.M + j];
+      const int j = min(key_of(first, lane + 32 * half), p.M - 1);
+      mask[half] = p.key_mask[static_cast<int64_t>(at.b) * p.M + j];
     }
   }
 
-  // masked: what look_up_mask said, where there is a mask.
-  __device__ void fetch_listed(int tile, int stage, int block, const bool (&masked)[kKeys / 32]) {
+  // mask: what look_up_mask found; all ones without one.
+  __device__ void fetch_listed(int tile, int stage, int block, const int (&mask)[kKeys / 32]) {
     const int first = first_of(tile, block);
-    bool whole =
+    const bool whole =
         lane >= runs || (first + run <= p.M && (!p.causal || first + run - 1 <= at.first_row));
-    if (p.key_mask != nullptr) whole = whole && masked[0] && masked[1];
-    const bool plain = __all_sync(0xffffffffu, whole) && p.scale > 0.f;
+    const bool plain =
+        __all_sync(0xffffffffu, whole && mask[0] != 0 && mask[1] != 0) && p.scale > 0.f;
     if (!plain) {
 #pragma unroll
       for (int half = 0; half < kKeys / 32; ++half) {
-        const int i = lane + 32 * half, j = __shfl_sync(0xffffffffu, first, i / run) + i % run;
-        const bool there = p.key_mask != nullptr ? masked[half] : j < p.M;
-        s.bias[stage][i] = there ? 0.f : -INFINITY;
+        const int i = lane + 32 * half, j = key_of(first, i);
+        s.bias[stage][i] = j < p.M && mask[half] != 0 ? 0.f : -INFINITY;
         if (i % 16 == 0) s.first[stage][i / 16] = j;
       }
     }
@@ -286,9 +292,9 @@ struct KeyProducer {
     for (; queue.has_item(); queue.advance(), ++turn) {
       // Of the next exact tile, on their way: the block behind it and the mask of its keys.
       int block = block_of(0), ahead = block_of(1), counts[kKeys / 32];
-      bool masked[kKeys / 32];
+      int mask[kKeys / 32] = {1, 1};
       look_up_counts(0, counts);
-      if (p.key_mask != nullptr) look_up_mask(0, block, masked);
+      if (p.key_mask != nullptr) look_up_mask(0, block, mask);
       const bool more = queue.has_next();
       const Rows next_rows(p, more ? queue.next : 0);
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
@@ -308,12 +314,12 @@ struct KeyProducer {
           look_up_counts(tile + 1, counts);
         } else {
           const int next = block_of(exact + 2);
-          bool next_masked[kKeys / 32];
-          if (p.key_mask != nullptr) look_up_mask(exact + 1, ahead, next_masked);
-          fetch_listed(exact, stage, block, masked);
+          int next_mask[kKeys / 32] = {1, 1};
+          if (p.key_mask != nullptr) look_up_mask(exact + 1, ahead, next_mask);
+          fetch_listed(exact, stage, block, mask);
           block = ahead;
           ahead = next;
-          for (int half = 0; half < kKeys / 32; ++half) masked[half] = next_masked[half];
+          for (int half = 0; half < kKeys / 32; ++half) mask[half] = next_mask[half];
         }
       }
       fetch_last();
