@@ -204,11 +204,14 @@ struct KeyProducer {
   // Nothing is done with them before they are there.
   __device__ void look_up_mask(int tile, int block, int (&mask)[kKeys / 32]) const {
     const int first = first_of(tile, block);
+    const uint8_t* from[kKeys / 32];  // all before the first is read: a shuffle waits for reads
 #pragma unroll
     for (int half = 0; half < kKeys / 32; ++half) {
       const int j = min(key_of(first, lane + 32 * half), p.M - 1);
-      mask[half] = p.key_mask[static_cast<int64_t>(at.b) * p.M + j];
+      from[half] = p.key_mask + static_cast<int64_t>(at.b) * p.M + j;
     }
+#pragma unroll
+    for (int half = 0; half < kKeys / 32; ++half) mask[half] = *from[half];
   }
 
   // mask: what look_up_mask found; all ones without one.
@@ -313,13 +316,10 @@ struct KeyProducer {
           fetch_pooled(tile, stage, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          const int next = block_of(exact + 2);
-          int next_mask[kKeys / 32] = {1, 1};
-          if (p.key_mask != nullptr) look_up_mask(exact + 1, ahead, next_mask);
           fetch_listed(exact, stage, block, mask);
           block = ahead;
-          ahead = next;
-          for (int half = 0; half < kKeys / 32; ++half) mask[half] = next_mask[half];
+          if (p.key_mask != nullptr) look_up_mask(exact + 1, block, mask);
+          ahead = block_of(exact + 2);
         }
       }
       fetch_last();
