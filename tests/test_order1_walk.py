@@ -23,6 +23,20 @@ def test_blocks_and_head_dims(device, dtype, D, block):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("block", [64, (64, 16), (128, 32)])
+@pytest.mark.parametrize("D", [136, 192, 256])
+@pytest.mark.parametrize("device, dtype", HALF)
+def test_wide_heads(device, dtype, D, block, is_causal):
+    """Matrices that no block of threads holds whole."""
+    for masks in ("none", "both"):
+        case = Case(
+            device, dtype, block_size=block, D=D, order=1, coarse="row", is_causal=is_causal,
+            masks=masks, B=1, N=461, M=461 if is_causal else 600, spread=0.5,
+        )  # fmt: skip
+        assert_same_bits(case.check(), case.ours())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("device, dtype", HALF)
 def test_moments_beyond_the_range_of_float16(device, dtype, D, is_causal):
@@ -43,6 +57,7 @@ def test_moments_beyond_the_range_of_float16(device, dtype, D, is_causal):
         (64, 1, 80, 40, 1100, 64),  # several tiles a chunk, several chunks, grouped heads
         (128, 4, 24, 24, 330, 64),
         (128, 1, 16, 16, 1100, (128, 64)),
+        (256, 1, 16, 4, 700, 64),
     ],
 )
 @pytest.mark.parametrize("device, dtype", BF16)
@@ -62,6 +77,7 @@ def test_long_walks(device, dtype, D, B, H, Hk, N, block):
         (64, 32, True, (0, 0), (0, 0)),
         (64, 64, False, (0, 0), (1, 0)),
         (128, 32, False, (0, 0), (1, 0)),
+        (256, 64, True, (0, 0), (0, 0)),
     ],
 )
 @pytest.mark.parametrize("device, dtype", HALF)
@@ -71,4 +87,5 @@ def test_which_calls_walk(device, dtype, D, block, is_causal, bf16, f16):
     names = kernels_of(case.ours)
     found = tuple(sum(f"order1_walk_{kernel}" in n for n in names) for kernel in ("rows", "keys"))
     hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert any("order1_walk_wide" in n for n in names) == (hopper and D > 128), names
     assert found == ((bf16 if dtype == torch.bfloat16 else f16) if hopper else (0, 0)), names

@@ -40,6 +40,8 @@ SM90_ORDER1 = {
     "order1_walk_rows": "WalkRows",
     "order1_walk_keys": "WalkKeys",
 }
+# Of which the dtype is the one argument.
+SM90_TYPES = {"forward_head": "HeadParams", "order1_walk_wide": "WalkWide"}
 
 
 def instance(namespace, header, name, arguments, params):
@@ -99,9 +101,8 @@ write(
         for dim in (64, 128)
     }
     | {
-        f"forward_head_{short}": instance(
-            "mra::cuda::sm90", "forward_head", "forward_head", TYPES[short], "HeadParams"
-        )
+        f"{kernel}_{short}": instance("mra::cuda::sm90", kernel, kernel, TYPES[short], params)
+        for kernel, params in SM90_TYPES.items()
         for short in ("f16", "bf16")
     },
 )

@@ -209,8 +209,10 @@ std::vector<KernelInfo> kernel_table() {
        "8..128 (64, 128)"},
 #endif
 #ifdef MRA_SM90A
-      {"order1", "walk_rows", "csrc/cuda/sm90/order1_walk_rows.cuh", "sm_90a", "bfloat16",
-       "8..128 (64, 128)"},
+      {"order1", "walk_rows", "csrc/cuda/sm90/order1_walk_rows.cuh", "sm_90a",
+       "float16 (forward), bfloat16", "8..128 (64, 128)"},
+      {"order1", "walk_wide", "csrc/cuda/sm90/order1_walk_wide.cuh", "sm_90a", "float16, bfloat16",
+       "136..256 (256)"},
       {"order1", "walk_keys", "csrc/cuda/sm90/order1_walk_keys.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
 #endif

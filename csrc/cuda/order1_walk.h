@@ -8,6 +8,9 @@ namespace mra::cuda {
 
 // Adds the term to result.out. moments: without causal, those of the whole heads.
 bool order1_walk(FineResult& result, const Term& term, const Tensor& moments);
+// The same for head dims beyond 128. Leaves the moments of the whole heads in `moments` where they
+// are kept.
+bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments);
 // Fills all of `grads`. grad_out: with aligned rows.
 bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                           const Term& term, const Order1Grads& grads);

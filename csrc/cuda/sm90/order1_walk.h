@@ -60,4 +60,24 @@ cudaError_t launch_order1_walk_rows(const WalkRows&, const Device&, cudaStream_t
 template <int DP>
 cudaError_t launch_order1_walk_keys(const WalkKeys&, const Device&, cudaStream_t);
 
+// Head dims from 136 to 256 in the forward pass. A block of threads has 128 columns of C or of
+// Sigma.
+enum class WideStep {
+  sums,      // of each chunk of keys, of all columns of both
+  variance,  // parts of q Sigma q^T / n
+  term       // added to out
+};
+struct WalkWide : WalkRows {
+  WideStep step;
+  int M;  // keys; N under causal
+  int slots;
+  // [C and Sigma, columns, B, Hk, slots, rows, 128, 128], columns and rows in two halves: sums of
+  // chunks, then of all before each. Without causal the last slot is that of all keys. Null under
+  // causal for one chunk.
+  float* sums;
+  float* variance;  // [columns, B, H, N]
+};
+template <typename T>
+cudaError_t launch_order1_walk_wide(const WalkWide&, const Device&, cudaStream_t);
+
 }  // namespace mra::cuda::sm90
