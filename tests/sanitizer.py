@@ -5,7 +5,7 @@
 
 racecheck needs a build of its own on Hopper (MRA_RACECHECK=1, docs/kernels.md): `make sanitize`. It
 compares nothing (the tests do); it prints how many calls ran. Options named behind it (`levels
-pool`) leave only the calls that have one of them. Not collected by pytest.
+pool D=256`) leave only the calls that have one of them. Not collected by pytest.
 """
 
 import itertools
@@ -46,6 +46,13 @@ def cases():
     for N, coarse, selection in short:
         options = dict(N=N, M=N - 20, D=64, coarse=coarse, order=0, selection=selection)
         yield torch.bfloat16, options | dict(block_size=32, masks="both")
+    # order 1 that walks the sequence
+    walks = itertools.product(
+        DTYPES[:2], [32, 64, 128, 256], [64, (64, 16), (128, 32)], [False, True]
+    )
+    for dtype, D, block, is_causal in walks:
+        options = dict(N=461, M=461, D=D, block_size=block, coarse="row", order=1, masks="both")
+        yield dtype, options | dict(is_causal=is_causal)
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
@@ -70,7 +77,8 @@ def main():
         sys.exit("sanitizer.py: needs a CUDA device")
     calls, wanted = 0, set(sys.argv[1:])
     for dtype, options in cases():
-        if wanted and not wanted & set(options):
+        names = set(options) | {f"{name}={value}" for name, value in options.items()}
+        if wanted and not wanted & names:
             continue
         case = Case("cuda", dtype, **options)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
