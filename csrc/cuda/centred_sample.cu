@@ -6,9 +6,8 @@
 namespace mra::cuda {
 namespace {
 
-constexpr int kThreads = kHeadThreads;
-
 // The valid queries of one batch entry, counted by blocks: a thread has a run of them.
+template <int kThreads>
 struct Ranks {
   int before[kThreads];  // valid queries before each run
   int totals[kThreads / 32];
@@ -61,9 +60,9 @@ struct Ranks {
 };
 
 // One block of threads for one key head.
-template <typename T>
+template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) {
-  __shared__ Ranks ranks;
+  __shared__ Ranks<kThreads> ranks;
   __shared__ float4 sums[kThreads];
   __shared__ int places[kSampledQueries][2];  // head of the group and row; row -1: none
   const int b = blockIdx.x / p.Hk, hk = blockIdx.x % p.Hk, group = p.H / p.Hk;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
   const int64_t all = int64_t{group} * n;
   const int r = static_cast<int>(min(all, int64_t{kSampledQueries}));
 
-  const Turns own(p.D / 4);
+  const Turns<kThreads> own(p.D / 4);
   const float4* mean = reinterpret_cast<const float4*>(p.mean) +
                        (int64_t{b} * p.H + hk * group) * p.nq * own.quads + own.quad;
   float4 sum = own.sum(sums, group * p.nq, [&](int x) {
@@ -138,7 +137,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
 
 cudaError_t sample_queries(const SampleParams& p, cudaStream_t stream) {
   const auto launch = [&](auto t) {
-    return launch_grid(sample_kernel<decltype(t)>, int64_t{p.B} * p.Hk, kThreads, 0, stream, p);
+    return by_length(int64_t{p.H / p.Hk} * p.nq, [&](auto threads) {
+      const auto kernel = sample_kernel<decltype(t), threads()>;
+      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
+    });
   };
   if (p.dtype == Dtype::f32) return launch(float{});
   return p.dtype == Dtype::f16 ? launch(__half{}) : launch(__nv_bfloat16{});

@@ -82,11 +82,10 @@ struct LaunchRowWeights {
   }
 };
 
-constexpr int kThreads = 1024;
 constexpr int kMaxDim = 256;
 
 // One block of threads for one key head: the centre times C.
-template <typename S>
+template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProductsParams p) {
   __shared__ float centre[kMaxDim], sums[kThreads];
   const S* C = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProdu
 }
 
 // One block of threads for one key head: parts' sums to their totals, and these times the matrices.
-template <typename S>
+template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsParams p) {
   __shared__ float4 sums[kThreads];
   __shared__ float centre[kMaxDim];
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsPar
     centre[d] = d < p.D ? p.centre[int64_t{blockIdx.x} * p.D + d] : 0.f;
   }
 
-  const Turns own(2 * p.D / 4);
+  const Turns<kThreads> own(2 * p.D / 4);
   const float4* from = reinterpret_cast<const float4*>(p.sums) +
                        (int64_t{b} * p.H + hk * group) * p.parts * own.quads + own.quad;
   own.sum(sums, group * p.parts, [&](int i) { return from[int64_t{i} * own.quads]; });
@@ -165,8 +164,12 @@ cudaError_t row_weights(const RowWeightsParams& p, cudaStream_t stream) {
 cudaError_t centre_products(const CentreProductsParams& p, cudaStream_t stream) {
   const auto launch = [&](auto s) {
     using S = decltype(s);
-    const auto kernel = p.sums == nullptr ? centre_term_kernel<S> : shift_kernel<S>;
-    return launch_grid(kernel, int64_t{p.B} * p.Hk, kThreads, 0, stream, p);
+    const int64_t items = p.sums == nullptr ? p.nq : int64_t{p.H / p.Hk} * p.parts;
+    return by_length(items, [&](auto threads) {
+      const auto kernel =
+          p.sums == nullptr ? centre_term_kernel<S, threads()> : shift_kernel<S, threads()>;
+      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
+    });
   };
   return p.dtype == Dtype::bf16 ? launch(__nv_bfloat16{}) : launch(float{});
 }
