@@ -1,4 +1,4 @@
-// Order 1 under causal by Hopper's kernels: see sm90/order1_walk.h.
+// Order 1 by the kernels that walk the rows of a chunk: see sm90/order1_walk.h.
 #include "order1_walk.h"
 
 #include <ATen/ops/empty_like.h>

@@ -1,5 +1,5 @@
-// Order 1 under causal where Hopper's kernels walk the sequence. False where they don't serve the
-// call: nothing that counts is written then.
+// Order 1 where Hopper's kernels walk the rows of a chunk: under causal, of float16 and of wide
+// heads. False where they don't serve the call: nothing that counts is written then.
 #pragma once
 
 #include "order1_term.h"
