@@ -45,4 +45,9 @@ TORCH_LIBRARY(mra_attention, m) {
       "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None, "
       "Tensor? moments=None, int[]? levels=None, str pool='even') "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+
+  // Rows in another order: results (B, H, P, D) with [..., p, :] = input[..., index[p], :], zeros
+  // where index[p] is none of the L rows. 1 to 4 inputs (B, H, L, D), heads may differ; index int32
+  // (P,). inverse, int32 (L,), says where each row comes: the gradient goes back by it.
+  m.def("reorder(Tensor[] inputs, Tensor index, Tensor inverse) -> Tensor[]");
 }

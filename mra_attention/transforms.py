@@ -1,7 +1,7 @@
 """torch.func over the operators: vmap folds its dimension into the batch, grad stays reverse mode.
 
 The operators' own gradient is a C++ ``autograd::Function``, which torch refuses under ``grad``,
-``vjp`` and ``jacrev``. While such a transform is active, :func:`mra_attention` goes through the two
+``vjp`` and ``jacrev``. While such a transform is active, :func:`mra_attention` goes through the
 Functions here, which call the same operators.
 """
 
@@ -9,7 +9,7 @@ import torch
 
 from . import _load
 
-__all__ = ["active", "forward"]
+__all__ = ["active", "forward", "reorder"]
 
 QUERY_KEY_VALUE = 3  # the first tensor arguments of forward, which get gradients
 RESULTS_WITH_GRADIENT = 2  # out and lse
@@ -33,6 +33,11 @@ def forward(*args):
     tensors = [x if x.dtype == torch.float64 else x.to(dtype) for x in args[:QUERY_KEY_VALUE]]
     with torch.autocast(device, enabled=False):
         return _Forward.apply(*tensors, *args[QUERY_KEY_VALUE:])
+
+
+def reorder(inputs, index, inverse):
+    """``torch.ops.mra_attention.reorder``, differentiable under torch.func."""
+    return _Reorder.apply(index, inverse, *inputs)
 
 
 def folded(function, info, in_dims, args):
@@ -126,6 +131,45 @@ class _Backward(torch.autograd.Function):
         )
 
 
+class _Reorder(torch.autograd.Function):
+    """The operator reorder, whose gradient is itself with the two orders exchanged."""
+
+    @staticmethod
+    def forward(index, inverse, *inputs):
+        return tuple(torch.ops.mra_attention.reorder(inputs, index, inverse))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        index, inverse = ctx.saved_tensors
+        return None, None, *_Reorder.apply(inverse, index, *grads)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            "mra_attention::reorder: forward-mode differentiation (jvp, dual tensors) is not "
+            "supported; use reverse mode (backward)"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, index, inverse, *inputs):
+        results = _reorder_folded(info, in_dims[2:], inputs, index, inverse, _Reorder.apply)
+        return tuple(results), (0,) * len(results)
+
+
+def _reorder_folded(info, in_dims, inputs, index, inverse, function):
+    size = info.batch_size
+    inputs = [
+        (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        for x, dim in zip(inputs, in_dims, strict=True)
+    ]
+    results = function(index, inverse, *inputs)
+    return [x.unflatten(0, (size, x.shape[0] // size)) for x in results]
+
+
 def _register():
     """Batching rules of the operators themselves."""
     for name in ("pool", "plan", "forward", "backward"):
@@ -135,6 +179,15 @@ def _register():
             return folded(op, info, in_dims, args)
 
         torch.library.register_vmap(f"mra_attention::{name}", rule)
+
+    def reorder_rule(info, in_dims, inputs, index, inverse):
+        def call(index, inverse, *inputs):
+            return torch.ops.mra_attention.reorder(inputs, index, inverse)
+
+        results = _reorder_folded(info, in_dims[0], inputs, index, inverse, call)
+        return results, [0] * len(results)
+
+    torch.library.register_vmap("mra_attention::reorder", reorder_rule)
 
 
 if _load.extension is not None:

@@ -25,7 +25,7 @@ def cuda_operators():
     """Whether the dispatcher has CUDA kernels for every operator."""
     has = [
         torch._C._dispatch_has_kernel_for_dispatch_key(f"mra_attention::{name}", "CUDA")
-        for name in ("pool", "plan", "forward", "backward")
+        for name in ("pool", "plan", "forward", "backward", "reorder")
     ]
     assert all(has) or not any(has), has
     return all(has)
