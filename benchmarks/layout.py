@@ -105,7 +105,8 @@ def exact_pairs(plan):
     which counts a block with few tokens as one."""
     tokens = torch.ones(plan.N, device=plan.device)
     if plan.layout is not None:
-        tokens = Tiles.of(plan.layout, plan.N, plan.block_size).to_blocks(tokens, 0)
+        (tokens,) = Tiles.of(plan.layout, plan.N, plan.block_size).to_blocks(tokens[None])
+        tokens = tokens[0]
     queries, keys = (
         F.pad(tokens, (0, -len(tokens) % b)).unflatten(0, (-1, b)).sum(-1) for b in plan.block_size
     )

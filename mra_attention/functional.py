@@ -97,7 +97,7 @@ def mra_attention(
         check_call(layout, query, key, value, key_mask, query_mask)
         tiles = Tiles.of(layout, query.shape[2], all_blocks((block_q, block_k), levels))
         key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
-        query, key, value = (tiles.heads(x) for x in (query, key, value))
+        query, key, value = tiles.to_blocks(query, key, value)
     forward = transforms.forward if transforms.active() else torch.ops.mra_attention.forward
     out, lse, *_ = forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
@@ -106,8 +106,10 @@ def mra_attention(
         options.pool,
     )  # fmt: skip
     if tiles is not None:
-        out = tiles.to_tokens(out.transpose(1, 2), 1).transpose(1, 2)
-        lse = tiles.to_tokens(lse, 2) if return_lse else None
+        if return_lse:
+            out, lse = tiles.to_tokens(out, lse)
+        else:
+            (out,) = tiles.to_tokens(out)
     return (out, lse) if return_lse else out
 
 
@@ -138,7 +140,7 @@ def make_plan(
         check_call(layout, query, key, None, key_mask, query_mask)
         tiles = Tiles.of(layout, query.shape[2], all_blocks((block_q, block_k), options.levels))
         key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
-        query, key = tiles.heads(query), tiles.heads(key)
+        query, key = tiles.to_blocks(query, key)
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),

@@ -1,65 +1,51 @@
 """``layout=(H, W)`` or ``(T, H, W)``: tokens of a picture or a video, in blocks that are patches.
 
-Tokens come in raster order: along W first, then H, then T. They are put into *tiles*, boxes of
-``b = max(bq, bk)`` tokens (with levels as many as the coarsest block), one tile after another:
+Tokens come in raster order: along W first, then H, then T. They are put into *strips*, across which
+a block of ``b`` tokens is a near-square patch (:func:`tile_shape`: 8 x 8 for 64, 4 x 8 for 32, 4 x
+4 x 4 for 64 of a video):
 
-- The edges of a tile are powers of two with the product b (:func:`tile_shape`): 8 x 8 for 64, 4 x 8
-  for 32, 4 x 4 x 4 for 64 of a video; others where the sides of the picture would leave many
-  places of those empty.
-- Tiles follow each other in raster order. A tile is halved across its longest edge again and again
-  (:func:`halvings`), one half after the other as in a Morton order, until its parts have as many
-  tokens as the smaller block, ``min(bq, bk)``: so those are patches too. Inside of such a part the
-  order is that of the raster: results depend on it by rounding alone, and copies are long.
-- A side that the tile's edge doesn't divide is filled up with tokens that take no part.
+- Strips run along W. H is cut into round(H / edge) of them, edge that of the patch, of heights that
+  differ by one token at most, the lower ones first; and so is T. Tokens go along a strip column by
+  column, so that each run of b of them is a patch, whatever the sides are.
+- Every second strip runs backwards, and so do the strips of every second slab of a video: each
+  begins where the one before has ended, and runs across the ends of strips are patches too.
+- Blocks of several sizes (queries, keys, levels) nest. The largest size cuts each side in two, what
+  its edge divides and the rest, and so a picture into regions, one behind the other and in strips
+  of their own; the first one holds whole tiles alone. Strips are cut into tiles as long as a patch,
+  the last one is what is left, and each tile lies in strips for the next size.
+- Nothing is filled up: blocks are runs of b tokens, and the last one may be short as in any
+  sequence. Where the edges divide the sides, blocks are the tiles of a grid.
 - Of N tokens the first ``N - H * W`` are *leading* ones (a class token, registers): blocks of their
-  own in front of the tiles, filled up to a multiple of b in the same way.
+  own in front, filled up to a multiple of the largest b with tokens that take no part.
 
-The reordering is made of views and copies (pad, unflatten, permute, flatten, cat), nothing is
-looked up by index: its gradient is the reordering back, exact and deterministic. It costs a copy
-each of query, key, value and the result, one more where tiles are filled up or tokens lead.
+The place of each token is arithmetic on its coordinates (:func:`_places`): no size in a traced
+program depends on how the sides divide. The operator ``reorder`` moves the rows by an index, query,
+key and value in one launch; its gradient is the reordering back, exact and deterministic.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 
 import torch
-from torch.nn import functional as F
 
-from . import sharding
+from . import sharding, transforms
 
-__all__ = ["Tiles", "check_call", "check_length", "fits", "halvings", "tile_shape"]
+__all__ = ["Tiles", "check_call", "check_length", "fits", "tile_shape"]
 
 
 def tile_shape(layout, block):
-    """Edges of a tile of ``block`` tokens, a tuple of powers of two; from the shapes alone.
+    """Edges of a patch of ``block`` tokens, a tuple of powers of two; from the shapes alone.
 
     The most cube-like box (near-square, for a picture; a longer edge along W before H before T)
-    that fills ``layout`` up to at most 3/2 of its tokens; if there is none, the one that fills it
-    up least: 8 x 8 for 64 in 27 x 27, which becomes 32 x 32, but 4 x 16 in 3 x 500 and 1 x 64 in
-    1 x 1000. Places without a token cost what others do; a cube that has some pays all the same:
-    at one density a smooth picture of 27 x 27 errs a third more in tiles of 4 x 16, and a video of
-    9 x 30 x 52 twice as much in 2 x 4 x 8 as in 4 x 4 x 4."""
-    boxes, tokens = _boxes(len(layout), block.bit_length() - 1), math.prod(layout)
+    without an edge of twice its side or more, as a video of one frame would have in 4 x 4 x 4; of
+    all boxes where there is none."""
+    boxes = _boxes(len(layout), block.bit_length() - 1)
     for box in boxes:
-        if 2 * math.prod(_filled(layout, box)) <= 3 * tokens:
+        if all(edge < 2 * n for edge, n in zip(box, layout, strict=True)):
             return box
-    best = boxes[0]
-    for box in boxes[1:]:
-        if math.prod(_filled(layout, box)) < math.prod(_filled(layout, best)):
-            best = box
-    return best
-
-
-def halvings(tile, size=1):
-    """Which dimension each halving of a tile cuts, from the whole tile to parts of ``size`` tokens.
-
-    Always the longest edge, the first of several: (4, 8) gives [1, 0, 1, 0, 1]."""
-    edges, order = list(tile), []
-    while math.prod(edges) > size:
-        axis = edges.index(max(edges))
-        edges[axis] //= 2
-        order.append(axis)
-    return order
+    return boxes[0]
 
 
 def fits(layout, query, key, is_causal):
@@ -103,113 +89,180 @@ def check_call(layout, query, key, value, key_mask, query_mask):
 class Tiles:
     """How N tokens of a layout lie in blocks. Made by :meth:`of`.
 
-    layout: the sides, (H, W) or (T, H, W). tile: its edges, as many. lead: leading tokens.
-    size: tokens in the parts to which a tile is halved.
+    layout: the sides, (H, W) or (T, H, W). shapes: those of patches, as many edges each, for every
+    size of blocks, the largest first. lead: leading tokens.
     """
 
     layout: tuple[int, ...]
-    tile: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     lead: int
-    size: int
 
     @classmethod
     def of(cls, layout, N, sizes):
         """For N >= H * W tokens and blocks of these sizes: (bq, bk), with those of levels."""
-        tile = tile_shape(layout, max(sizes))
-        return cls(layout, tile, N - math.prod(layout), min(sizes))
-
-    @property
-    def grid(self):
-        """Tiles along each side."""
-        return tuple(-(-n // edge) for n, edge in zip(self.layout, self.tile, strict=True))
+        if torch.compiler.is_compiling() or not all(type(n) is int for n in (N, *layout)):
+            return _tiles_of.__wrapped__(layout, N, sizes)
+        return _tiles_of(layout, N, sizes)
 
     @property
     def front(self):
         """Length of the leading blocks."""
-        block = math.prod(self.tile)
+        block = math.prod(self.shapes[0])
         return -(-self.lead // block) * block
 
     @property
     def length(self):
-        """Tokens in all blocks, those that fill them up included."""
-        return self.front + math.prod(self.grid) * math.prod(self.tile)
+        """Tokens in all blocks, those that fill up the leading ones included."""
+        return self.front + math.prod(self.layout)
 
     @property
     def filled(self):
         """Whether tokens were added, so that masks have to say which."""
-        return self.front != self.lead or _filled(self.layout, self.tile) != self.layout
+        return self.front != self.lead
 
-    def to_blocks(self, x, dim):
-        """x with its N tokens along ``dim`` in blocks, ``length`` of them; new ones are zeros."""
-        after = x.dim() - dim - 1  # dimensions behind
-        lead, picture = x.split([self.lead, x.shape[dim] - self.lead], dim)
-        picture = picture.unflatten(dim, self.layout)
-        if self._full != self.layout:
-            picture = _zeros_behind(picture, dim, self._full)
-        for axis in reversed(range(len(self.tile))):
-            picture = picture.unflatten(dim + axis, self._cuts(axis))
-        order, _ = self._order()
-        blocks = picture.permute(_around(dim, order, after)).flatten(dim, dim + len(order) - 1)
-        if self.lead == 0:
-            return blocks
-        if self.front != self.lead:
-            lead = _zeros_behind(lead, dim, (self.front,))
-        return torch.cat([lead, blocks], dim)
+    def to_blocks(self, *tensors):
+        """A list of tensors (B, heads, N, D), (B, heads, N) or (B, N) with their tokens in blocks,
+        ``length`` of them; new ones are zeros. The first lie as (B, length, heads, D), the others
+        are contiguous."""
+        return self._reorder(tensors, back=False)
 
-    def to_tokens(self, x, dim):
-        """The inverse: x with ``length`` tokens along ``dim`` in raster order, N of them,
-        contiguous."""
-        after = x.dim() - dim - 1
-        lead, blocks = x.split([self.front, x.shape[dim] - self.front], dim)
-        order, sizes = self._order()
-        back = sorted(range(len(order)), key=order.__getitem__)
-        picture = blocks.unflatten(dim, sizes).permute(_around(dim, back, after))
-        picture = picture.reshape(*x.shape[:dim], *self._full, *x.shape[dim + 1 :])
-        for axis, side in enumerate(self.layout):
-            picture = picture.narrow(dim + axis, 0, side)
-        picture = picture.flatten(dim, dim + len(self.layout) - 1)
-        if self.lead == 0:
-            return picture.contiguous()
-        return torch.cat([lead.narrow(dim, 0, self.lead), picture], dim)
-
-    def heads(self, x):
-        """:meth:`to_blocks` of (B, H, N, D), in (B, N, H, D) memory."""
-        return self.to_blocks(x.transpose(1, 2), 1).transpose(1, 2)
+    def to_tokens(self, *tensors):
+        """The inverse: of ``length`` tokens, N in the order of the sequence."""
+        return self._reorder(tensors, back=True)
 
     def masks(self, key_mask, query_mask, query):
         """Masks (B, N) or None in blocks: (key_mask, query_mask), made where tokens were added."""
-        if not self.filled:
-            return tuple(
-                mask if mask is None else self.to_blocks(mask, 1) for mask in (key_mask, query_mask)
-            )
+        given = [mask for mask in (key_mask, query_mask) if mask is not None]
+        given = self.to_blocks(*given) if given else []
         there = None
-        if key_mask is None or query_mask is None:
-            there = self.to_blocks(torch.ones_like(query[:, 0, :, 0], dtype=torch.bool), 1)
-        return tuple(
-            there if mask is None else self.to_blocks(mask, 1) for mask in (key_mask, query_mask)
-        )
+        if self.filled and len(given) < 2:
+            if sharding.is_dtensor(query):
+                there = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
+                (there,) = self.to_blocks(there)
+            else:
+                index, _ = self.orders(query.device)
+                there = (index >= 0).expand(query.shape[0], -1)
+        return tuple(there if mask is None else given.pop(0) for mask in (key_mask, query_mask))
 
-    @property
-    def _full(self):
-        return _filled(self.layout, self.tile)
+    def orders(self, device):
+        """(index, inverse), int32: the token at each of ``length`` places, -1 where there is none,
+        and the place of each of N tokens."""
+        if torch.compiler.is_compiling():
+            return self._make_orders(device)
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        # One for each stream: work of another may not have written it yet. A capture begins when
+        # all streams have been waited for, and must find what it uses again at each replay.
+        stream = None
+        if device.type == "cuda" and not capturing:
+            stream = torch.cuda.current_stream(device).cuda_stream
+        orders = _kept.get((self, device, stream))
+        if orders is not None:
+            if capturing:
+                _captured[self, device] = orders
+            return orders
+        with torch.inference_mode(False):
+            orders = self._make_orders(device)
+        if not capturing and not transforms.active() and type(orders[0]) is torch.Tensor:
+            for key in {stream, None}:
+                _kept[self, device, key] = orders
+            while len(_kept) > MOST_KEPT:
+                _kept.popitem(last=False)
+        return orders
 
-    def _cuts(self, axis):
-        """The factors of a side: tiles, a 2 for each halving, the edge of what is not halved."""
-        halved = halvings(self.tile, self.size).count(axis)
-        return [self.grid[axis], *[2] * halved, self.tile[axis] >> halved]
+    def _make_orders(self, device):
+        inverse = _places(self.layout, self.shapes, device).flatten()
+        if self.lead != 0:
+            lead = torch.arange(self.lead, device=device)
+            inverse = torch.cat([lead, inverse + self.front])
+        tokens = torch.arange(inverse.shape[0], dtype=torch.int32, device=device)
+        index = torch.full((self.length,), -1, dtype=torch.int32, device=device)
+        return index.scatter(0, inverse, tokens), inverse.int()
 
-    def _order(self):
-        """The order of blocks as one of the factors of all sides, one side's behind the other's:
-        where each dimension of it stands among them, and its size."""
-        cuts = [self._cuts(axis) for axis in range(len(self.tile))]
-        starts = [sum(map(len, cuts[:axis])) for axis in range(len(cuts))]
-        used = [0] * len(cuts)
-        order, axes = [], range(len(cuts))
-        for axis in [*axes, *halvings(self.tile, self.size), *axes]:
-            order.append(starts[axis] + used[axis])
-            used[axis] += 1
-        sizes = [n for side in cuts for n in side]
-        return order, [sizes[at] for at in order]
+    def _reorder(self, tensors, back):
+        if any(type(x) is not torch.Tensor and sharding.is_dtensor(x) for x in tensors):
+            return [self._reorder_locally(x, back) for x in tensors]
+        first = tensors[0]
+        if any(x.dtype != first.dtype or x.device != first.device for x in tensors):
+            return [self._reorder([x], back)[0] for x in tensors]
+        index, inverse = self.orders(first.device)
+        if back:
+            index, inverse = inverse, index
+        rows = [_as_rows(x) for x in tensors]
+        reorder = transforms.reorder if transforms.active() else torch.ops.mra_attention.reorder
+        rows = reorder(rows, index, inverse)
+        return [_from_rows(x, like) for x, like in zip(rows, tensors, strict=True)]
+
+    def _reorder_locally(self, x, back):
+        if x.dim() < 4:
+            return sharding.locally(lambda x: self._reorder([x], back)[0], x, x.dim() - 1)
+        x = x.transpose(1, 2)  # as its rows lie
+        move = lambda x: self._reorder([x.transpose(1, 2)], back)[0].transpose(1, 2)  # noqa: E731
+        return sharding.locally(move, x, 1).transpose(1, 2)
+
+
+MOST_KEPT = 64  # pairs of index tensors
+_kept = collections.OrderedDict()  # (Tiles, device, stream): the last one of any stream for None
+_captured = {}  # those that CUDA graphs read, for good
+
+
+@functools.lru_cache(256)
+def _tiles_of(layout, N, sizes):
+    shapes = [tile_shape(layout, size) for size in sorted(set(sizes), reverse=True)]
+    return Tiles(layout, tuple(shapes), N - math.prod(layout))
+
+
+def _as_rows(x):
+    """x as (B, heads, N, D), its tokens in the third dimension; a view where x is contiguous."""
+    return x if x.dim() == 4 else x.flatten(0, -2)[:, None, :, None]
+
+
+def _from_rows(rows, like):
+    """The inverse, of rows with another number of tokens."""
+    if like.dim() == 4:
+        return rows
+    return rows[:, 0, :, 0].unflatten(0, like.shape[:-1])
+
+
+def _places(layout, shapes, device):
+    """Where each token of the picture stands among its tokens, a tensor with the sides of it."""
+    dims = range(len(layout))
+    at = [torch.arange(n, device=device).view([-1 if a == b else 1 for b in dims])
+          for a, n in enumerate(layout)]  # coordinates in a box  # fmt: skip
+    sides = [torch.full([1] * len(layout), n, device=device) for n in layout]  # of that box
+    place = torch.zeros_like(sides[0])
+    if len(shapes) > 1:
+        before, cuts = 1, [n // edge * edge for n, edge in zip(layout, shapes[0], strict=True)]
+        for axis, cut in enumerate(cuts):
+            behind = at[axis] >= cut
+            place = place + behind * before * cut * math.prod(layout[axis + 1 :])
+            at[axis] = at[axis] - behind * cut
+            sides[axis] = behind * (sides[axis] - 2 * cut) + cut
+            before = before * sides[axis]
+    for shape in shapes:
+        within, inside, turns = [], 1, 0  # inside: tokens in what is cut already, across the others
+        for axis, edge in enumerate(shape):
+            c, n = at[axis], sides[axis]
+            if axis > 0:
+                c = torch.where(turns % 2 == 1, n - 1 - c, c)
+            if axis == dims[-1]:  # tiles
+                start = c // edge * edge
+                size = (n - start).clamp(max=edge)
+                place = place + start * inside
+            else:
+                count = ((2 * n + edge) // (2 * edge)).clamp(min=1)
+                size, lower = n // count, count - n % count
+                strip = torch.where(
+                    c < lower * size, c // size, lower + (c - lower * size) // (size + 1)
+                )
+                start, size = strip * size + (strip - lower).clamp(min=0), size + (strip >= lower)
+                place = place + start * inside * math.prod(sides[axis + 1 :])
+                inside, turns = inside * size, turns * count + strip
+            within.append((c - start, size))
+        at, sides = (list(x) for x in zip(*within, strict=True))
+    offset = at[-1]  # column by column
+    for c, n in zip(at[:-1], sides[:-1], strict=True):
+        offset = offset * n + c
+    return place + offset
 
 
 def _boxes(dims, bits):
@@ -218,27 +271,3 @@ def _boxes(dims, bits):
         return [(1 << bits,)]
     boxes = [(1 << n, *rest) for n in range(bits + 1) for rest in _boxes(dims - 1, bits - n)]
     return sorted(boxes, key=lambda box: (sum(edge * edge for edge in box), box))
-
-
-def _filled(layout, tile):
-    return tuple(-(-n // edge) * edge for n, edge in zip(layout, tile, strict=True))
-
-
-def _zeros_behind(x, dim, sizes):
-    """x with zeros behind it, up to ``sizes`` of the dimensions from ``dim`` on."""
-    if type(x) is not torch.Tensor and sharding.is_dtensor(x):  # whose pad gathers it
-        for at, size in enumerate(sizes, dim):
-            missing = [*x.shape[:at], size - x.shape[at], *x.shape[at + 1 :]]
-            x = torch.cat([x, x.new_zeros(missing)], at)
-        return x
-    more = [0, 0] * (x.dim() - dim - len(sizes))
-    for at in reversed(range(len(sizes))):
-        more += [0, sizes[at] - x.shape[dim + at]]
-    return F.pad(x, more)
-
-
-def _around(dim, order, after):
-    """A permutation of the dimensions from ``dim`` on, those before and behind kept."""
-    middle = [dim + n for n in order]
-    end = dim + len(order)
-    return [*range(dim), *middle, *range(end, end + after)]

@@ -23,7 +23,7 @@ class Plan:
     row_start, row_count: int32 (B, H, nq). row_index: int32 (B, H, capacity).
     N, M: numbers of queries and keys. block_size: (bq, bk). nq = ceil(N / bq), nk = ceil(M / bk).
     layout: None, or (H, W) or (T, H, W): blocks are then those of :class:`layout.Tiles`, patches of
-        a picture, and nq and nk count them with the tokens that fill them up.
+        a picture, and nq and nk count them, leading ones with the tokens that fill them up.
     levels: the coarser resolutions (block, cells per row), coarsest first, of a plan that has them.
         The row tensors then hold their lists too, (B, H, nq + ...): behind those of ``block_size``
         come the cells of blocks that were split, of ``levels[-1]`` first, of ``levels[0]`` last.
@@ -139,6 +139,14 @@ class Plan:
         first = self.nq + sum(self._blocks(self.N, size) for size in finer)
         return first, self._blocks(self.N, block), self._blocks(self.M, block)
 
+    @property
+    def lengths(self):
+        """(N, M), with a layout the places in its blocks: those that fill up leading ones too."""
+        if self.layout is None:
+            return self.N, self.M
+        sizes = all_blocks(self.block_size, self.levels)
+        return (Tiles.of(self.layout, self.N, sizes).length,) * 2
+
     def _blocks(self, length, block):
         return blocks(length, block, self.layout, all_blocks(self.block_size, self.levels))
 
@@ -180,8 +188,8 @@ def _picture(dense, most=32):
 
 
 def blocks(length, block, layout=None, sizes=None):
-    """How many blocks ``length`` tokens make, the last may be short; with a layout, its tiles of
-    the block sizes ``sizes``."""
+    """How many blocks ``length`` tokens make, the last may be short; with a layout, those of its
+    tokens for the block sizes ``sizes``."""
     if layout is not None:
         length = Tiles.of(layout, length, sizes).length
     return -(-length // block)

@@ -24,10 +24,10 @@ def plot_plan(plan, batch=0, head=0, ax=None):
         dense.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="nearest", aspect="auto",
         extent=(0, plan.nk * plan.block_size[1], plan.nq * plan.block_size[0], 0),
     )  # fmt: skip
-    if plan.layout is None:
-        ax.set_xlim(0, plan.M)
-        ax.set_ylim(plan.N, 0)
-    order = "" if plan.layout is None else f", in tiles of {plan.layout}"
+    N, M = plan.lengths
+    ax.set_xlim(0, M)
+    ax.set_ylim(N, 0)
+    order = "" if plan.layout is None else f", in patches of {plan.layout}"
     ax.set_xlabel(f"key{order}")
     ax.set_ylabel(f"query{order}")
     share = dense.float().mean().item()

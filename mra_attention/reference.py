@@ -12,7 +12,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
-from .layout import halvings, tile_shape
+from .layout import tile_shape
 
 __all__ = ["mra_attention_reference", "patches", "pool", "centre", "plan", "coarse", "fine",
            "row_budgets"]  # fmt: skip
@@ -32,7 +32,7 @@ def mra_attention_reference(
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
     if layout is not None:
         key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
-        sizes = (max(bq, bk, *(block for block, _ in levels)), min(bq, bk))
+        sizes = (bq, bk, *(block for block, _ in levels))
         at, length = patches(layout, query.shape[2], sizes, query.device)
         out, lse = mra_attention_reference(
             *(_put(x, 2, at, length) for x in (query, key, value)),
@@ -114,22 +114,44 @@ def patches(layout, N, block_size, device=None):
     """Where each of N tokens of a layout stands when blocks are patches: the place of each, (N,),
     and the number of places. Places without a token are masked. See :mod:`mra_attention.layout`.
 
-    block_size: those of the largest blocks and of the smallest."""
-    block, coordinates = max(block_size), [torch.arange(n) for n in layout]
-    tile = tile_shape(layout, block)
-    coordinates = torch.cartesian_prod(*coordinates).unbind(-1)  # of each token, in raster order
-    at, tiles = 0, 1
-    for c, n, edge in zip(coordinates, layout, tile, strict=True):
-        at, tiles = at * -(-n // edge) + c // edge, tiles * -(-n // edge)
-    edges = list(tile)
-    for axis in halvings(tile, min(block_size)):
-        edges[axis] //= 2
-        at = 2 * at + coordinates[axis] // edges[axis] % 2
-    for c, edge in zip(coordinates, edges, strict=True):
-        at = edge * at + c % edge
-    lead = N - len(at)
+    block_size: all sizes of blocks."""
+    shapes = [tile_shape(layout, size) for size in sorted(set(block_size), reverse=True)]
+    at = torch.cartesian_prod(*(torch.arange(n) for n in layout)).unbind(-1)  # in its box
+    sides, last = [torch.full_like(at[0], n) for n in layout], len(layout) - 1
+    keys = []  # tokens are in the order of the first, among equals in that of the next, ...
+    if len(shapes) > 1:
+        whole = [n // edge * edge for n, edge in zip(layout, shapes[0], strict=True)]
+        keys = [c >= w for c, w in zip(at, whole, strict=True)]
+        at = [c - w * rest for c, w, rest in zip(at, whole, keys, strict=True)]
+        sides = [
+            torch.where(rest, n - w, w) for n, w, rest in zip(layout, whole, keys, strict=True)
+        ]
+    for shape in shapes:
+        within, turns = [], torch.zeros_like(at[0])
+        for c, n, edge in zip(at, sides, shape, strict=True):
+            c = torch.where(turns % 2 == 1, n - 1 - c, c)  # runs backwards
+            if len(within) == last:
+                keys.append(c // edge)
+                within.append((c % edge, torch.minimum(n - c // edge * edge, torch.tensor(edge))))
+                continue
+            count = ((2 * n + edge) // (2 * edge)).clamp(min=1)
+            size, lower = n // count, count - n % count
+            strip = torch.where(
+                c < lower * size, c // size, lower + (c - lower * size) // (size + 1)
+            )
+            start = strip * size + (strip - lower).clamp(min=0)
+            turns = turns * count + strip
+            keys.append(strip)
+            within.append((c - start, size + (strip >= lower)))
+        at, sides = zip(*within, strict=True)
+    order = torch.arange(len(keys[0]))
+    for key in reversed([*keys, at[last], *at[:last]]):
+        order = order[key[order].sort(stable=True).indices]
+    lead, block = N - len(order), max(block_size)
     front = -(-lead // block) * block
-    return torch.cat([torch.arange(lead), front + at]).to(device), front + tiles * block
+    place = torch.empty_like(order)
+    place[order] = front + torch.arange(len(order))
+    return torch.cat([torch.arange(lead), place]).to(device), front + len(order)
 
 
 def _put(x, dim, at, length):

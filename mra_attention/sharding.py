@@ -59,6 +59,18 @@ def is_dtensor(x):
     return tensor is not None and isinstance(x, tensor.DTensor)
 
 
+def locally(function, x, dim):
+    """``function`` of a DTensor, done by each process on what it has. It changes the length of
+    ``dim``, which must not be split, and is the same for all entries of the other dimensions."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    x = x.redistribute(placements=[Replicate() if p.is_shard(dim) else p for p in x.placements])
+    local = function(x.to_local()).contiguous()
+    shape = torch.Size([*x.shape[:dim], local.shape[dim], *x.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, x.device_mesh, x.placements, shape=shape, stride=stride)
+
+
 @constant  # while a program is traced: run once, leave no trace
 def register():
     """Tells DTensor the rules. :func:`mra_attention.mra_attention` does it before its first call

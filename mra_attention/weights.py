@@ -29,10 +29,11 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
         plan = dataclasses.replace(plan, N=tiles.length, M=tiles.length, layout=None)
         key_mask, query_mask = tiles.masks(key_mask, query_mask, q)
         weights = dense_weights(
-            tiles.heads(q), tiles.heads(k), key_mask, query_mask, config=config,
+            *tiles.to_blocks(q, k), key_mask, query_mask, config=config,
             is_causal=is_causal, scale=scale, plan=plan,
         )  # fmt: skip
-        return tiles.to_tokens(tiles.to_tokens(weights, 3), 2)
+        _, inverse = tiles.orders(q.device)
+        return weights.index_select(2, inverse).index_select(3, inverse)
     N, M = q.shape[2], k.shape[2]
     bq, bk = plan.block_size
     x, y = torch.arange(N, device=q.device) // bq, torch.arange(M, device=q.device) // bk

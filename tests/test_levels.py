@@ -4,6 +4,7 @@ The reference itself, and what plans hold, are in test_levels_plan.py."""
 
 import gc
 import itertools
+import math
 import time
 
 import pytest
@@ -77,10 +78,11 @@ def test_is_the_reference(device, dtype, coarse, order, levels, is_causal, masks
 @pytest.mark.parametrize("coarse, order", FORMS)
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_blocks_of_every_level_are_patches(device, dtype, coarse, order, layout):
-    """With one leading token or four; tiles are as large as the coarsest block."""
+    """With one leading token or four, whose block is as large as the coarsest."""
     case = LevelsCase(device, dtype, coarse=coarse, order=order, layout=layout, M=301, masks="both")
-    plan, (bq, bk) = case.plan(), case.block
-    assert plan.nq * bq == plan.nk * bk == plan.to_dense(0).shape[-1] * 128 > 301
+    plan, (bq, bk), places = case.plan(), case.block, 128 + math.prod(layout)
+    assert (plan.nq, plan.nk) == (-(-places // bq), -(-places // bk))
+    assert plan.to_dense(0).shape[-1] == -(-places // 128)
     case.check()
 
 
