@@ -33,7 +33,7 @@ KERNELS = {
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_rows_wide backward_columns backward_columns_short backward_columns_wide",
     "order1": "row_weights shift",
-    "whole": "forward_head",
+    "whole": "forward_head reorder",
 }
 
 

@@ -1,10 +1,12 @@
 // The operator reorder, whole: checks, CPU, CUDA, Meta and gradient.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -69,24 +71,47 @@ Tensors meta(TensorList inputs, const Tensor& index, const Tensor& inverse) {
   return results;
 }
 
-Tensors cpu(TensorList inputs, const Tensor& index, const Tensor& inverse) {
-  check(inputs, index, inverse);
-  const int64_t L = inverse.size(0);
-  const Tensor none = (index < 0).logical_or(index.ge(L));
-  const bool all = !none.any().item<bool>();
-  const Tensor at = all ? index : index.masked_fill(none, 0);
+// The rows of x at one place, side by side: `to` has room for all heads.
+void copy_rows(char* to, const char* from, const Tensor& x) {
+  const int64_t H = x.size(1), D = x.size(3), size = x.element_size();
+  const int64_t head = x.stride(1) * size, step = x.stride(3) * size;
+  if ((D == 1 || step == size) && (H == 1 || head == D * size)) {
+    std::memcpy(to, from, H * D * size);
+    return;
+  }
+  for (int64_t h = 0; h < H; ++h, from += head, to += D * size) {
+    if (D == 1 || step == size) {
+      std::memcpy(to, from, D * size);
+    } else {
+      for (int64_t d = 0; d < D; ++d) std::memcpy(to + d * size, from + d * step, size);
+    }
+  }
+}
+
+Tensors cpu(TensorList inputs, const Tensor& index_in, const Tensor& inverse) {
+  check(inputs, index_in, inverse);
+  const Tensor index = index_in.contiguous();
+  const int32_t* rows = index.const_data_ptr<int32_t>();
+  const int64_t P = index.size(0), L = inverse.size(0);
   Tensors results;
   for (const Tensor& x : inputs) {
-    const Tensor rows = x.transpose(1, 2);
-    const int64_t P = index.size(0);
-    Tensor result;
-    if (L == 0) {
-      result = at::zeros({x.size(0), P, x.size(1), x.size(3)}, x.options());
-    } else {
-      result = rows.index_select(1, at);
-      if (!all) result.masked_fill_(none.view({1, P, 1, 1}), 0);
-    }
+    const Tensor result = at::empty({x.size(0), P, x.size(1), x.size(3)}, x.options());
     results.push_back(result.transpose(1, 2));
+    if (result.numel() == 0) continue;
+    const int64_t size = x.element_size(), row = x.size(1) * x.size(3) * size;
+    const char* from = static_cast<const char*>(x.const_data_ptr());
+    char* to = static_cast<char*>(result.mutable_data_ptr());
+    const int64_t grain = std::max<int64_t>(1, 65536 / row);
+    at::parallel_for(0, x.size(0) * P, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / P, l = rows[i % P];
+        if (l < 0 || l >= L) {
+          std::memset(to + i * row, 0, row);
+        } else {
+          copy_rows(to + i * row, from + (b * x.stride(0) + l * x.stride(2)) * size, x);
+        }
+      }
+    });
   }
   return results;
 }

@@ -100,7 +100,7 @@ class Tiles:
     @classmethod
     def of(cls, layout, N, sizes):
         """For N >= H * W tokens and blocks of these sizes: (bq, bk), with those of levels."""
-        if torch.compiler.is_compiling() or not all(type(n) is int for n in (N, *layout)):
+        if torch.compiler.is_compiling() or not _are_ints(N, *layout):
             return _tiles_of.__wrapped__(layout, N, sizes)
         return _tiles_of(layout, N, sizes)
 
@@ -140,14 +140,15 @@ class Tiles:
                 there = torch.ones_like(query[:, 0, :, 0], dtype=torch.bool)
                 (there,) = self.to_blocks(there)
             else:
-                index, _ = self.orders(query.device)
+                index, _ = self.orders(query)
                 there = (index >= 0).expand(query.shape[0], -1)
         return tuple(there if mask is None else given.pop(0) for mask in (key_mask, query_mask))
 
-    def orders(self, device):
-        """(index, inverse), int32: the token at each of ``length`` places, -1 where there is none,
-        and the place of each of N tokens."""
-        if torch.compiler.is_compiling():
+    def orders(self, like):
+        """(index, inverse), int32 on the device of ``like``: the token at each of ``length``
+        places, -1 where there is none, and the place of each of N tokens."""
+        device, plain = like.device, type(like) in (torch.Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or not plain or not _are_ints(self.lead, *self.layout):
             return self._make_orders(device)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         # One for each stream: work of another may not have written it yet. A capture begins when
@@ -184,7 +185,7 @@ class Tiles:
         first = tensors[0]
         if any(x.dtype != first.dtype or x.device != first.device for x in tensors):
             return [self._reorder([x], back)[0] for x in tensors]
-        index, inverse = self.orders(first.device)
+        index, inverse = self.orders(first)
         if back:
             index, inverse = inverse, index
         rows = [_as_rows(x) for x in tensors]
@@ -203,6 +204,11 @@ class Tiles:
 MOST_KEPT = 64  # pairs of index tensors
 _kept = collections.OrderedDict()  # (Tiles, device, stream): the last one of any stream for None
 _captured = {}  # those that CUDA graphs read, for good
+
+
+def _are_ints(*numbers):
+    """None of them a symbol."""
+    return all(type(n) is int for n in numbers)
 
 
 @functools.lru_cache(256)

@@ -32,7 +32,7 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
             *tiles.to_blocks(q, k), key_mask, query_mask, config=config,
             is_causal=is_causal, scale=scale, plan=plan,
         )  # fmt: skip
-        _, inverse = tiles.orders(q.device)
+        _, inverse = tiles.orders(q)
         return weights.index_select(2, inverse).index_select(3, inverse)
     N, M = q.shape[2], k.shape[2]
     bq, bk = plan.block_size

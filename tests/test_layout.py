@@ -1,10 +1,12 @@
 """layout=(H, W) and (T, H, W): blocks that are patches of a picture or a video."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, compare, limit, new_seed
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import mra_attention as mra
@@ -100,7 +102,7 @@ def test_gradcheck(form, layout, lead):
 
 def order_of(tiles):
     """The token at each place, -1 where there is none."""
-    return tiles.orders(torch.device("cpu"))[0].long()
+    return tiles.orders(torch.empty(0))[0].long()
 
 
 def coordinates_in_order(layout, *sizes):
@@ -216,7 +218,7 @@ def test_order_and_back(layout, lead, own, block_size):
     tiles = Tiles.of(layout, N, own if block_size is None else block_size)
     at, length = patches(layout, N, own if block_size is None else block_size)
     assert length == tiles.length and tiles.filled == (length != N)
-    assert torch.equal(tiles.orders(at.device)[1], at.int())
+    assert torch.equal(tiles.orders(at)[1], at.int())
     for x in (
         torch.randn(2, 5, N, 3).transpose(1, 3), torch.randn(2, 3, N), torch.randn(N, 2).mT,
         torch.randn(2, N) < 0,
@@ -232,18 +234,32 @@ def test_order_and_back(layout, lead, own, block_size):
 
 
 def test_orders_are_made_once():
-    device = torch.device("cpu")
+    x = torch.empty(0)
     with torch.inference_mode():
-        first = Tiles.of((11, 13), 150, (64, 64)).orders(device)
+        first = Tiles.of((11, 13), 150, (64, 64)).orders(x)
     assert not first[0].is_inference()
-    again = Tiles.of((11, 13), 150, (64, 64)).orders(device)
+    again = Tiles.of((11, 13), 150, (64, 64)).orders(x)
     assert all(a is b for a, b in zip(first, again, strict=True))
-    with torch._subclasses.FakeTensorMode():
-        Tiles.of((11, 14), 155, (64, 64)).orders(device)
-    assert type(Tiles.of((11, 14), 155, (64, 64)).orders(device)[0]) is torch.Tensor
     for W in range(2, 300):
-        Tiles.of((3, W), 3 * W, (64, 64)).orders(device)
+        Tiles.of((3, W), 3 * W, (64, 64)).orders(x)
     assert len(layouts._kept) <= layouts.MOST_KEPT
+
+
+@pytest.mark.parametrize("first", ["real", "fake"])
+def test_fake_tensors(first):
+    """Kept index tensors are real, and only for real tensors."""
+    H = dict(real=11, fake=12)[first]
+
+    def attend(N):
+        q = torch.randn(1, 2, N, 8)
+        return mra.mra_attention(q, q, q, layout=(H, 13), block_size=16)
+
+    for kind in ("real", "fake", "real") if first == "real" else ("fake", "real"):
+        with torch._subclasses.FakeTensorMode() if kind == "fake" else contextlib.nullcontext():
+            assert attend(2 + H * 13).shape == (1, 2, 2 + H * 13, 8)
+    traced = make_fx(lambda q: mra.mra_attention(q, q, q, layout=(H, 13)), tracing_mode="symbolic")
+    q = torch.randn(1, 2, 3 + H * 13, 8)
+    assert torch.equal(traced(q)(q), mra.mra_attention(q, q, q, layout=(H, 13)))
 
 
 # The plan

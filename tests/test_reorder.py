@@ -190,7 +190,7 @@ def test_launches(lead):
 def test_same_bits_as_a_gather():
     q, k, v = (t.transpose(1, 2) for t in picture(torch.bfloat16))
     tiles = Tiles.of((21, 30), 630, (64, 64))
-    index, inverse = (x.long() for x in tiles.orders(q.device))
+    index, inverse = (x.long() for x in tiles.orders(q))
 
     def results(ours):
         if ours:

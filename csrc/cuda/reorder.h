@@ -13,8 +13,8 @@ struct Reordered {
   char* to;                  // [B, P, H, D] contiguous
   int64_t b, h, l, d;        // bytes from one entry to the next; d from one vector
   int H, chunks;             // H * chunks < 2^30
-  int64_t blocks_per_batch;  // blocks of threads
-  int64_t end;               // blocks of threads of this tensor and those before it
+  int64_t blocks_per_batch;  // of threads
+  int64_t end;               // blocks of threads of this tensor and those before it, < 2^31
 };
 
 struct ReorderParams {

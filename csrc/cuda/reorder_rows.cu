@@ -36,14 +36,14 @@ struct Word<16> {
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads) reorder_kernel(const ReorderParams p) {
   using Vector = typename Word<kBytes>::Type;
-  const int64_t block = blockIdx.x;
+  const uint32_t block = blockIdx.x;
   int which = 0;
   while (block >= p.tensors[which].end) ++which;
   const Reordered& t = p.tensors[which];
-  const int64_t mine = which == 0 ? block : block - p.tensors[which - 1].end;
-  const int64_t b = mine / t.blocks_per_batch;
+  const uint32_t mine = which == 0 ? block : block - p.tensors[which - 1].end;
+  const uint32_t per_batch = t.blocks_per_batch, b = mine / per_batch;
   const uint32_t row = static_cast<uint32_t>(t.H) * t.chunks;  // vectors of a place
-  const int64_t first = (mine - b * t.blocks_per_batch) * kVectors;
+  const int64_t first = int64_t{mine - b * per_batch} * kVectors;
   const int64_t place = first / row, end = p.P * row;
   const uint32_t within = static_cast<uint32_t>(first - place * row);
   const char* from = t.from + b * t.b;
