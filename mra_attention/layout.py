@@ -156,7 +156,8 @@ class Tiles:
         stream = None
         if device.type == "cuda" and not capturing:
             stream = torch.cuda.current_stream(device).cuda_stream
-        orders = _kept.get((self, device, stream))
+        orders = _captured.get((self, device)) if capturing else None
+        orders = orders or _kept.get((self, device, stream))
         if orders is not None:
             if capturing:
                 _captured[self, device] = orders
