@@ -122,6 +122,8 @@ def list_backends(case, device_type, kinds=KINDS):
             for name in names
         ]
     form = Form("none", 0, case.forms[0].selection)
+    if case.picture:  # a plan of blocks that are patches is not one of the sequence
+        kinds = [kind for kind in kinds if not kind.startswith("flex")]
     if "flex" in kinds and device_type == "cuda":
         work = functools.partial(formulas.sparse_work, case)
         backends.append(Backend("flex", "flex", functools.partial(_flex, form, None), work))

@@ -73,6 +73,7 @@ class Case:
     first_blocks: int = 0
     is_causal: bool = False
     levels: tuple = ()
+    picture: tuple = ()  # (H, W) or (T, H, W) of the tokens, for MRA
     inputs: str = "normal"
     forms: tuple = FORMS
     goal: Goal = Goal(exact=None)
@@ -107,7 +108,8 @@ class Case:
 
     def options(self, form):
         """Keyword arguments of mra_attention."""
-        return self.selection_options | dataclasses.asdict(form)
+        layout = {"layout": self.picture} if self.picture else {}
+        return self.selection_options | dataclasses.asdict(form) | layout
 
     def describe(self):
         budget = (
@@ -119,6 +121,7 @@ class Case:
         blocks = "x".join(map(str, dict.fromkeys(self.block_size)))
         levels = "".join(f", {cells} cells of {block}" for block, cells in self.levels)
         causal = ", causal" if self.is_causal else ""
+        causal += f", layout {'x'.join(map(str, self.picture))}" if self.picture else ""
         inputs = f", {self.inputs} inputs" if self.inputs != "normal" else ""
         return (
             f"B{self.B} H{self.H} N{self.N} D{self.D}{kv} {self.dtype}, blocks of {blocks}, "
@@ -179,6 +182,12 @@ def pick_cases(args, device_type):
     cases += [Case(f"shape{i + 1}", *shape, Hk=args.kv_heads, M=args.kv_len, dtype=dtype,
                    density=1 / 16) for i, shape in enumerate(args.shape or [])]  # fmt: skip
     changes = _changes(args)
+    for case in cases if args.picture else ():
+        if len(args.picture) not in (2, 3) or math.prod(args.picture) != case.N or args.causal:
+            raise SystemExit(
+                f"--picture: got {args.picture} for {case.N} tokens, expected H,W or T,H,W of as "
+                "many, and no --causal"
+            )
     return [_changed(case, changes) for case in cases] if changes else cases
 
 
@@ -191,6 +200,8 @@ def _changes(args):
         changes["density"] = None
     if args.causal:
         changes["is_causal"] = True
+    if args.picture:
+        changes["picture"] = tuple(args.picture)
     if args.inputs != "normal":
         changes["inputs"] = args.inputs
     if args.coarse or args.order or args.selection:

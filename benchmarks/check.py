@@ -5,11 +5,13 @@ goes in is zero everywhere else. Causal cases are checked whole, on a short pref
 """
 
 import dataclasses
+import functools
 
 import torch
 
 from benchmarks.backends import Prepared
 from mra_attention import Plan, make_plan, mra_attention, reference
+from mra_attention.layout import Tiles
 
 PREFIX = 512  # of a causal case
 AGREE = 0.99  # share of the plan that float64 scores must select too: near ties may differ
@@ -24,7 +26,7 @@ class Check:
     errors: dict
     limits: dict
     agreement: float | None = None
-    difference: float | None = None
+    difference: float | None = None  # and, with a picture, from that of tokens already in blocks
 
     def problem(self, strict):
         """What is wrong, or None. Not ``strict``: errors above the limits are only shown."""
@@ -45,6 +47,9 @@ class Check:
 def check(context, prepared, which):
     """Check of a Prepared backend; ``which`` is the last pass that will be timed."""
     case, form = context.case, prepared.form
+    difference = None
+    if case.picture and prepared.plan is None:
+        prepared, difference = _in_blocks(case, prepared)
     inputs, grad_out, plan = prepared.inputs, context.grad_out, prepared.plan
     bq, bk = case.block_size if plan is None or plan == "all" else plan.block_size
     if case.is_causal:
@@ -98,13 +103,25 @@ def check(context, prepared, which):
         name: _limit(case.torch_dtype, context.device.type, _error(same[name], exact[name]))
         for name in ours
     }
-    agreement = difference = None
+    agreement = None
     if isinstance(prepared.plan, Plan):
         mra = mra_attention(*inputs, plan=prepared.plan, coarse=form.coarse, order=form.order)
         difference = _error(prepared.forward(), mra)
     if prepared.plan is None:
         agreement = _agreement(case, form, inputs[0][batch, head], key, dense)
     return Check(errors, limits, agreement, difference)
+
+
+def _in_blocks(case, prepared):
+    """The same without a layout, on tokens in the order of its blocks, and how far its result lies
+    from that with a layout."""
+    tiles = Tiles.of(case.picture, case.N, case.block_size)
+    blocks = tuple(tiles.to_blocks(*prepared.inputs))
+    options = case.options(prepared.form) | {"layout": None}
+    attend = functools.partial(mra_attention, **options)
+    plain = dataclasses.replace(prepared, attend=attend, inputs=blocks)
+    (out,) = tiles.to_tokens(plain.forward())
+    return plain, _error(prepared.forward(), out)
 
 
 def _dense(plan, batch, head):

@@ -114,6 +114,8 @@ def speed_parser():
     add("--diagonal-blocks", type=int)
     add("--first-blocks", type=int)
     add("--causal", action="store_true")
+    add("--picture", type=listed(int), metavar="[T,]H,W", help="the tokens are those of a picture "
+        "or a video, and so MRA takes them: its layout")  # fmt: skip
     add("--pass", dest="passes", type=ordered_passes, default=list(PASSES),
         help="forward, backward (which is forward and backward)")  # fmt: skip
     kinds, names = ", ".join(KINDS), ", ".join(STAGES)

@@ -1,5 +1,6 @@
 """The benchmark command: formulas against hand-made numbers, a small run, tables from its file."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -139,13 +140,31 @@ def test_small_run(capsys, tmp_path):
         assert len(re.findall(rf"\| {re.escape(form.name)} \| [\d.]+ / [\d.]+ \|", table)) == 1
 
 
-@pytest.mark.parametrize("options", [["--causal"], ["--kv-heads", "1", "--kv-len", "70"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--causal"], ["--kv-heads", "1", "--kv-len", "70"], ["--picture", "8,25"],
+     ["--picture", "2,10,10"]],
+)  # fmt: skip
 def test_small_run_of_other_shapes(options, tmp_path):
     file = tmp_path / "x.json"
     main([*SMALL, *options, "--coarse", "block,none", "--order", "0,1", "--json", str(file)])
     (case,) = json.loads(file.read_text())["cases"]
     assert {row["form"] for row in case["rows"]} == {None, "none", "block", "block + order 1"}
     assert all(row["status"] == "ok" for row in case["rows"]), case["rows"]
+
+
+def test_check_of_a_picture_compares_with_tokens_in_blocks():
+    form = Form("row", 1)
+    case = Case("c", 1, 2, 96, 16, dtype="fp32", block_size=(32, 32), blocks_per_row=1,
+                picture=(8, 12))  # fmt: skip
+    context = Context(case, torch.device("cpu"), seed=1)
+    good = prepare_mra(form, context)
+    found = check(context, good, "backward")
+    assert found.problem(strict=True) is None and found.difference < 1e-6
+    turned = dataclasses.replace(good, attend=lambda *x: good.attend(*x).roll(1, 2))
+    assert "differs" in check(context, turned, "forward").problem(strict=True)
+    with pytest.raises(SystemExit, match="--picture: got"):
+        main([*SMALL, "--picture", "8,24"])
 
 
 def test_check_notices_a_wrong_result():
