@@ -154,7 +154,8 @@ std::vector<KernelInfo> kernel_table() {
   return {
       {"pool", "pool_forward", "csrc/cuda/pool_fwd.cu", "sm_80+", all, "8..256"},
 #ifdef MRA_SM90A
-      {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "bfloat16", "8..128 (64, 128)"},
+      {"pool", "moments", "csrc/cuda/sm90/moments.cuh", "sm_90a", "float16, bfloat16",
+       "8..128 (64, 128)"},
 #endif
       {"pool", "sample", "csrc/cuda/centred_sample.cu", "sm_80+", all, "8..256"},
       {"pool", "key_weights", "csrc/cuda/centred_weights.cu", "sm_80+", all, dims},
@@ -207,8 +208,6 @@ std::vector<KernelInfo> kernel_table() {
        "8..128 (64, 128)"},
       {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
-#endif
-#ifdef MRA_SM90A
       {"order1", "walk_rows", "csrc/cuda/sm90/order1_walk_rows.cuh", "sm_90a",
        "float16 (forward), bfloat16", "8..128 (64, 128)"},
       {"order1", "walk_wide", "csrc/cuda/sm90/order1_walk_wide.cuh", "sm_90a", "float16, bfloat16",

@@ -24,6 +24,20 @@ __device__ __forceinline__ void consumer_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(2 * DP) : "memory");
 }
 
+// Keys that count in the first `blocks` key blocks of batch entry b. By all threads; `room` is zero
+// before.
+__device__ __forceinline__ int count_keys(const int* key_count, int nk, int b, int blocks,
+                                          int& room) {
+  int n = 0;
+  for (int y = threadIdx.x; y < blocks; y += blockDim.x) {
+    n += key_count[static_cast<int64_t>(b) * nk + y];
+  }
+  n = __reduce_add_sync(kFullWarp, n);
+  if (threadIdx.x % 32 == 0) atomicAdd(&room, n);
+  __syncthreads();
+  return room;
+}
+
 // A pair of matrices: the sums in registers, and as operands in shared memory.
 template <int DP>
 struct WalkedPair {

@@ -47,14 +47,8 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   }
   __syncthreads();
   const Walk at(p, p.tiles);
-  int before = 0;
   const int blocks_before = kCausal ? min(at.first * kBlocks, p.nk) : 0;
-  for (int y = threadIdx.x; y < blocks_before; y += blockDim.x) {
-    before += p.key_count[static_cast<int64_t>(at.b) * p.nk + y];
-  }
-  before = __reduce_add_sync(kFullWarp, before);
-  if (threadIdx.x % 32 == 0) atomicAdd(&s.keys_before, before);
-  __syncthreads();
+  int seen = count_keys(p.key_count, p.nk, at.b, blocks_before, s.keys_before);
   const int warp = warp_index();
   if (warp >= Traits::kConsumers) {
     give_registers<Traits::kGiven>();
@@ -90,7 +84,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   WalkedPair<DP> sums;
   sums.load(p.start, kCausal ? at.key_head * p.chunks + at.chunk : at.key_head,
             matrix_dim<DP>(p.D));
-  int seen = s.keys_before, turn = 0;
+  int turn = 0;
   float of_x = 0.f, of_w = 0.f;  // what products with the matrices in shared memory need
 
   // One tile of queries of head h.

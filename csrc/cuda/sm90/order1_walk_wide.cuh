@@ -97,15 +97,10 @@ __global__ void __launch_bounds__(WalkTraits<128>::kThreads, 1)
   const int first = chunk * p.tiles;
   const int tiles = uniform(min(p.tiles, ((kSums ? p.M : p.N) + 63) / 64 - first));
   const int panels = sigma ? 4 : 6;  // of keys and values
+  int seen = 0;
   if constexpr (!kSums) {
-    int before = 0;
     const int blocks_before = kCausal ? min(first * kBlocks, p.nk) : p.nk;
-    for (int y = threadIdx.x; y < blocks_before; y += blockDim.x) {
-      before += p.key_count[static_cast<int64_t>(b) * p.nk + y];
-    }
-    before = __reduce_add_sync(kFullWarp, before);
-    if (threadIdx.x % 32 == 0) atomicAdd(&s.keys_before, before);
-    __syncthreads();
+    seen = count_keys(p.key_count, p.nk, b, blocks_before, s.keys_before);
   }
   const int warp = warp_index();
   if (warp >= Traits::kConsumers) {
@@ -172,7 +167,7 @@ __global__ void __launch_bounds__(WalkTraits<128>::kThreads, 1)
     sums.store(p.sums, slot, 128);
     return;
   } else {
-    int seen = s.keys_before, turn = 0;
+    int turn = 0;
     float of_x = 0.f;  // what products with the matrices in shared memory need
     // One tile of queries of head h.
     const auto walk = [&](int tile, int h) {
