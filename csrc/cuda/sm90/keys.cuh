@@ -311,6 +311,7 @@ struct KeyProducer {
         }
         if (tile == at.tiles) break;
         const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
+        const int behind = exact >= 0 ? block_of(exact + 2) : ahead;
         wait_for_keys();
         if (exact < 0) {
           fetch_pooled(tile, stage, counts);
@@ -319,7 +320,7 @@ struct KeyProducer {
           fetch_listed(exact, stage, block, mask);
           block = ahead;
           if (p.key_mask != nullptr) look_up_mask(exact + 1, block, mask);
-          ahead = block_of(exact + 2);
+          ahead = behind;
         }
       }
       fetch_last();
