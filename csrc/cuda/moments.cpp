@@ -178,6 +178,11 @@ Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&,
   return {};
 }
 
+Tensor moments_before(const Inputs&, const Options&, const WalkCut&, PooledInputs*,
+                      const std::function<void()>&) {
+  return {};
+}
+
 #endif
 
 }  // namespace mra::cuda
