@@ -108,7 +108,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.out_strides = strides_of(r.out);
   p.lse = data_of<float>(r.lse);
   if (!cells) p.share = data_of<float>(r.share);
-  if (!levels && in.query.scalar_type() == at::kBFloat16) p.moments = const_bytes_of(moments);
+  if (!levels) p.moments = const_bytes_of(moments);
   if (p.moments != nullptr && pooled) {
     p.variance = data_of<float>(pooled->variance);
     p.centre_term = data_of<float>(pooled->centre_term);
