@@ -1,4 +1,6 @@
 // Rows of up to four tensors in another order, zeros where there is none: one launch.
+#include <type_traits>
+
 #include "grid.cuh"
 #include "reorder.h"
 
@@ -9,33 +11,18 @@ constexpr int kThreads = 256;
 constexpr int kEach = 4;  // vectors of a thread, all in flight
 constexpr int kVectors = kThreads * kEach;
 
+// What holds so many bytes.
 template <int kBytes>
-struct Word;
-template <>
-struct Word<1> {
-  using Type = uint8_t;
-};
-template <>
-struct Word<2> {
-  using Type = uint16_t;
-};
-template <>
-struct Word<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2,
+                       std::conditional_t<kBytes == 4, uint32_t,
+                                          std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>>;
 
 // A block of threads writes kVectors neighbouring vectors of one batch entry of one result.
 template <int kBytes>
 __global__ void __launch_bounds__(kThreads) reorder_kernel(const ReorderParams p) {
-  using Vector = typename Word<kBytes>::Type;
+  using Vector = Word<kBytes>;
   const uint32_t block = blockIdx.x;
   int which = 0;
   while (block >= p.tensors[which].end) ++which;
