@@ -40,12 +40,10 @@ std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch
       unit < 64 || M > kMostKeys || heads > kMostKeys) {
     return std::nullopt;
   }
-  WalkCut cut{static_cast<int>(moments_dim(D)), static_cast<int>(unit / 64), 1};
-  const int rows = static_cast<int>(M);
-  const int most = sm90::tile_chunks(static_cast<int>(heads), rows, D <= 64 ? 2 : 1, launch.device);
-  cut.chunks =
-      static_cast<int>(ceil_div(ceil_div(M, 64), sm90::chunk_tiles(rows, most, cut.unit_tiles)));
-  return cut;
+  const int unit_tiles = static_cast<int>(unit / 64), resident = D <= 64 ? 2 : 1;
+  return WalkCut{static_cast<int>(moments_dim(D)), unit_tiles,
+                 sm90::unit_chunks(static_cast<int>(heads), static_cast<int>(M), unit_tiles,
+                                   resident, launch.device)};
 #else
   return std::nullopt;
 #endif
@@ -107,27 +105,28 @@ bool launch_moments(const sm90::Moments& p, int dim, const Launch& launch) {
   return true;
 }
 
-// Sums over chunks, to p.matrices or (exclusive) in place. A plan may run beside it.
-void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, bool exclusive,
-                const Tensor& sums, PooledInputs* pooled, const Launch& launch) {
+// Of the kernel launched last, which sums up the chunks: a plan may run beside it.
+void let_plan_start(PooledInputs* pooled, const Tensor& sums) {
+  if (pooled == nullptr) return;
+  pooled->beside = true;
+  pooled->held = sums;
+}
+
+// Sums over chunks, to p.matrices.
+void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, const Launch& launch) {
   Order1Sum s{};
   s.dtype = p.dtype == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;  // of the matrices
-  s.exclusive = exclusive;
   s.B = p.B;
   s.heads = p.Hk;
   s.units = 1;
   s.chunks = p.chunks;
   s.dim = dim;
-  s.key_count = data_of<int>(key_count);
+  s.key_count = key_count.const_data_ptr<int>();
   s.nk = p.nk;
   s.sums = p.sums;
   s.matrices = p.matrices;
   s.factor = 1.f;
   launch.check(order1_sum(s, launch.stream));
-  if (pooled != nullptr) {
-    pooled->beside = true;
-    pooled->held = sums;
-  }
 }
 
 }  // namespace
@@ -152,7 +151,8 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   launch_beside();
   if (sums.defined()) {
     const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
-    sum_chunks(p, dim, count, false, sums, pooled, launch);
+    sum_chunks(p, dim, count, launch);
+    let_plan_start(pooled, sums);
   }
   return matrices;
 }
@@ -167,7 +167,9 @@ Tensor moments_before(const Inputs& in, const Options& o, const WalkCut& cut, Po
   p.sums = sums.mutable_data_ptr<float>();
   if (!launch_moments(p, cut.dim, launch)) return {};
   launch_beside();
-  sum_chunks(p, cut.dim, {}, true, sums, pooled, launch);
+  launch.check(
+      order1_sum_others(p.sums, int64_t{p.B} * p.Hk, p.chunks, cut.dim, false, launch.stream));
+  let_plan_start(pooled, sums);
   return sums;
 }
 

@@ -51,11 +51,9 @@ struct Order1Gram {
 // Partial sums to matrices. One unit: the sum over its chunks over n. Causal, one chunk a unit:
 // forward, the sum over the units before each, over n (the valid keys of those); backward, the sum
 // over the units behind each, every one over its own n.
-// exclusive: in place, every chunk's sums become those of the chunks before it, or behind it
-// (backward); `matrices` and what they need is not read.
 struct Order1Sum {
   Dtype dtype;
-  bool causal, backward, exclusive;
+  bool causal, backward;
   int B, heads, units, chunks, dim;
   const int* key_count;  // [B, nk]
   int nk, unit_blocks;   // key blocks in a unit
@@ -140,6 +138,10 @@ int order1_rows_most(Dtype dtype, int dim, int warps, const Device& device);
 
 cudaError_t order1_gram(const Order1Gram& params, cudaStream_t stream);
 cudaError_t order1_sum(const Order1Sum& params, cudaStream_t stream);
+// In place: the sums of each chunk, [heads, chunks, 2, dim, dim], become those of the chunks before
+// it, or (behind) of those behind it.
+cudaError_t order1_sum_others(float* sums, int64_t heads, int chunks, int dim, bool behind,
+                              cudaStream_t stream);
 cudaError_t order1_rows(const Order1Rows& params, cudaStream_t stream);
 cudaError_t order1_keys(const Order1Keys& params, cudaStream_t stream);
 

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(128) scan_kernel(const Order1Sum p) {
 }
 
 // A thread walks the chunks of its float4, forwards or backwards.
-__global__ void __launch_bounds__(128) exclusive_kernel(const Order1Sum p) {
+__global__ void __launch_bounds__(128) others_kernel(const Order1Sum p) {
   let_next_start();
   const int64_t pair = int64_t{2} * p.dim * p.dim;  // a multiple of 4 blockDim
   const int columns = static_cast<int>(pair / (4 * blockDim.x));
@@ -132,12 +132,19 @@ cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t order1_sum(const Order1Sum& p, cudaStream_t stream) {
-  if (p.exclusive) {
-    const int64_t blocks = int64_t{2} * p.dim * p.dim / (4 * 128) * p.B * p.heads;
-    return launch_grid(exclusive_kernel, blocks, 128, 0, stream, p);
-  }
   return p.dtype == Dtype::bf16 ? launch_sum<__nv_bfloat16>(p, stream)
                                 : launch_sum<float>(p, stream);
+}
+
+cudaError_t order1_sum_others(float* sums, int64_t heads, int chunks, int dim, bool behind,
+                              cudaStream_t stream) {
+  Order1Sum p{};
+  p.sums = sums;
+  p.chunks = chunks;
+  p.dim = dim;
+  p.backward = behind;
+  const int64_t blocks = int64_t{2} * dim * dim / (4 * 128) * heads;
+  return launch_grid(others_kernel, blocks, 128, 0, stream, p);
 }
 
 }  // namespace mra::cuda

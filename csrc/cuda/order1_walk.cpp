@@ -1,10 +1,9 @@
 // Order 1 by the kernels that walk the rows of a chunk: see sm90/order1_walk.h.
 #include "order1_walk.h"
 
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 
 #include "sm90/moments.h"
-#include "sm90/order1_walk.h"
 
 namespace mra::cuda {
 
@@ -16,40 +15,11 @@ namespace {
 struct Walk {
   const Term& term;
   const WalkCut cut;
-  sm90::WalkChunks chunks{};
+  sm90::WalkRows params;
 
-  Walk(const Term& term, const WalkCut& cut) : term(term), cut(cut) {
-    const Inputs& in = term.in;
-    auto& c = chunks;
-    c.dtype = term.dtype;
-    c.B = term.B;
-    c.H = term.H;
-    c.Hk = term.Hk;
-    c.N = term.N;
-    c.D = term.D;
-    c.nk = term.nk;
-    c.log2_block_k = term.block_shift;
-    c.unit_tiles = cut.unit_tiles;
-    c.chunks = cut.chunks;
-    c.k = in.key.const_data_ptr();
-    c.v = in.value.const_data_ptr();
-    c.k_strides = strides_of(in.key);
-    c.v_strides = strides_of(in.value);
-    c.mask = mask_of(in.key_mask);
-    c.q = in.query.const_data_ptr();
-    c.q_strides = strides_of(in.query);
-  }
-
-  // Sums of chunks -> those of the chunks behind each.
-  void sum_behind(const Tensor& sums) const {
-    Order1Sum s{};
-    s.exclusive = s.backward = true;
-    s.B = chunks.B;
-    s.heads = chunks.Hk;
-    s.chunks = chunks.chunks;
-    s.dim = cut.dim;
-    s.sums = sums.mutable_data_ptr<float>();
-    term.launch.check(order1_sum(s, term.launch.stream));
+  Walk(const Term& term, const WalkCut& cut) : term(term), cut(cut), params(walk_params(term)) {
+    params.unit_tiles = cut.unit_tiles;
+    params.chunks = cut.chunks;
   }
 
   // Calls f with the padded head dim, an integral_constant; false where no kernel does it.
@@ -71,16 +41,6 @@ struct Walk {
     return launch([&](auto dim) {
       return sm90::launch_order1_walk_keys<dim()>(p, term.launch.device, term.launch.stream);
     });
-  }
-
-  sm90::WalkRows rows_params(const Tensor& share, const Tensor& start) const {
-    sm90::WalkRows p{chunks};
-    p.key_count = data_of<int>(term.pooled.key_count);
-    p.share = share.const_data_ptr<float>();
-    p.causal = term.o.causal;
-    p.scale = static_cast<float>(term.o.scale);
-    p.start = data_of<float>(start);
-    return p;
   }
 };
 
@@ -105,13 +65,39 @@ std::optional<WalkCut> head_cut(const Term& term, const Tensor& moments) {
 
 }  // namespace
 
+sm90::WalkRows walk_params(const Term& term) {
+  const Inputs& in = term.in;
+  sm90::WalkRows p{};
+  p.dtype = term.dtype;
+  p.B = term.B;
+  p.H = term.H;
+  p.Hk = term.Hk;
+  p.N = term.N;
+  p.D = term.D;
+  p.nk = term.nk;
+  p.log2_block_k = term.block_shift;
+  p.k = in.key.const_data_ptr();
+  p.v = in.value.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.v_strides = strides_of(in.value);
+  p.mask = mask_of(in.key_mask);
+  p.q = in.query.const_data_ptr();
+  p.q_strides = strides_of(in.query);
+  p.causal = term.o.causal;
+  p.key_count = data_of<int>(term.pooled.key_count);
+  p.scale = static_cast<float>(term.o.scale);
+  return p;
+}
+
 bool order1_walk(FineResult& result, const Term& term, const Tensor& moments) {
   const bool causal = term.o.causal;
   const auto cut = causal ? walk_cut(term.in, term.o, term.launch) : head_cut(term, moments);
   Tensor start = moments;
   if (!cut || (causal && !find_start(start, term, *cut))) return false;
   const Walk walk(term, *cut);
-  sm90::WalkRows p = walk.rows_params(result.share, start);
+  sm90::WalkRows p = walk.params;
+  p.share = result.share.const_data_ptr<float>();
+  p.start = data_of<float>(start);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
   return walk.rows(p);
@@ -122,24 +108,27 @@ bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Ten
   const auto cut = walk_cut(term.in, term.o, term.launch);
   Tensor start;
   if (!cut || term.dtype != Dtype::bf16 || !find_start(start, term, *cut)) return false;
-  Walk walk(term, *cut);
-  sm90::WalkChunks& c = walk.chunks;
-  const Tensor weights = at::empty({c.B, c.H, ceil_div(c.N, 64) * 64, 2}, term.acc());
-  c.grad_out = grad_out.const_data_ptr();
-  c.grad_out_strides = strides_of(grad_out);
-  c.weights = weights.mutable_data_ptr<float>();
-  sm90::WalkRows rows = walk.rows_params(share, start);
+  const Walk walk(term, *cut);
+  sm90::WalkRows rows = walk.params;
+  const Tensor weights = at::empty({rows.B, rows.H, ceil_div(rows.N, 64) * 64, 2}, term.acc());
+  rows.grad_out = grad_out.const_data_ptr();
+  rows.grad_out_strides = strides_of(grad_out);
+  rows.weights = weights.mutable_data_ptr<float>();
+  rows.share = share.const_data_ptr<float>();
+  rows.start = data_of<float>(start);
   rows.delta = delta.const_data_ptr<float>();
   rows.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   rows.grad_q = grads.query.mutable_data_ptr();
   rows.grad_q_strides = strides_of(grads.query);
   if (!walk.rows(rows)) return false;
 
-  sm90::WalkKeys keys{c};
-  if (c.chunks > 1) {  // `start` is no longer read once the sums are written
+  sm90::WalkKeys keys{rows};
+  keys.start = nullptr;
+  if (rows.chunks > 1) {  // `start` is no longer read once the sums are written
     keys.sums = start.mutable_data_ptr<float>();
     if (!walk.keys(keys)) return false;
-    walk.sum_behind(start);
+    term.launch.check(order1_sum_others(keys.sums, int64_t{rows.B} * rows.Hk, rows.chunks, cut->dim,
+                                        true, term.launch.stream));
     keys.sums = nullptr;
     keys.start = start.const_data_ptr<float>();
   }

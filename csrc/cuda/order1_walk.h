@@ -3,8 +3,12 @@
 #pragma once
 
 #include "order1_term.h"
+#include "sm90/order1_walk.h"
 
 namespace mra::cuda {
+
+// What the kernels read of a call: all but chunks, units and what belongs to a pass.
+sm90::WalkRows walk_params(const Term& term);
 
 // Adds the term to result.out. moments: without causal, those of the whole heads.
 bool order1_walk(FineResult& result, const Term& term, const Tensor& moments);

@@ -1,11 +1,10 @@
 // The order-1 term of head dims beyond 128 by Hopper's kernels: see WalkWide in sm90/order1_walk.h.
 #include <ATen/ATen.h>
 
-#include <algorithm>
+#include <limits>
 
 #include "order1_walk.h"
 #include "sm90/moments.h"
-#include "sm90/order1_walk.h"
 
 namespace mra::cuda {
 
@@ -13,14 +12,7 @@ namespace mra::cuda {
 
 namespace {
 
-constexpr int64_t kHalf = 128;  // of a matrix
-
-// Chunks of `rows` rows for `blocks` blocks of threads a head, one of which fills a multiprocessor.
-int chunks_of(const Term& term, int rows, int unit_tiles, int blocks) {
-  const int most = sm90::tile_chunks(blocks * term.B * term.Hk, rows, 1, term.launch.device);
-  const int64_t each = sm90::chunk_tiles(rows, most, unit_tiles);
-  return static_cast<int>(ceil_div(ceil_div(rows, 64), each));
-}
+constexpr int kHalf = 128;  // of a matrix
 
 bool serves(const Term& term) {
   const Options& o = term.o;
@@ -35,30 +27,11 @@ bool serves(const Term& term) {
 
 bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments) {
   if (!serves(term)) return false;
-  const Inputs& in = term.in;
   const bool causal = term.o.causal;
-  sm90::WalkWide p{};
-  p.dtype = term.dtype;
-  p.causal = causal;
-  p.B = term.B;
-  p.H = term.H;
-  p.Hk = term.Hk;
-  p.N = term.N;
+  sm90::WalkWide p{walk_params(term)};
   p.M = term.M;
-  p.D = term.D;
-  p.nk = term.nk;
-  p.log2_block_k = term.block_shift;
   p.unit_tiles = causal ? term.unit_causal / 64 : 1;
-  p.k = in.key.const_data_ptr();
-  p.v = in.value.const_data_ptr();
-  p.k_strides = strides_of(in.key);
-  p.v_strides = strides_of(in.value);
-  p.mask = mask_of(in.key_mask);
-  p.q = in.query.const_data_ptr();
-  p.q_strides = strides_of(in.query);
-  p.key_count = term.pooled.key_count.const_data_ptr<int>();
   p.share = result.share.const_data_ptr<float>();
-  p.scale = static_cast<float>(term.o.scale);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
   const Tensor variance = at::empty({2, p.B, p.H, p.N}, term.acc());
@@ -76,22 +49,19 @@ bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments) {
     return true;
   };
 
-  const int chunks = chunks_of(term, term.N, p.unit_tiles, 2);
-  const int key_chunks = causal ? chunks : chunks_of(term, term.M, 1, 4);
+  // One block of threads fills a multiprocessor: two for the rows of a head, four for its keys.
+  const auto chunks_of = [&](int rows, int blocks) {
+    return sm90::unit_chunks(blocks * p.B * p.Hk, rows, p.unit_tiles, 1, term.launch.device);
+  };
+  const int chunks = chunks_of(p.N, 2), key_chunks = causal ? chunks : chunks_of(p.M, 4);
   Tensor sums;
   p.slots = causal ? chunks : key_chunks + 1;
   if (p.slots > 1) {
     sums = at::empty({2, 2, p.B, p.Hk, p.slots, 2, kHalf, kHalf}, term.acc());
     p.sums = sums.mutable_data_ptr<float>();
     if (!launch(sm90::WideStep::sums, key_chunks)) return false;
-    Order1Sum s{};
-    s.exclusive = true;
-    s.B = 4 * p.B;
-    s.heads = p.Hk;
-    s.chunks = p.slots;
-    s.dim = kHalf;
-    s.sums = p.sums;
-    term.launch.check(order1_sum(s, term.launch.stream));
+    term.launch.check(order1_sum_others(p.sums, int64_t{4} * p.B * p.Hk, p.slots, kHalf, false,
+                                        term.launch.stream));
   }
   if (!launch(sm90::WideStep::variance, chunks)) return false;
   if (!launch(sm90::WideStep::term, chunks)) return false;
@@ -101,7 +71,7 @@ bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments) {
                   .permute({2, 3, 0, 4, 5, 1, 6})
                   .reshape({p.B, p.Hk, 2, 2 * kHalf, 2 * kHalf})
                   .div(n)
-                  .to(moments_type(in.query.scalar_type()));
+                  .to(moments_type(term.in.query.scalar_type()));
   }
   return true;
 }

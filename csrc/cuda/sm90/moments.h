@@ -49,6 +49,13 @@ inline int chunk_tiles(int rows, int chunks, int unit_tiles) {
   return (each + unit_tiles - 1) / unit_tiles * unit_tiles;
 }
 
+// As tile_chunks, of chunks that start at a multiple of unit_tiles tiles, and none of them empty.
+inline int unit_chunks(int heads, int rows, int unit_tiles, int resident, const Device& device) {
+  const int tiles = (rows + 63) / 64;
+  const int each = chunk_tiles(rows, tile_chunks(heads, rows, resident, device), unit_tiles);
+  return (tiles + each - 1) / each;
+}
+
 // Blocks of threads that a multiprocessor holds.
 constexpr int moments_resident(int dim) { return dim <= 32 ? 3 : dim <= 64 ? 2 : 1; }
 
