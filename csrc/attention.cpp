@@ -116,7 +116,8 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   // short heads: all that follows at once
   if (!has_plan && o.levels.empty() && stages.forward_head != nullptr) {
     if (const auto head = stages.forward_head(in, o)) {
-      return forward_result(head->fine.out, head->fine.lse, {}, head->rows, head->pooled, o);
+      return forward_result(head->fine.out, head->fine.lse, head->fine.share, head->rows,
+                            head->pooled, o);
     }
   }
 

@@ -156,7 +156,7 @@ struct FineResult {
   bool order1 = false;  // the order-1 term is in `out`
 };
 
-// A forward that ran all stages at once: `pooled` is defined for coarse = block.
+// A forward that ran all stages at once. `pooled`: what is kept for backward.
 struct HeadResult {
   FineResult fine;
   BlockList rows;

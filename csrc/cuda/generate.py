@@ -41,7 +41,14 @@ SM90_ORDER1 = {
     "order1_walk_keys": "WalkKeys",
 }
 # Of which the dtype is the one argument.
-SM90_TYPES = {"forward_head": "HeadParams", "order1_walk_wide": "WalkWide"}
+SM90_TYPES = {"order1_walk_wide": "WalkWide"}
+# Short heads: the dtypes of each form.
+SM90_HEAD = {
+    "state": ("f16", "bf16"),
+    "row": ("f16", "bf16"),
+    "order1": ("bf16",),
+    "centred": ("bf16",),
+}
 
 
 def instance(namespace, header, name, arguments, params):
@@ -104,5 +111,17 @@ write(
         f"{kernel}_{short}": instance("mra::cuda::sm90", kernel, kernel, TYPES[short], params)
         for kernel, params in SM90_TYPES.items()
         for short in ("f16", "bf16")
+    }
+    | {
+        f"forward_head_{form}_{short}_{dim}": instance(
+            "mra::cuda::sm90",
+            "forward_head",
+            "forward_head",
+            f"{TYPES[short]}, {dim}, HeadForm::{form}",
+            "HeadParams",
+        )
+        for form, types in SM90_HEAD.items()
+        for short in types
+        for dim in (32, 64)
     },
 )

@@ -10,17 +10,67 @@
 
 namespace mra::cuda {
 
+#ifdef MRA_SM90A
+namespace {
+
+// nullopt where no kernel serves the call.
+std::optional<HeadForm> form_of(const Inputs& in, const Options& o, const Launch& launch) {
+  const int64_t longer = std::max(in.query.size(2), in.key.size(2));
+  if (launch.device.major != 9 || in.query.scalar_type() == at::kFloat || o.causal ||
+      in.query.size(3) > 64 || o.block_q != o.block_k || longer > 32 * sm90::kHeadRuns ||
+      !(o.scale > 0)) {
+    return std::nullopt;
+  }
+  const bool row = o.coarse == Coarse::row && o.selection == Selection::row;
+  if (o.block_q != 32 && (o.block_q != 64 || !row)) return std::nullopt;
+  if (o.coarse != Coarse::row) {
+    return has_order1(o) ? std::nullopt : std::optional(HeadForm::state);
+  }
+  if (!row) return std::nullopt;
+  if (!has_order1(o)) {
+    return o.pool == Pool::even ? std::optional(HeadForm::row) : std::nullopt;
+  }
+  // Moments of float16 would not fit it; the mean query is that of all heads of a group.
+  if (in.query.scalar_type() != at::kBFloat16) return std::nullopt;
+  if (o.pool == Pool::even) return HeadForm::order1;
+  const bool own_keys = in.query.size(1) == in.key.size(1);
+  return o.pool == Pool::centred && own_keys ? std::optional(HeadForm::centred) : std::nullopt;
+}
+
+template <typename T, int DP>
+cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch) {
+  const auto run = [&](auto constant) {
+    return sm90::launch_forward_head<T, DP, constant()>(p, launch.device, launch.stream);
+  };
+  if (form == HeadForm::state) {
+    return run(std::integral_constant<HeadForm, HeadForm::state>{});
+  }
+  if (form == HeadForm::row) return run(std::integral_constant<HeadForm, HeadForm::row>{});
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return form == HeadForm::order1
+               ? run(std::integral_constant<HeadForm, HeadForm::order1>{})
+               : run(std::integral_constant<HeadForm, HeadForm::centred>{});
+  }
+  return cudaErrorNotSupported;
+}
+
+template <typename T>
+cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch) {
+  return p.fine.D <= 32 ? launch_form<T, 32>(form, p, launch)
+                        : launch_form<T, 64>(form, p, launch);
+}
+
+}  // namespace
+#endif
+
 std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
 #ifdef MRA_SM90A
   const Launch launch(in.query);
+  const std::optional<HeadForm> form = form_of(in, o, launch);
+  if (!form) return std::nullopt;
   const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
   const int64_t Hk = in.key.size(1), M = in.key.size(2), D = in.query.size(3);
   const int64_t nq = ceil_div(N, o.block_q), nk = ceil_div(M, o.block_k);
-  if (launch.device.major != 9 || in.query.scalar_type() == at::kFloat || o.causal ||
-      o.coarse == Coarse::row || has_order1(o) || o.block_q != 32 || o.block_k != 32 ||
-      std::max(nq, nk) > sm90::kHeadBlocks || D <= 16 || D > 64 || !(o.scale > 0)) {
-    return std::nullopt;
-  }
   const int64_t capacity = nq * row_capacity(o, nk);
   const auto acc = in.query.options().dtype(at::kFloat), ints = acc.dtype(at::kInt);
   HeadResult r;
@@ -33,6 +83,11 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   p.fine.out = r.fine.out.mutable_data_ptr();
   p.fine.out_strides = strides_of(r.fine.out);
   p.fine.lse = r.fine.lse.mutable_data_ptr<float>();
+  if (has_order1(o)) {
+    r.fine.share = at::empty({B, H, N}, acc);
+    r.fine.order1 = true;
+    p.fine.share = r.fine.share.mutable_data_ptr<float>();
+  }
 
   p.plan = plan_params(B, H, Hk, nq, nk, D, N, o);
   p.plan.start = rows.start.mutable_data_ptr<int32_t>();
@@ -40,22 +95,33 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   p.plan.index = rows.index.mutable_data_ptr<int32_t>();
   p.global = o.selection == Selection::global;
   p.budget = p.global ? map_budget(o, N, nk) : row_budget(o, N, nk, 0);
+  p.run_shift = log2_of(o.block_q / 32);
 
+  // What backward reads again.
   p.coarse = o.coarse == Coarse::block;
-  if (p.coarse) {
-    r.pooled = {at::empty({B, H, nq, D}, acc),  at::empty({B, Hk, nk, D}, acc),
-                at::empty({B, Hk, nk, D}, acc), at::empty({B, nk}, ints),
-                at::empty({B, nq}, ints),       {}};
-    p.q_mean = r.pooled.query.mutable_data_ptr<float>();
-    p.k_mean = r.pooled.key.mutable_data_ptr<float>();
-    p.v_mean = r.pooled.value.mutable_data_ptr<float>();
-    p.k_count = r.pooled.key_count.mutable_data_ptr<int32_t>();
-    p.q_count = r.pooled.query_count.mutable_data_ptr<int32_t>();
+  if (keeps_means(o)) {
+    if (p.coarse) {
+      r.pooled.query = at::empty({B, H, nq, D}, acc);
+      r.pooled.query_count = at::empty({B, nq}, ints);
+    }
+    r.pooled.key = at::empty({B, Hk, nk, D}, acc);
+    r.pooled.value = at::empty({B, Hk, nk, D}, acc);
+    r.pooled.key_count = at::empty({B, nk}, ints);
+    if (keeps_moments(o)) {
+      const int64_t P = moments_dim(D);
+      r.pooled.moments =
+          at::empty({B, Hk, 2, P, P}, acc.dtype(moments_type(in.query.scalar_type())));
+    }
   }
-  const cudaError_t error =
-      in.query.scalar_type() == at::kHalf
-          ? sm90::launch_forward_head<__half>(p, launch.device, launch.stream)
-          : sm90::launch_forward_head<__nv_bfloat16>(p, launch.device, launch.stream);
+  p.q_mean = data_of<float>(r.pooled.query);
+  p.k_mean = data_of<float>(r.pooled.key);
+  p.v_mean = data_of<float>(r.pooled.value);
+  p.q_count = data_of<int>(r.pooled.query_count);
+  p.k_count = data_of<int>(r.pooled.key_count);
+  if (r.pooled.moments.defined()) p.moments = r.pooled.moments.mutable_data_ptr();
+  const cudaError_t error = in.query.scalar_type() == at::kHalf
+                                ? launch_form<__half>(*form, p, launch)
+                                : launch_form<__nv_bfloat16>(*form, p, launch);
   if (error == cudaErrorNotSupported) return std::nullopt;
   launch.check(error);
   return r;

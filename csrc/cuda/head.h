@@ -6,26 +6,34 @@
 
 namespace mra::cuda {
 
+// The coarse part: none or block, whose state starts a softmax; row; row with order 1, with even
+// means or with those of pool = centred.
+enum class HeadForm { state, row, order1, centred };
+
 struct HeadParams {
   ForwardParams fine;  // without lists or state, which are made on the way
   PlanParams plan;     // likewise without means and counts
-  bool coarse;         // the block-coarse part takes part; the means are then written
+  bool coarse;         // the block-coarse part takes part
   bool global;         // selection
   int64_t budget;      // pairs that a head may take of its map, or each of its rows
+  int run_shift;       // log2 of the runs of 32 rows in a block of queries, and of keys
 
+  // Written unless null.
   float* q_mean;     // [B, H, nq, D]
   float* k_mean;     // [B, Hk, nk, D]
   float* v_mean;     // [B, Hk, nk, D]
   int32_t* q_count;  // [B, nq]
   int32_t* k_count;  // [B, nk]
+  void* moments;     // [B, Hk, 2, P, P] T: C and Sigma (moments_dim of common/stages.h)
 };
 
 namespace sm90 {
 
-// Half types, blocks of 32, up to kHeadBlocks of them a head on either side, head dims from 24 to
-// 64, no causality. Returns cudaErrorNotSupported, and does nothing, for what it doesn't serve.
-constexpr int kHeadBlocks = 16;
-template <typename T>
+// Half types, up to kHeadRuns runs of 32 queries and of keys a head, no causality; blocks of 32,
+// with pooled keys also of 64. DP is 32 or 64. Returns cudaErrorNotSupported, and does nothing, for
+// what it doesn't serve.
+constexpr int kHeadRuns = 16;
+template <typename T, int DP, HeadForm kForm>
 cudaError_t launch_forward_head(const HeadParams&, const Device&, cudaStream_t);
 
 }  // namespace sm90

@@ -24,7 +24,7 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
 }  // namespace
 
 bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& strides, int B,
-                int H, int L, int D, int rows) {
+                int H, int L, int D, int rows, int columns) {
   if (encoder() == nullptr || dtype == Dtype::f32) return false;
   const auto type =
       dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
@@ -35,9 +35,11 @@ bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& 
     return static_cast<cuuint64_t>(2 * (size == 1 ? (D + 7) / 8 * 8 : stride));
   };
   const cuuint64_t steps[] = {bytes(strides.l, L), bytes(strides.h, H), bytes(strides.b, B)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows), 1, 1}, every[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1, 1};
+  const cuuint32_t every[] = {1, 1, 1, 1};
+  const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encoder()(map, type, 4, const_cast<void*>(data), sizes, steps, box, every,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

@@ -72,7 +72,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// 64 columns from column d and row l on of head h of batch b; zeros outside of the tensor.
+// What a map's copies take, from column d and row l on of head h of batch b; zeros outside of the
+// tensor.
 __device__ __forceinline__ void copy_panel(void* to, const CUtensorMap& map, uint64_t* barrier,
                                            int d, int l, int h, int b) {
   asm volatile(
@@ -143,10 +144,10 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
       : "memory");
 }
 
-// Map of a [B, H, L, D] tensor of a half type for copies of `rows` rows x 64 columns; false where
-// the tensor has no map.
+// Map of a [B, H, L, D] tensor of a half type for copies of `rows` rows x `columns`, 64 or 32, each
+// with the swizzle of its width; false where the tensor has no map.
 bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& strides, int B,
-                int H, int L, int D, int rows);
+                int H, int L, int D, int rows, int columns = 64);
 // Side of the matrices that heads of D columns have (moments_dim of common/stages.h).
 template <int DP>
 constexpr int matrix_dim(int D) {

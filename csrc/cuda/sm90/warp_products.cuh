@@ -7,47 +7,58 @@
 
 namespace mra::cuda::sm90 {
 
-// Byte offsets in a panel of the 16 bytes that ldmatrix takes from this lane, for 16 of the 64
+// Where the swizzle of a panel of kColumns has put the 16 bytes `chunk` of a row.
+template <int kColumns>
+__device__ __forceinline__ int swizzled(int chunk, int row) {
+  return kColumns == 64 ? chunk ^ row % 8 : chunk ^ row / 2 % 4;
+}
+
+// Byte offsets in a panel of the 16 bytes that ldmatrix takes from this lane, for 16 of its
 // columns: columns 16 i on lie where the swizzle has put those of i = 0, but for two bits.
+template <int kColumns = 64>
 struct PanelLane {
+  static constexpr int kRowBytes = 2 * kColumns;
   uint32_t row, key;
 
   __device__ __forceinline__ PanelLane() {
-    const int lane = threadIdx.x % 32;
-    row = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
-    key = (lane % 8 + lane / 16 * 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
+    const int lane = threadIdx.x % 32, of_pair = lane % 8 + lane / 16 * 8;
+    row = lane % 16 * kRowBytes + swizzled<kColumns>(lane / 16, lane) * 16;
+    key = of_pair * kRowBytes + swizzled<kColumns>(lane / 8 % 2, lane) * 16;
   }
   // Operands stored [m][k] or, transposed, [k][n]: 16 rows.
   __device__ __forceinline__ uint32_t rows(int i) const { return row ^ 32 * i; }
-  // Stored [n][k]: 16 rows, in the order of two tiles of eight.
+  // Stored [n][k] or, transposed, [k][m]: 16 rows, in the order of two tiles of eight.
   __device__ __forceinline__ uint32_t keys(int i) const { return key ^ 32 * i; }
 };
 
 // A warp's 16 rows, from row `first` of panels of kRows, as left operands.
-template <typename T, int kSteps, int kPanels, int kRows>
+template <typename T, int kSteps, int kPanels, int kRows, int kColumns>
 __device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[kSteps],
-                                          const uint16_t (&from)[kPanels][kRows][64], int first,
-                                          const PanelLane& lane) {
-  const uint32_t base = smem_address(from) + first * 128;
+                                          const uint16_t (&from)[kPanels][kRows][kColumns],
+                                          int first, const PanelLane<kColumns>& lane) {
+  constexpr int kEach = kColumns / 16, kRow = 2 * kColumns;
+  const uint32_t base = smem_address(from) + first * kRow;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    ldmatrix_x4<false>(a[i].r, base + i / 4 * kRows * 128 + lane.rows(i % 4));
+    ldmatrix_x4<false>(a[i].r, base + i / kEach * kRows * kRow + lane.rows(i % kEach));
   }
 }
 
 // c += A B^T over the columns of A: B of kRows rows.
-template <typename T, int kSteps, int kPanels, int kRows>
+template <typename T, int kSteps, int kPanels, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
                                             const typename Mma<T>::A (&a)[kSteps],
-                                            const uint16_t (&b)[kPanels][kRows][64],
-                                            const PanelLane& lane) {
+                                            const uint16_t (&b)[kPanels][kRows][kColumns],
+                                            const PanelLane<kColumns>& lane) {
+  constexpr int kEach = kColumns / 16, kRow = 2 * kColumns;
   const uint32_t base = smem_address(b);
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     typename Mma<T>::B fb[kRows / 16];
 #pragma unroll
     for (int n = 0; n < kRows / 16; ++n) {
-      ldmatrix_x4<false>(fb[n].r, base + i / 4 * kRows * 128 + n * 2048 + lane.keys(i % 4));
+      ldmatrix_x4<false>(
+          fb[n].r, base + (i / kEach * kRows + 16 * n) * kRow + lane.keys(i % kEach));
     }
     Mma<T>::mma(c, 0, a[i], fb, false);
   }
@@ -59,7 +70,7 @@ template <typename T, int kSteps, int kPanels, int kLeft, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
                                             const uint16_t (&a)[kPanels][kLeft][64], int first,
                                             const uint16_t (&b)[kPanels][kRows][64],
-                                            const PanelLane& lane) {
+                                            const PanelLane<>& lane) {
   const uint32_t left = smem_address(a) + first * 128, base = smem_address(b);
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -75,11 +86,11 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
 }
 
 // acc += P B: P of kRows columns in accumulators, B of kRows rows.
-template <typename T, int kTiles, int kPanels, int kRows>
+template <typename T, int kTiles, int kPanels, int kRows, int kColumns>
 __device__ __forceinline__ void multiply_pn(float (&acc)[kTiles][4], const float (&p)[kRows / 8][4],
-                                            const uint16_t (&b)[kPanels][kRows][64],
-                                            const PanelLane& lane) {
-  constexpr int kPairs = kTiles / kPanels / 2;
+                                            const uint16_t (&b)[kPanels][kRows][kColumns],
+                                            const PanelLane<kColumns>& lane) {
+  constexpr int kPairs = kTiles / kPanels / 2, kRow = 2 * kColumns;
   const uint32_t base = smem_address(b);
 #pragma unroll
   for (int k = 0; k < kRows / 16; ++k) {
@@ -89,9 +100,9 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[kTiles][4], const float
       typename Mma<T>::B fb[kPairs];
 #pragma unroll
       for (int n = 0; n < kPairs; ++n) {
-        ldmatrix_x4<true>(fb[n].r, base + i * kRows * 128 + k * 2048 + lane.rows(n));
+        ldmatrix_x4<true>(fb[n].r, base + (i * kRows + 16 * k) * kRow + lane.rows(n));
       }
-      Mma<T>::mma(acc, 8 * i, a, fb, false);
+      Mma<T>::mma(acc, kColumns / 8 * i, a, fb, false);
     }
   }
 }
@@ -102,7 +113,7 @@ __device__ __forceinline__ void multiply_matrix(float (&x)[kTiles][4],
                                                 const typename Mma<T>::A (&a)[kTiles / 2],
                                                 const uint16_t (&first)[kPanels][64][64],
                                                 const uint16_t (&second)[kPanels][64][64],
-                                                const PanelLane& lane) {
+                                                const PanelLane<>& lane) {
   constexpr int kPairs = kTiles / kPanels / 2;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {

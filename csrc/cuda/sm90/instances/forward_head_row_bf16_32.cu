@@ -2,5 +2,5 @@
 #include "../forward_head.cuh"
 
 namespace mra::cuda::sm90 {
-template cudaError_t launch_forward_head<__nv_bfloat16>(const HeadParams&, const Device&, cudaStream_t);
+template cudaError_t launch_forward_head<__nv_bfloat16, 32, HeadForm::row>(const HeadParams&, const Device&, cudaStream_t);
 }  // namespace mra::cuda::sm90

@@ -1,0 +1,167 @@
+// Short heads (forward_head.cuh): scores of pairs of blocks and the selection, a row of pairs a
+// warp, and the block-coarse state. The selection is that of the kernels of the stage.
+#pragma once
+
+#include "head_pool.cuh"
+
+namespace mra::cuda::sm90 {
+
+// The key of the score of a pair: of a query block and the key block of this lane, the same for
+// both halves of the warp, which take half of the columns each.
+template <int DP>
+__device__ __forceinline__ uint32_t score_key(const float* q, const float* k, float scale) {
+  const int first = threadIdx.x % 32 / 16 * (DP / 2);
+  float acc = 0.f;
+#pragma unroll
+  for (int d = 0; d < DP / 2; d += 4) {
+    const float4 u = *reinterpret_cast<const float4*>(q + first + d);
+    const float4 w = *reinterpret_cast<const float4*>(k + first + d);
+    acc = fmaf(u.x, w.x, acc);
+    acc = fmaf(u.y, w.y, acc);
+    acc = fmaf(u.z, w.z, acc);
+    acc = fmaf(u.w, w.w, acc);
+  }
+  return key_of(scale * (acc + __shfl_xor_sync(kFullWarp, acc, 16)));
+}
+
+// How many keys of rows first .. first + rows of the map come before that of pair (x, y): higher
+// ones, and of equal ones those of lower index.
+template <int kRows>
+__device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int first, int x, int y,
+                                        uint32_t key) {
+  int rank = 0;
+#pragma unroll
+  for (int r = first; r < first + kRows; ++r) {
+    const uint32_t above = r < x ? key - 1 : key;
+#pragma unroll
+    for (int i = 0; i < kHeadRuns / 4; ++i) {
+      const uint4 other = reinterpret_cast<const uint4*>(map[r])[i];
+      rank += (other.x > above) + (other.y > above) + (other.z > above) + (other.w > above);
+    }
+  }
+  return rank;
+}
+
+// How many pairs to take of those whose keys the lanes hold, which become keys under the boundary.
+template <bool kGlobal, class Shared>
+__device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x,
+                                             uint32_t& key) {
+  const PlanParams& plan = p.plan;
+  const int lane = threadIdx.x % 32;
+  if (!kGlobal && !has_tiers(plan)) {
+    const int existing = __popc(__ballot_sync(kFullWarp, key != kAbsent && lane < kHeadRuns));
+    return min(static_cast<int>(p.budget), existing);
+  }
+  const int tier = has_tiers(plan) ? tier_of<kGlobal>(plan, x, lane) : 0;
+  const bool exists = key != kAbsent && lane < kHeadRuns;
+  int pairs[kTiers];
+#pragma unroll
+  for (int i = 0; i < kTiers; ++i) {
+    pairs[i] = __popc(__ballot_sync(kFullWarp, exists && tier == i));
+  }
+  if (kGlobal) {
+#pragma unroll
+    for (int i = 0; i < kTiers; ++i) {
+      if (lane == 0 && pairs[i] > 0) atomicAdd(&s.pairs[i], pairs[i]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kTiers; ++i) pairs[i] = s.pairs[i];
+  }
+  const Boundary edge = find_boundary(pairs, p.budget);
+  if (key != kAbsent) key = key_in_tier(key, tier, edge.tier);
+  return edge.take;
+}
+
+// The blocks that query block x takes, as bits, by warp `run`, which has the key of its lane's
+// pair; written as its list by the warp that leads. Global selection: by all warps, with barriers.
+template <bool kGlobal, class Shared>
+__device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s, int64_t head,
+                                                  int run, int x, bool leads, uint32_t key) {
+  constexpr int kWarps = Shared::kRows / kRun;
+  const PlanParams& plan = p.plan;
+  const int lane = threadIdx.x % 32, y = lane % kHeadRuns;
+  if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
+  const int take = pairs_to_take<kGlobal>(p, s, x, key);
+  if (lane < kHeadRuns) s.map[run][lane] = key;
+
+  // Every lane counts for the pair of lane y: in global selection half of the rows each.
+  key = __shfl_sync(kFullWarp, key, y);
+  const uint32_t same = __match_any_sync(kFullWarp, key);
+  int rank = __popc(same & ((1u << y) - 1));
+  if (kGlobal) {
+    __syncthreads();
+    int part = rank_key<kWarps / 2>(s.map, lane / kHeadRuns * (kWarps / 2), x, y, key);
+    rank += part + __shfl_xor_sync(kFullWarp, part, kHeadRuns);
+  } else {
+    __syncwarp();
+    rank += rank_key<1>(s.map, run, run, y, key);
+  }
+  const uint32_t taken =
+      __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
+  const int count = __popc(taken), capacity = plan.nq * plan.row_capacity;
+  int start = x * plan.row_capacity, end = start + plan.row_capacity;
+  if (kGlobal) {
+    if (lane == 0) s.taken[x] = taken;
+    __syncthreads();
+    start = __reduce_add_sync(kFullWarp, lane < x ? __popc(s.taken[lane]) : 0);
+    end = capacity;
+  }
+  if (x < plan.nq && leads) {
+    int32_t* const index = plan.index + head * capacity;
+    append(taken, lane, index, start, end);
+    if (!kGlobal || x == plan.nq - 1) {
+      for (int i = start + count + lane; i < end; i += 32) index[i] = 0;
+    }
+    if (lane == 0) {
+      plan.start[head * plan.nq + x] = start;
+      plan.count[head * plan.nq + x] = count;
+    }
+  }
+  return taken;
+}
+
+// Which block to go on with behind block x: that with as few key blocks as x has many, so that
+// warps which take half of the rows of both have about the same to do.
+__device__ __forceinline__ int evened_out(const uint32_t* taken, int blocks, int x) {
+  const int lane = threadIdx.x % 32, count = lane < blocks ? __popc(taken[lane]) : -1;
+  int place = 0;  // of block `lane`, most key blocks first
+  for (int i = 0; i < blocks; ++i) {
+    const int other = __shfl_sync(kFullWarp, count, i);
+    place += other > count || (other == count && i < lane);
+  }
+  const int wanted = blocks - 1 - __shfl_sync(kFullWarp, place, x);
+  return max(0, __ffs(static_cast<int>(__ballot_sync(kFullWarp, place == wanted))) - 1);
+}
+
+// The block-coarse state of query block x, by its warp: softmax over the blocks that are left, the
+// mean of their values. `key`: of the score of this lane's pair.
+template <int DP, class Shared>
+__device__ __forceinline__ void make_state(Shared& s, int x, int nk, uint32_t key, bool left) {
+  constexpr int kColumns = DP / 32;  // of a lane
+  const int lane = threadIdx.x % 32;
+  const float score = left ? score_of(key) : -INFINITY;
+  float top = score_of(__reduce_max_sync(kFullWarp, key_of(score)));
+  if (top == -INFINITY) top = 0.f;
+  const int count = lane < nk ? __popc(s.keys_there[lane]) : 0;
+  const float weight = static_cast<float>(count) * exp2_approx((score - top) * kLog2e);
+  float sum = weight;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  const bool any = !(sum == 0.f);  // NaN in, NaN out
+  float mean[kColumns] = {};
+#pragma unroll 4
+  for (int y = 0; y < nk; ++y) {
+    const float w = __shfl_sync(kFullWarp, weight, y);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      mean[i] = fmaf(w, s.coarse.v_mean[y][lane + 32 * i], mean[i]);
+    }
+  }
+  const float inverse = any ? 1.f / sum : 0.f;
+#pragma unroll
+  for (int i = 0; i < kColumns; ++i) s.coarse.state_mean[x][lane + 32 * i] = mean[i] * inverse;
+  if (lane == 0) s.coarse.state_lse[x] = any ? top + log2_approx(sum) * kLn2 : -INFINITY;
+}
+
+}  // namespace mra::cuda::sm90
