@@ -8,99 +8,169 @@ from helpers import CUDA_DTYPES, Case, assert_same_bits, kernels_of
 import mra_attention as mra
 
 HALF = [p for p in CUDA_DTYPES if torch.float32 not in p.values]
-SHAPE = dict(N=500, M=470, D=64, block_size=32)
+BF16 = [p for p in CUDA_DTYPES if torch.bfloat16 in p.values]
+SHAPE = dict(N=500, M=470, D=64)
 served = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
     reason="this kernel is Hopper's",
 )
+STATE = [
+    dict(block_size=32, coarse=coarse, order=0, selection=selection)
+    for coarse in ("none", "block")
+    for selection in ("row", "global")
+]
+ROW = [dict(block_size=block, coarse="row", order=0) for block in (32, 64)]
+# With order 1, in bfloat16 alone; weighted means where each query head has keys of its own.
+ORDER1 = [dict(block_size=block, coarse="row", order=1) for block in (32, 64)]
+CENTRED = [dict(o, pool="centred", Hk=4) for o in ORDER1]
+
+
+def forms(*which):
+    """device, dtype and options of the forms that have the kernel."""
+    return [
+        pytest.param(*p.values, o, marks=p.marks, id="-".join(map(str, (*p.values, *o.values()))))
+        for options, dtypes in ((STATE + ROW, HALF), (ORDER1 + CENTRED, BF16))
+        for o in options
+        if not which or o in sum(which, [])
+        for p in dtypes
+    ]
+
+
+def call_options(options):
+    return {name: value for name, value in options.items() if name != "Hk"}
 
 
 @served
-@pytest.mark.parametrize("device, dtype", HALF)
-def test_one_launch(device, dtype):
-    q, k, v = torch.randn(3, 2, 3, 512, 64, device=device, dtype=dtype).unbind(0)
-    for coarse in ("none", "block"):
-        for selection in ("row", "global"):
-            options = dict(block_size=32, coarse=coarse, order=0, selection=selection)
-            names = kernels_of(lambda o=options: mra.mra_attention(q, k, v, **o))
-            assert len(names) == 1 and "forward_head_kernel" in names[0], names
-    names = kernels_of(lambda: mra.mra_attention(q, k, v, block_size=32, coarse="row", order=0))
-    assert not any("forward_head" in name for name in names)
+@pytest.mark.parametrize("D", [8, 32, 64])
+@pytest.mark.parametrize("device, dtype, options", forms())
+def test_one_launch(device, dtype, options, D):
+    q, k, v = torch.randn(3, 2, 3, 512, D, device=device, dtype=dtype).unbind(0)
+    names = kernels_of(lambda: mra.mra_attention(q, k, v, **call_options(options)))
+    assert len(names) == 1 and "forward_head_kernel" in names[0], names
+
+
+@served
+@pytest.mark.parametrize(
+    "options, dtype, N, D, Hk",
+    [
+        (dict(order=1), torch.float16, 512, 64, 4),
+        (dict(order=1, pool="centred"), torch.bfloat16, 512, 64, 2),
+        (dict(order=1, pool="sampled"), torch.bfloat16, 512, 64, 4),
+        (dict(order=0, selection="global"), torch.bfloat16, 512, 64, 4),
+        (dict(order=0, block_size=(64, 32)), torch.bfloat16, 512, 64, 4),
+        (dict(order=0), torch.bfloat16, 513, 64, 4),
+        (dict(order=0), torch.bfloat16, 512, 72, 4),
+        (dict(order=0, is_causal=True), torch.bfloat16, 512, 64, 4),
+    ],
+)
+@pytest.mark.gpu
+def test_stages_instead(options, dtype, N, D, Hk):
+    q = torch.randn(2, 4, N, D, device="cuda", dtype=dtype)
+    k, v = torch.randn(2, 2, Hk, N, D, device="cuda", dtype=dtype).unbind(0)
+    options = dict(coarse="row", block_size=32) | options
+    names = kernels_of(lambda: mra.mra_attention(q, k, v, **options))
+    assert len(names) > 1 and not any("forward_head" in name for name in names), names
 
 
 @pytest.mark.parametrize("masks", ["none", "key", "query", "both", "padding"])
-@pytest.mark.parametrize("selection", ["row", "global"])
-@pytest.mark.parametrize("coarse", ["none", "block"])
-@pytest.mark.parametrize("device, dtype", HALF)
-def test_modes(device, dtype, coarse, selection, masks):
-    Case(device, dtype, coarse=coarse, order=0, selection=selection, masks=masks, **SHAPE).check()
+@pytest.mark.parametrize("device, dtype, options", forms())
+def test_modes(device, dtype, options, masks):
+    Case(device, dtype, masks=masks, **SHAPE, **options).check()
 
 
 @pytest.mark.parametrize(
     "N, M", [(1, 1), (1, 512), (512, 1), (33, 32), (64, 500), (128, 129), (256, 255), (512, 512)]
 )
-@pytest.mark.parametrize("D", [24, 32, 40, 64])
+@pytest.mark.parametrize("D", [8, 24, 32, 40, 64])
 @pytest.mark.parametrize("device, dtype", HALF)
 def test_sizes(device, dtype, D, N, M):
-    for coarse, selection in [("none", "row"), ("block", "row"), ("block", "global")]:
-        Case(
-            device, dtype, B=3, H=4, Hk=2, N=N, M=M, D=D, block_size=32, coarse=coarse, order=0,
-            selection=selection, masks="key", density=0.3,
-        ).check()  # fmt: skip
+    options = STATE[:1] + STATE[2:] + ROW
+    if dtype == torch.bfloat16:
+        options = options + ORDER1 + CENTRED
+    for o in options:
+        case = dict(B=3, H=4, Hk=2, N=N, M=M, D=D, masks="key", density=0.3) | o
+        Case(device, dtype, **case).check()
 
 
 @pytest.mark.parametrize("forced", [dict(diagonal_blocks=3), dict(first_blocks=2), {}])
 @pytest.mark.parametrize("budget", [dict(blocks_per_row=1), dict(density=0.2), dict(density=1.0)])
 @pytest.mark.parametrize("D", [32, 64])
-@pytest.mark.parametrize("device, dtype", HALF)
-def test_plan_is_that_of_the_stage(device, dtype, D, forced, budget):
-    for selection in ("row", "global"):
-        options = dict(
-            SHAPE | dict(D=D), **forced, coarse="block", order=0, selection=selection, spread=3.0
+@pytest.mark.parametrize("device, dtype, options", forms(STATE[2:], ROW, ORDER1))
+def test_plan_is_that_of_the_stage(device, dtype, options, D, forced, budget):
+    block, coarse, order = options["block_size"], options["coarse"], options["order"]
+    selection = options.get("selection", "row")
+    fixed = dict(SHAPE | dict(D=D), **forced, **options, spread=3.0)
+    case = Case(device, dtype, masks="both", **(fixed | {"density": None} | budget))
+    o = case.options
+    plan = case.plan()
+    results = torch.ops.mra_attention.forward(
+        case.q, case.k, case.v, case.key_mask, case.query_mask, None, None, None,
+        o.get("blocks_per_row"), o.get("density"), block, block, coarse, order, selection,
+        o.get("diagonal_blocks", 0), o.get("first_blocks", 0), False, None,
+    )  # fmt: skip
+    pool = torch.ops.mra_attention.pool
+    q_mean, q_count = pool(case.q, case.query_mask, block)
+    k_mean, k_count = pool(case.k, case.key_mask, block)
+    v_mean, _ = pool(case.v, case.key_mask, block)
+    # Means are summed up in another order: rows may differ where scores are all but equal.
+    scores = q_mean @ k_mean.repeat_interleave(2, dim=1).mT * case.q.shape[3] ** -0.5
+    if selection == "global":
+        scores = scores - scores.masked_fill((k_count == 0)[:, None, None], -torch.inf).amax(
+            -1, keepdim=True
         )
-        case = Case(device, dtype, masks="both", **(options | {"density": None} | budget))
-        o = case.options
-        plan = case.plan()
-        results = torch.ops.mra_attention.forward(
-            case.q, case.k, case.v, case.key_mask, case.query_mask, None, None, None,
-            o.get("blocks_per_row"), o.get("density"), 32, 32, "block", 0, selection,
-            o.get("diagonal_blocks", 0), o.get("first_blocks", 0), False, None,
-        )  # fmt: skip
-        start, count, index = results[3:6]
-        lists = (plan.row_start, plan.row_count, plan.row_index)
-        for ours, stage in zip((start, count, index), lists, strict=True):
-            assert torch.equal(ours, stage)
-        means = [
-            torch.ops.mra_attention.pool(x, mask, 32)
-            for x, mask in ((case.q, case.query_mask), (case.k, case.key_mask))
-        ]
-        value, _ = torch.ops.mra_attention.pool(case.v, case.key_mask, 32)
-        stage = (means[0][0], means[1][0], value, means[0][1], means[1][1])
-        for ours, expected in zip(results[6:11], stage, strict=True):
-            assert torch.equal(ours, expected)
+    ours = mra.Plan(*results[3:6], N=500, M=470, block_size=(block, block)).to_dense()
+    stage = plan.to_dense()
+    rows = (2, 3) if selection == "global" else (3,)
+    assert torch.equal(ours.sum(rows), stage.sum(rows))
+    gained = scores.where(ours & ~stage, torch.zeros_like(scores)).sum(rows)
+    lost = scores.where(stage & ~ours, torch.zeros_like(scores)).sum(rows)
+    assert torch.allclose(gained, lost, rtol=0, atol=1e-5)
+    assert (ours != stage).sum() <= 4
+    kept = (q_mean, k_mean, v_mean, q_count, k_count)
+    first = 0 if coarse == "block" else 1  # queries are kept for coarse = block
+    for i, expected in enumerate(kept):
+        if i in (0, 3) and first:
+            continue
+        got = results[6 + i]
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("device, dtype", HALF)
-def test_more_heads_than_blocks_of_threads(device, dtype):
-    for N in (100, 200, 512):
-        for selection in ("row", "global"):
-            case = Case(
-                device, dtype, B=50, H=14, Hk=7, N=N, D=64, block_size=32, coarse="block", order=0,
-                selection=selection, masks="padding",
-            )  # fmt: skip
-            first = case.check()
-            for _ in range(3):
-                assert_same_bits(first, case.ours())
+@pytest.mark.parametrize("device, dtype, options", forms())
+def test_more_heads_than_blocks_of_threads(device, dtype, options):
+    for N, D in ((100, 64), (200, 32), (512, 64), (480, 32)):
+        shape = dict(B=50, H=14, Hk=7, N=N, D=D, masks="padding") | options
+        if "pool" in options:
+            shape["Hk"] = 14
+        case = Case(device, dtype, **shape)
+        first = case.check()
+        for _ in range(3):
+            assert_same_bits(first, case.ours())
 
 
-@pytest.mark.parametrize("device, dtype", HALF)
-def test_scale_and_nan(device, dtype):
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("device, dtype, options", forms())
+def test_scale_and_nan(device, dtype, options, D):
+    shape = SHAPE | dict(D=D)
     for scale in (-0.3, 0.0, 2.5):
-        Case(device, dtype, coarse="block", order=0, scale=scale, **SHAPE).check()
-    # A block without a key, and without a query, is not read.
-    case = Case(device, dtype, coarse="block", order=0, masks="both", **SHAPE)
+        Case(device, dtype, scale=scale, **shape, **options).check()
+    # Blocks without a key are not read; queries that don't count, NaN or not, give zeros.
+    case = Case(device, dtype, masks="both", **shape, **options)
+    block = case.block[0]
     first = case.ours(backward=False)
-    assert not case.key_mask[0, 32:64].any() and not case.query_mask[0, 32:64].any()
-    case.k[0, :, 32:64] = case.v[0, :, 32:64] = torch.nan
-    case.q[0, :, 32:64] = torch.nan
+    assert not case.key_mask[0, block : 2 * block].any()
+    assert not case.query_mask[0, block : 2 * block].any()
+    case.q.masked_fill_(~case.query_mask[:, None, :, None], torch.nan)
+    case.k[0, :, block : 2 * block] = case.v[0, :, block : 2 * block] = torch.nan
     assert_same_bits(first, case.ours(backward=False))
+
+
+@pytest.mark.parametrize("device, dtype, options", forms(ORDER1, CENTRED))
+def test_far_means(device, dtype, options):
+    """Moments of keys and values whose means are far from zero, and far from one another."""
+    for D in (32, 64):
+        for N in (512, 450):
+            case = Case(device, dtype, **options, N=N, M=N, D=D, density=0.1, spread=0.1)
+            case.k += 30 * torch.randn(D, device=device, dtype=dtype)
+            case.v += 30 * torch.randn(D, device=device, dtype=dtype)
+            case.check(backward=False)

@@ -47,17 +47,15 @@ cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch
   }
   if (form == HeadForm::row) return run(std::integral_constant<HeadForm, HeadForm::row>{});
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return form == HeadForm::order1
-               ? run(std::integral_constant<HeadForm, HeadForm::order1>{})
-               : run(std::integral_constant<HeadForm, HeadForm::centred>{});
+    return form == HeadForm::order1 ? run(std::integral_constant<HeadForm, HeadForm::order1>{})
+                                    : run(std::integral_constant<HeadForm, HeadForm::centred>{});
   }
   return cudaErrorNotSupported;
 }
 
 template <typename T>
 cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch) {
-  return p.fine.D <= 32 ? launch_form<T, 32>(form, p, launch)
-                        : launch_form<T, 64>(form, p, launch);
+  return p.fine.D <= 32 ? launch_form<T, 32>(form, p, launch) : launch_form<T, 64>(form, p, launch);
 }
 
 }  // namespace

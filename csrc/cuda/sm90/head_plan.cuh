@@ -44,8 +44,7 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int fi
 
 // How many pairs to take of those whose keys the lanes hold, which become keys under the boundary.
 template <bool kGlobal, class Shared>
-__device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x,
-                                             uint32_t& key) {
+__device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x, uint32_t& key) {
   const PlanParams& plan = p.plan;
   const int lane = threadIdx.x % 32;
   if (!kGlobal && !has_tiers(plan)) {
@@ -73,12 +72,13 @@ __device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int
   return edge.take;
 }
 
-// The blocks that query block x takes, as bits, by warp `run`, which has the key of its lane's
-// pair; written as its list by the warp that leads. Global selection: by all warps, with barriers.
+// The blocks that query block x takes, as bits, by the warp of a run of it, which has the key of
+// its lane's pair; written as the block's list for the run that leads. Global selection: by all
+// warps at once, with barriers.
 template <bool kGlobal, class Shared>
 __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s, int64_t head,
                                                   int run, int x, bool leads, uint32_t key) {
-  constexpr int kWarps = Shared::kRows / kRun;
+  constexpr int kRuns = Shared::kRows / kRun;
   const PlanParams& plan = p.plan;
   const int lane = threadIdx.x % 32, y = lane % kHeadRuns;
   if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
@@ -91,7 +91,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
   int rank = __popc(same & ((1u << y) - 1));
   if (kGlobal) {
     __syncthreads();
-    int part = rank_key<kWarps / 2>(s.map, lane / kHeadRuns * (kWarps / 2), x, y, key);
+    int part = rank_key<kRuns / 2>(s.map, lane / kHeadRuns * (kRuns / 2), x, y, key);
     rank += part + __shfl_xor_sync(kFullWarp, part, kHeadRuns);
   } else {
     __syncwarp();
@@ -162,6 +162,23 @@ __device__ __forceinline__ void make_state(Shared& s, int x, int nk, uint32_t ke
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) s.coarse.state_mean[x][lane + 32 * i] = mean[i] * inverse;
   if (lane == 0) s.coarse.state_lse[x] = any ? top + log2_approx(sum) * kLn2 : -INFINITY;
+}
+
+// The row of scores of a run's query block: the key of this lane's pair, kAbsent where there is no
+// such pair.
+template <int DP, class Shared>
+__device__ __forceinline__ uint32_t score_run(const HeadParams& p, const Shared& s, int run,
+                                              const HeadBlocks& blocks) {
+  constexpr int kRuns = Shared::kRows / kRun;
+  const int y = threadIdx.x % 32 % kHeadRuns;
+  const int lead_q = blocks.lead(blocks.of_run(run)), lead_k = blocks.lead(y) % kRuns;
+  uint32_t queries = s.queries_there[lead_q], keys = s.keys_there[lead_k];
+  if (blocks.shift != 0) {
+    queries |= s.queries_there[lead_q + 1];
+    keys |= s.keys_there[lead_k + 1];
+  }
+  const uint32_t key = score_key<DP>(s.q_mean[lead_q], s.k_mean[lead_k], p.plan.scale);
+  return queries != 0 && y < p.plan.nk && keys != 0 ? key : kAbsent;
 }
 
 }  // namespace mra::cuda::sm90

@@ -1,37 +1,26 @@
 // Short heads (forward_head.cuh): what a block of threads holds of one, and the means of its
-// blocks. A run is 32 neighbouring rows, which one warp pools and attends; a block has one run or
-// two.
+// blocks. A run is 32 neighbouring rows, which one warp pools and attends; a block has one or two.
 #pragma once
 
 #include "../head.h"
 #include "../plan_block.cuh"
 #include "../sm80/tile.cuh"
+#include "tma.cuh"
 #include "warp_products.cuh"
 
 namespace mra::cuda::sm90 {
 
 constexpr int kRun = 32;  // rows
 
-// Two runs of a block have warps that are neighbours: `lead` is the first one's, whose number also
-// says where shared memory keeps what belongs to the block.
+// The runs of a block of two have warps that are neighbours. The number of its first run, the
+// leading one, also says where shared memory keeps what belongs to the block.
 struct HeadBlocks {
   int shift;  // log2 of runs in a block
 
   __device__ __forceinline__ int of_run(int run) const { return run >> shift; }
   __device__ __forceinline__ int lead(int block) const { return block << shift; }
   __device__ __forceinline__ bool leads(int run) const { return (run & shift) == 0; }
-  // The other warp of a pair that leads has written what the leading one reads.
-  __device__ __forceinline__ void join(int run) const {
-    if (shift == 0) return;
-    __syncwarp();
-    const int barrier = 1 + of_run(run);
-    if (leads(run)) {
-      asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory");
-    } else {
-      asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory");
-    }
-  }
-  // Both have written what the other one reads.
+  // The warps of a block meet: what each has written before is seen by the other one.
   __device__ __forceinline__ void meet(int run) const {
     __syncwarp();
     if (shift != 0) asm volatile("bar.sync %0, 64;" ::"r"(1 + of_run(run)) : "memory");
@@ -39,41 +28,68 @@ struct HeadBlocks {
 };
 
 // What the coarse forms need besides.
-template <int kWarps, int DP, HeadForm kForm>
+template <int kRuns, int DP, HeadForm kForm>
 struct HeadCoarse {  // row: pooled keys are attended as keys are
-  uint16_t k[1][16][DP], v[1][16][DP];
-  uint16_t matrices[2][1][DP][DP];  // C, Sigma; before them, sums of values of second runs
-  float log_mass[16];               // of a block's keys, log2 units; -inf where there are none
-  uint32_t roots[kForm == HeadForm::centred ? 16 * kWarps : 1];  // of weights times counts, pairs
-  float of_run[kForm == HeadForm::centred ? kWarps : 1][2];      // maximum and sum of logits
+  uint16_t k[16][DP], v[16][DP];
+  // What rounding has taken from them.
+  uint16_t k_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
+  uint16_t v_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
+  uint16_t matrices[2][DP][DP];  // C, Sigma; before them, sums of second runs of blocks
+  float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
+  uint32_t roots[kForm == HeadForm::centred ? 16 * kRuns : 1];  // of weights times counts, pairs
+  float of_run[kForm == HeadForm::centred ? kRuns : 1][2];      // maximum and sum of logits
+
+  // Blocks beyond the last one.
+  __device__ __forceinline__ void clear(int thread, int threads) {
+    for (int i = thread; i < 16 * DP; i += threads) {
+      (&k[0][0])[i] = (&v[0][0])[i] = 0;
+      if constexpr (kForm == HeadForm::order1) (&k_lost[0][0])[i] = (&v_lost[0][0])[i] = 0;
+    }
+    for (int i = thread; i < 16; i += threads) log_mass[i] = -INFINITY;
+  }
+  // Sums of block x's second run: of values, and weighted ones of keys.
+  __device__ __forceinline__ float* of_second(int which, int x) {
+    return reinterpret_cast<float*>(matrices) + (8 * which + x % 8) * DP;
+  }
 };
-template <int kWarps, int DP>
-struct HeadCoarse<kWarps, DP, HeadForm::state> {
-  float v_mean[kWarps][DP + 4];
-  alignas(16) float state_mean[kWarps][DP];
-  float state_lse[kWarps];
+template <int kRuns, int DP>
+struct HeadCoarse<kRuns, DP, HeadForm::state> {
+  float v_mean[kRuns][DP + 4];
+  alignas(16) float state_mean[kRuns][DP];
+  float state_lse[kRuns];
 };
 
-// kWarps: the most runs of queries, and of keys.
-template <int kWarps, int DP, HeadForm kForm>
+template <int kRuns, int DP, HeadForm kForm>
 struct HeadShared {
-  static constexpr int kRows = kRun * kWarps;
-  static_assert(kWarps <= kHeadRuns && kHeadRuns == 16, "half a warp has a row of pairs");
+  static constexpr int kRows = kRun * kRuns;
+  static_assert(kRuns <= kHeadRuns && kHeadRuns == 16, "half a warp has a row of pairs");
   struct Inputs {
-    uint16_t q[1][kRows][DP], k[1][kRows][DP], v[1][kRows][DP];
+    uint16_t q[kRows][DP], k[kRows][DP], v[kRows][DP];
   } in;
-  HeadCoarse<kWarps, DP, kForm> coarse;
+  HeadCoarse<kRuns, DP, kForm> coarse;
   // Of blocks, at their leading run. Rows of four words more: eight lanes that read 16 bytes of
   // eight rows hit all banks.
-  alignas(16) float q_mean[kWarps][DP + 4];
-  alignas(16) float k_mean[kWarps][DP + 4];
-  alignas(16) uint32_t map[kWarps][kHeadRuns];  // keys of scores, a row for each warp
-  uint32_t taken[kWarps];                       // bit y: query block x takes key block y
-  uint32_t queries_there[kWarps];               // bit r: row r of the run counts
-  uint32_t keys_there[kWarps];
+  alignas(16) float q_mean[kRuns][DP + 4];
+  alignas(16) float k_mean[kRuns][DP + 4];
+  alignas(16) uint32_t map[kRuns][kHeadRuns];  // keys of scores, a row for each run
+  uint32_t taken[kRuns];                       // bit y: query block x takes key block y
+  uint32_t queries_there[kRuns];               // bit r: row r of the run counts
+  uint32_t keys_there[kRuns];
   int pairs[kTiers];
-  int queries_read;  // warps that are done with q
   uint64_t full[3];  // q, k, v
+
+  template <int kLength>
+  static __device__ __forceinline__ const uint16_t (&run_of(const uint16_t (&from)[kLength][DP],
+                                                            int run))[kRun][DP] {
+    return reinterpret_cast<const uint16_t(&)[kRun][DP]>(from[kRun * run]);
+  }
+};
+
+// The head that a block of threads is at.
+struct HeadAt {
+  int item, b, h;
+  int64_t key_head;
+  bool writes_keys;  // one of the query heads that share it writes what belongs to a key head
 };
 
 // The rows of a run that count, as bits: those before `rows` whose mask is not 0.
@@ -127,10 +143,6 @@ __device__ __forceinline__ int column_of() {
   return threadIdx.x % 32 / 4 % (DP / 8) * 8 + threadIdx.x % 4 * 2;
 }
 template <int DP>
-__device__ __forceinline__ bool writes_column(int D) {
-  return threadIdx.x % 32 < DP / 2 && column_of<DP>() < D;
-}
-template <int DP>
 __device__ __forceinline__ float2 of_column(const float (&sum)[DP / 8][4]) {
   const int tile = threadIdx.x % 32 / 4 % (DP / 8);
   float2 mine = make_float2(sum[0][0], sum[0][1]);
@@ -160,19 +172,95 @@ template <int DP>
 __device__ __forceinline__ float2 get_pair(const float* from) {
   return *reinterpret_cast<const float2*>(from + column_of<DP>());
 }
-// As row `row` of a panel.
+// As row `row` of a panel; returns what rounding has taken.
 template <typename T, int DP>
-__device__ __forceinline__ void round_pair(uint16_t (&to)[1][16][DP], int row, float2 pair) {
-  if (threadIdx.x % 32 >= DP / 2) return;
-  const int column = column_of<DP>(), chunk = swizzled<DP>(column / 8, row);
-  *reinterpret_cast<uint32_t*>(&to[0][row][chunk * 8 + column % 8]) =
-      Mma<T>::pack(pair.x, pair.y);
+__device__ __forceinline__ float2 round_pair(uint16_t (&to)[16][DP], int row, float2 pair) {
+  const uint32_t rounded = Mma<T>::pack(pair.x, pair.y);
+  const float2 kept = unpack2(rounded, T{});
+  if (threadIdx.x % 32 < DP / 2) {
+    const int column = column_of<DP>(), chunk = swizzled<DP>(column / 8, row);
+    *reinterpret_cast<uint32_t*>(&to[row][chunk * 8 + column % 8]) = rounded;
+  }
+  return make_float2(pair.x - kept.x, pair.y - kept.y);
+}
+// The mean of block x of `count` blocks of a head, unless there is no place for it.
+template <int DP>
+__device__ __forceinline__ void write_mean(const HeadParams& p, float* means, int64_t head,
+                                           int count, int x, float2 mean) {
+  const int D = p.fine.D;
+  if (means == nullptr || x >= count || threadIdx.x % 32 >= DP / 2 || column_of<DP>() >= D) return;
+  put_pair<DP>(means + (head * count + x) * D, mean);
 }
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) {
   return make_float2(a.x + b.x, a.y + b.y);
 }
 __device__ __forceinline__ float2 operator*(float a, float2 b) {
   return make_float2(a * b.x, a * b.y);
+}
+
+// pool: the sums of a run, the means of the block that it leads. Second runs of blocks hand theirs
+// over in shared memory, those of values where the matrices of order 1 will be.
+template <typename T, HeadForm kForm, int DP, class Shared>
+__device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const HeadAt& at,
+                                         const HeadBlocks& blocks, int run, int phase,
+                                         const PanelLane<DP>& panel) {
+  constexpr bool kRow = kForm != HeadForm::state;
+  constexpr bool kValues = kRow && kForm != HeadForm::centred;
+  const ForwardParams& f = p.fine;
+  const int lane = threadIdx.x % 32, x = blocks.of_run(run);
+  const auto there = [&](int rows, const uint8_t* mask) {
+    return rows_there(rows - kRun * run, mask ? mask + int64_t{at.b} * rows + kRun * run : nullptr);
+  };
+  const uint32_t q_there = there(f.rows, f.row_mask), k_there = there(f.M, f.key_mask);
+  barrier_wait(&s.full[0], phase);
+  float2 q_mean = sum_run<T>(s.run_of(s.in.q, run), q_there, panel), v_mean{};
+  barrier_wait(&s.full[1], phase);
+  float2 k_mean = sum_run<T>(s.run_of(s.in.k, run), k_there, panel);
+  if constexpr (kValues) {
+    barrier_wait(&s.full[2], phase);
+    v_mean = sum_run<T>(s.run_of(s.in.v, run), k_there, panel);
+  }
+  if (lane == 0) {
+    s.queries_there[run] = q_there;
+    s.keys_there[run] = k_there;
+  }
+  int q_count = __popc(q_there), k_count = __popc(k_there);
+  if (kRow && blocks.shift != 0) {
+    if (!blocks.leads(run)) {
+      put_pair<DP>(s.q_mean[run], q_mean);
+      put_pair<DP>(s.k_mean[run], k_mean);
+      if constexpr (kValues) put_pair<DP>(s.coarse.of_second(0, x), v_mean);
+    }
+    blocks.meet(run);
+    if (!blocks.leads(run)) return;
+    q_count += __popc(s.queries_there[run + 1]);
+    k_count += __popc(s.keys_there[run + 1]);
+    q_mean = q_mean + get_pair<DP>(s.q_mean[run + 1]);
+    k_mean = k_mean + get_pair<DP>(s.k_mean[run + 1]);
+    if constexpr (kValues) v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
+  }
+  const float over_k = 1.f / static_cast<float>(max(k_count, 1));
+  q_mean = 1.f / static_cast<float>(max(q_count, 1)) * q_mean;
+  k_mean = over_k * k_mean;
+  put_pair<DP>(s.q_mean[run], q_mean);
+  put_pair<DP>(s.k_mean[run], k_mean);
+  write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
+  if (at.writes_keys) write_mean<DP>(p, p.k_mean, at.key_head, p.plan.nk, x, k_mean);
+  if (at.h == 0 && lane == 0) {
+    if (p.q_count != nullptr && x < p.plan.nq) p.q_count[at.b * p.plan.nq + x] = q_count;
+    if (p.k_count != nullptr && x < p.plan.nk) p.k_count[at.b * p.plan.nk + x] = k_count;
+  }
+  if constexpr (kValues) {
+    v_mean = over_k * v_mean;
+    if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, v_mean);
+    const float2 k_lost = round_pair<T>(s.coarse.k, x, k_mean);
+    const float2 v_lost = round_pair<T>(s.coarse.v, x, v_mean);
+    if constexpr (kForm == HeadForm::order1) {
+      round_pair<T>(s.coarse.k_lost, x, k_lost);
+      round_pair<T>(s.coarse.v_lost, x, v_lost);
+    }
+    if (lane == 0) s.coarse.log_mass[x] = log2_approx(static_cast<float>(k_count));
+  }
 }
 
 }  // namespace mra::cuda::sm90

@@ -1,21 +1,11 @@
-// Short heads (forward_head.cuh): the end of 16 rows of a warp.
+// Short heads (forward_head.cuh): the attention of a warp's rows, from pooled keys or a state over
+// the selected runs of keys to the output, with order 1.
 #pragma once
 
 #include "../sm80/softmax.cuh"
+#include "head_moments.cuh"
 
 namespace mra::cuda::sm90 {
-
-// Whether this warp is the last of `warps` to come here; the counter is then at zero again.
-__device__ __forceinline__ bool last_to_leave(int& counter, int warps) {
-  __syncwarp();
-  int before = 0;
-  if (threadIdx.x % 32 == 0) {
-    __threadfence_block();
-    before = atomicAdd(&counter, 1);
-    if (before == warps - 1) counter = 0;
-  }
-  return __shfl_sync(kFullWarp, before, 0) == warps - 1;
-}
 
 // Scores of a run of keys -> logits in log2 units, -inf for keys whose bit is not set.
 __device__ __forceinline__ void to_logits(float (&c)[4][4], uint32_t there, float scale) {
@@ -30,8 +20,9 @@ __device__ __forceinline__ void to_logits(float (&c)[4][4], uint32_t there, floa
 }
 
 // Divides by the mass, and writes the lse of the rows whose bit in `there` is set, and -inf for
-// others of the `present`; `lse` and `share_out` (or null) are those of the first of 16 rows.
-template <class Softmax>
+// others of the `present`, with kShare also their coarse share; `lse` and `share_out` are those of
+// the first of 16 rows.
+template <bool kShare, class Softmax>
 __device__ __forceinline__ void finish_rows(Softmax& s, float* lse, float* share_out, int present,
                                             uint32_t there, float (&share)[2]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -39,19 +30,29 @@ __device__ __forceinline__ void finish_rows(Softmax& s, float* lse, float* share
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = g + 8 * half;
-    const float pooled = quad_sum(s.pooled_sum[half]), sum = quad_sum(s.sum[half]);
+    const float sum = quad_sum(s.sum[half]);
     const float total = there >> r & 1 ? sum : 0.f;
     const bool weight = !(total == 0.f);  // NaN in, NaN out
     inverse[half] = weight ? __fdividef(1.f, total) : 0.f;
-    share[half] = weight && pooled > 0.f
-                      ? pooled * exp2_approx(s.pooled_max[half] - s.max[half]) * inverse[half]
-                      : 0.f;
+    if (kShare) {
+      const float pooled = quad_sum(s.pooled_sum[half]);
+      share[half] = weight && pooled > 0.f
+                        ? pooled * exp2_approx(s.pooled_max[half] - s.max[half]) * inverse[half]
+                        : 0.f;
+    }
     if (t == 0 && r < present) {
       lse[r] = weight ? (s.max[half] + log2_approx(total)) * kLn2 : -INFINITY;
-      if (share_out != nullptr) share_out[r] = share[half];
+      if (kShare) share_out[r] = share[half];
     }
   }
   s.rescale(inverse);
+  if ((there & 0xffffu) == 0xffffu) return;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // of a row that doesn't count, which may hold NaN
+    if (there >> (g + i / 2 * 8) & 1) continue;
+#pragma unroll
+    for (int n = 0; n < Softmax::kTiles; ++n) s.acc[n][i] = 0.f;
+  }
 }
 
 // A warp's 16 rows of accumulators to memory: four lanes that share a row trade columns until each
@@ -89,6 +90,175 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, int present, 
       }
     }
   }
+}
+
+// c = A times a matrix, or its transpose.
+template <typename T, bool kTransposed, int DP>
+__device__ __forceinline__ void multiply_matrix(float (&c)[DP / 8][4],
+                                                const typename Mma<T>::A (&a)[DP / 16],
+                                                const uint16_t (&matrix)[DP][DP],
+                                                const PanelLane<DP>& panel) {
+#pragma unroll
+  for (int n = 0; n < DP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
+  }
+  if constexpr (kTransposed) {
+    multiply_nt<T>(c, a, as_panel(matrix), panel);
+  } else {
+    const uint32_t base = smem_address(matrix);
+#pragma unroll
+    for (int k = 0; k < DP / 16; ++k) {
+      typename Mma<T>::B fb[DP / 16];
+#pragma unroll
+      for (int n = 0; n < DP / 16; ++n) {
+        ldmatrix_x4<true>(fb[n].r, base + 16 * k * panel.kRowBytes + panel.rows(n));
+      }
+      Mma<T>::mma(c, 0, a[k], fb, false);
+    }
+  }
+}
+
+// t_i = s^2 x_i Sigma x_i^T of this thread's rows, the left operand's: a left operand's registers
+// hold the columns that an accumulator's do.
+template <typename T, int DP>
+__device__ __forceinline__ void multiply_sigma(float (&t)[2],
+                                               const typename Mma<T>::A (&a)[DP / 16],
+                                               const uint16_t (&sigma)[DP][DP], float scale,
+                                               const PanelLane<DP>& panel) {
+  float c[DP / 8][4];
+  multiply_matrix<T, true>(c, a, sigma, panel);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float dot = 0.f;
+#pragma unroll
+    for (int n = 0; n < DP / 8; ++n) {
+      const float2 x = unpack2(a[n / 2].r[n % 2 * 2 + half], T{});
+      dot += x.x * c[n][2 * half] + x.y * c[n][2 * half + 1];
+    }
+    t[half] = scale * scale * quad_sum(dot);
+  }
+}
+
+// q -> q less the mean query, which the lanes hold as mean_query leaves it.
+template <typename T, int kSteps, int kColumns>
+__device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
+                                            const float (&centre)[kColumns]) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2 * kSteps; ++i) {
+    const int d = 8 * i + 2 * t;
+    const uint32_t pair = Mma<T>::pack(__shfl_sync(kFullWarp, centre[i / 4], d % 32),
+                                       __shfl_sync(kFullWarp, centre[i / 4], d % 32 + 1));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t& u = q[i / 2].r[i % 2 * 2 + half];
+      u = Pairs<T>::less(u, pair);
+    }
+  }
+}
+
+// Rows 16 `half` on of a run; their block takes `taken`.
+template <typename T, HeadForm kForm, int DP, class Shared>
+__device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s, const HeadAt& at,
+                                            const HeadBlocks& blocks, int run, int half,
+                                            uint32_t taken,
+                                            [[maybe_unused]] const float (&centre)[DP / 32],
+                                            const PanelLane<DP>& panel) {
+  constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
+  constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
+  const ForwardParams& f = p.fine;
+  const int t = threadIdx.x % 4, row = kRun * run + 16 * half, present = f.rows - row;
+  if (present <= 0) return;
+  const float scale = f.scale * kLog2e;
+  typename Mma<T>::A q[DP / 16];
+  load_rows<T>(q, as_panel(s.in.q), row, panel);
+  OnlineSoftmax<T, DP, kOrder1> softmax;
+  auto& acc = softmax.acc;
+
+  // coarse
+  [[maybe_unused]] float variance[2];
+  if constexpr (kRow) {
+    float c[2][4] = {}, row_bias[2] = {};
+    multiply_nt<T>(c, q, as_panel(s.coarse.k), panel);
+    if constexpr (kCentred) {
+      typename Mma<T>::A u[DP / 16];
+#pragma unroll
+      for (int i = 0; i < DP / 16; ++i) u[i] = q[i];
+      take_centre<T>(u, centre);
+      multiply_sigma<T>(variance, u, s.coarse.matrices[1], f.scale, panel);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        row_bias[i] = log2_approx(3.f - __fdividef(2.f, 1.f + variance[i] / 4));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int y = 8 * n + 2 * t + e;
+        const float bias = taken >> y & 1 ? -INFINITY : s.coarse.log_mass[y];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& logit = c[n][2 * i + e];
+          logit = fmaf(logit, scale, bias + row_bias[i]);
+        }
+      }
+    }
+    float due[2];  // nothing is there yet to be due
+    softmax.start(nullptr, nullptr, DP);
+    softmax.weigh(c, 1.f, due);
+    softmax.keep_pooled();
+    multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
+  } else {
+    softmax.start(p.coarse ? s.coarse.state_mean[run] : nullptr, &s.coarse.state_lse[run], DP);
+  }
+
+  // fine
+#pragma unroll 1
+  for (uint32_t left = taken; left != 0; left &= left - 1) {
+    const int lead = blocks.lead(__ffs(left) - 1);
+#pragma unroll 1
+    for (int r = lead; r <= lead + blocks.shift; ++r) {
+      const uint32_t there = s.keys_there[r];
+      if (kRow && there == 0) continue;
+      float c[4][4] = {}, factor = scale;
+      multiply_nt<T>(c, q, as_panel(s.run_of(s.in.k, r)), panel);
+      if (there != kFullWarp) {
+        to_logits(c, there, scale);
+        factor = 1.f;
+      }
+      softmax.update(c, factor);
+      multiply_pn<T>(acc, c, as_panel(s.run_of(s.in.v, r)), panel);
+    }
+  }
+
+  const int64_t first = int64_t{at.item} * f.rows + row;
+  float share[2];
+  finish_rows<kOrder1>(softmax, f.lse + first, f.share + first, present,
+                       s.queries_there[run] >> 16 * half, share);
+  if constexpr (kOrder1) {
+    if constexpr (kCentred) {
+      take_centre<T>(q, centre);
+    } else {
+      multiply_sigma<T>(variance, q, s.coarse.matrices[1], f.scale, panel);
+    }
+    float u[DP / 8][4];
+    multiply_matrix<T, DP == 32>(u, q, s.coarse.matrices[0], panel);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (share[i] == 0.f) continue;
+      const float factor = share[i] * f.scale * __fdividef(1.f, 1.f + variance[i] / 4);
+#pragma unroll
+      for (int n = 0; n < DP / 8; ++n) {
+#pragma unroll
+        for (int e = 2 * i; e < 2 * i + 2; ++e) acc[n][e] = fmaf(factor, u[n][e], acc[n][e]);
+      }
+    }
+  }
+  store_rows<T>(static_cast<T*>(f.out) + at.b * f.out_strides.b + at.h * f.out_strides.h +
+                    row * f.out_strides.l,
+                f.out_strides.l, present, f.D, acc);
 }
 
 }  // namespace mra::cuda::sm90

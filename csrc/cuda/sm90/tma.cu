@@ -39,8 +39,7 @@ bool tensor_map(CUtensorMap* map, Dtype dtype, const void* data, const Strides& 
   const cuuint32_t every[] = {1, 1, 1, 1};
   const auto swizzle = columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encoder()(map, type, 4, const_cast<void*>(data), sizes, steps, box, every,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -31,6 +31,12 @@ struct PanelLane {
   __device__ __forceinline__ uint32_t keys(int i) const { return key ^ 32 * i; }
 };
 
+template <int kRows, int kColumns>
+__device__ __forceinline__ auto as_panel(const uint16_t (&rows)[kRows][kColumns]) -> const
+    uint16_t (&)[1][kRows][kColumns] {
+  return reinterpret_cast<const uint16_t(&)[1][kRows][kColumns]>(rows);
+}
+
 // A warp's 16 rows, from row `first` of panels of kRows, as left operands.
 template <typename T, int kSteps, int kPanels, int kRows, int kColumns>
 __device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[kSteps],
@@ -57,8 +63,8 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
     typename Mma<T>::B fb[kRows / 16];
 #pragma unroll
     for (int n = 0; n < kRows / 16; ++n) {
-      ldmatrix_x4<false>(
-          fb[n].r, base + (i / kEach * kRows + 16 * n) * kRow + lane.keys(i % kEach));
+      ldmatrix_x4<false>(fb[n].r,
+                         base + (i / kEach * kRows + 16 * n) * kRow + lane.keys(i % kEach));
     }
     Mma<T>::mma(c, 0, a[i], fb, false);
   }

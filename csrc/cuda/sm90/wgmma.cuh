@@ -3,7 +3,8 @@
 // holds rows 16 w to 16 w + 15.
 //
 // Operands in shared memory lie in panels of 64 columns, 128 bytes a row, as the bulk tensor copy
-// with a swizzle of 128 bytes leaves them; a panel starts on a multiple of 1024 bytes.
+// with a swizzle of 128 bytes leaves them; a panel starts on a multiple of 1024 bytes. Or, where it
+// says so, of 32 columns with a swizzle of 64 bytes.
 #pragma once
 
 #include "../sm80/mma.cuh"
@@ -11,10 +12,12 @@
 namespace mra::cuda::sm90 {
 
 // Matrix descriptor of a swizzled panel: `leading` is the distance in bytes between panels of 64
-// columns (read for operands stored with the product's inner dimension in rows only).
+// kColumns (read for operands stored with the product's inner dimension in rows only).
+template <int kColumns = 64>
 __device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 16) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kEightRows = 1024 >> 4;
-  return kSwizzle128 | kEightRows << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
+  constexpr uint64_t kSwizzle = (kColumns == 64 ? 1ull : 2ull) << 62;
+  constexpr uint64_t kEightRows = 16 * kColumns >> 4;
+  return kSwizzle | kEightRows << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
          ((smem_address(panel) & 0x3ffff) >> 4);
 }
 
@@ -61,9 +64,12 @@ struct Wgmma;
 
 #define MRA_D4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define MRA_D16(d, n) MRA_D4(d, n), MRA_D4(d, n + 1), MRA_D4(d, n + 2), MRA_D4(d, n + 3)
+#define MRA_D8(d, n) MRA_D4(d, n), MRA_D4(d, n + 1)
 #define MRA_D32(d, n) MRA_D16(d, n), MRA_D16(d, n + 4)
 #define MRA_D64(d, n) MRA_D32(d, n), MRA_D32(d, n + 8)
 #define MRA_D96(d, n) MRA_D64(d, n), MRA_D32(d, n + 16)
+#define MRA_R8 "{%0, %1, %2, %3, %4, %5, %6, %7"
+#define MRA_R16 MRA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MRA_R32                                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -98,6 +104,8 @@ struct Wgmma;
     }                                                                                             \
   };
 #define MRA_WGMMA_TYPE(T, TYPE)                                                       \
+  MRA_WGMMA(T, TYPE, 16, MRA_R8, MRA_D8, "%8", "%9", "%10", "%11", "%12", "%13")      \
+  MRA_WGMMA(T, TYPE, 32, MRA_R16, MRA_D16, "%16", "%17", "%18", "%19", "%20", "%21")  \
   MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37")  \
   MRA_WGMMA(T, TYPE, 128, MRA_R64, MRA_D64, "%64", "%65", "%66", "%67", "%68", "%69") \
   MRA_WGMMA(T, TYPE, 192, MRA_R96, MRA_D96, "%96", "%97", "%98", "%99", "%100", "%101")
@@ -194,10 +202,13 @@ __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
 #undef MRA_R96
 #undef MRA_R64
 #undef MRA_R32
+#undef MRA_R16
+#undef MRA_R8
 #undef MRA_D96
 #undef MRA_D64
 #undef MRA_D32
 #undef MRA_D16
+#undef MRA_D8
 #undef MRA_D4
 
 }  // namespace mra::cuda::sm90

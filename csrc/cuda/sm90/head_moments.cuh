@@ -1,0 +1,258 @@
+// Short heads (forward_head.cuh): the moments of order 1.
+#pragma once
+
+#include "head_pool.cuh"
+#include "wgmma.cuh"
+
+namespace mra::cuda::sm90 {
+
+// Pairs of a half type, element by element, rounded once.
+template <typename T>
+struct Pairs;
+template <>
+struct Pairs<__nv_bfloat16> {
+  using Two = __nv_bfloat162;
+  static __device__ __forceinline__ uint32_t less(uint32_t a, uint32_t b) {
+    const Two d = __hsub2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+  static __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
+    const Two d = __hmul2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
+    return reinterpret_cast<const uint32_t&>(d);
+  }
+};
+
+// The 16 bits of column `column` of row `row`, twice.
+template <int DP>
+__device__ __forceinline__ uint32_t twice(const uint16_t (&from)[16][DP], int row, int column) {
+  const uint32_t x = from[row][swizzled<DP>(column / 8, row) * 8 + column % 8];
+  return x | x << 16;
+}
+
+// A warp's piece of C or Sigma: 16 rows from `row` and 8 kTiles columns from `column` of a product
+// of keys or values, transposed, with values or keys.
+template <typename T, int DP, int kRows, int kTiles>
+struct MomentPiece {
+  static constexpr int kRowBytes = PanelLane<DP>::kRowBytes;
+  using Panel = uint16_t[kRows][DP];
+  using Means = uint16_t[16][DP];
+  const Means& left_mean;
+  const Means& right_mean;
+  int row, column;
+  uint32_t left, right;  // where this lane's part of the first run lies
+
+  __device__ __forceinline__ MomentPiece(const Panel& of_left, const Means& of_left_mean,
+                                         const Panel& of_right, const Means& of_right_mean, int row,
+                                         int column, const PanelLane<DP>& panel)
+      : left_mean(of_left_mean),
+        right_mean(of_right_mean),
+        row(row),
+        column(column),
+        left(smem_address(of_left) + (panel.key ^ 2 * row)),
+        right(smem_address(of_right) + threadIdx.x % 32 * kRowBytes) {}
+
+  // Registers 2 i and 2 i + 1 of the left operand, i of the right one, have keys 8 i + 2 t on.
+  struct Run {
+    typename Mma<T>::A a[2];
+    uint32_t b[kTiles][4];
+  };
+  __device__ __forceinline__ Run load(int run) const {
+    Run r;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      ldmatrix_x4<true>(r.a[k].r, left + (run * kRun + 16 * k) * kRowBytes);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int chunk = swizzled<DP>(column / 8 + n, threadIdx.x % 32);
+      ldmatrix_x4<true>(r.b[n], right + run * kRun * kRowBytes + chunk * 16);
+    }
+    return r;
+  }
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const Run& r) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      Mma<T>::product(c[n], r.a[0], r.b[n][0], r.b[n][1]);
+      Mma<T>::product(c[n], r.a[1], r.b[n][2], r.b[n][3]);
+    }
+  }
+
+  // Less the means of block y, as they are rounded; times `roots`, of pairs of keys, unless null;
+  // zeros where `there` has none.
+  __device__ __forceinline__ void centre(Run& r, int y, uint32_t there,
+                                         const uint32_t* roots) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    uint32_t less_left[2], less_right[kTiles];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) less_left[i] = twice(left_mean, y, row + 8 * i + g);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) less_right[n] = twice(right_mean, y, column + 8 * n + g);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t(&u)[4] = r.a[i / 2].r;
+      const int at = i % 2 * 2;
+      u[at] = Pairs<T>::less(u[at], less_left[0]);
+      u[at + 1] = Pairs<T>::less(u[at + 1], less_left[1]);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) r.b[n][i] = Pairs<T>::less(r.b[n][i], less_right[n]);
+      if (roots != nullptr) {
+        const uint32_t root = roots[4 * i + t];
+        u[at] = Pairs<T>::times(u[at], root);
+        u[at + 1] = Pairs<T>::times(u[at + 1], root);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) r.b[n][i] = Pairs<T>::times(r.b[n][i], root);
+      }
+      if (there != kFullWarp) {
+        const uint32_t mask = mask_pair(there, 8 * i + 2 * t);
+        u[at] &= mask, u[at + 1] &= mask;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) r.b[n][i] &= mask;
+      }
+    }
+  }
+
+  // c -= count times the sum of mean^T mean over the blocks in `which`, bits: of what is rounded
+  // and what rounding has taken, but for the product of both latter.
+  __device__ __forceinline__ void take_means(float (&c)[kTiles][4], const Means& left_lost,
+                                             const Means& right_lost, uint32_t which, float count,
+                                             const PanelLane<DP>& panel) const {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    typename Mma<T>::A kept, lost;
+    ldmatrix_x4<true>(kept.r, smem_address(left_mean) + (panel.key ^ 2 * row));
+    ldmatrix_x4<true>(lost.r, smem_address(left_lost) + (panel.key ^ 2 * row));
+    const uint32_t low = mask_pair(which, 2 * t), high = mask_pair(which, 8 + 2 * t);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      kept.r[i] &= i < 2 ? low : high;
+      lost.r[i] &= i < 2 ? low : high;
+    }
+    const uint32_t of_right =
+        smem_address(lane < 16 ? right_mean : right_lost) + lane % 16 * kRowBytes;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      uint32_t b[4];  // kept, lost
+      ldmatrix_x4<true>(b, of_right + swizzled<DP>(column / 8 + n, lane) * 16);
+      float of_means[4] = {};
+      Mma<T>::product(of_means, lost, b[0], b[1]);
+      Mma<T>::product(of_means, kept, b[2], b[3]);
+      Mma<T>::product(of_means, kept, b[0], b[1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[n][i] = fmaf(-count, of_means[i], c[n][i]);
+    }
+  }
+};
+
+// How the matrices are cut. 64 columns: C and Sigma in halves of their columns, 64 rows a
+// warpgroup. 32: keys and values are its 64 rows, and the product with keys Sigma above C^T.
+template <int DP>
+struct MomentCut {
+  static constexpr int kColumns = DP == 64 ? 32 : 16, kPieces = DP == 64 ? 4 : 2;
+};
+
+// A piece by a warpgroup: products of all keys as they are.
+template <typename T, int DP, int kTiles, int kRows>
+__device__ __forceinline__ void multiply_runs(float (&result)[kTiles][4],
+                                              const uint16_t (&left)[kRows][DP],
+                                              const uint16_t (&right)[kRows][DP], int column,
+                                              int runs) {
+  constexpr int kNext = DP * 2 * 16 >> 4;  // of a descriptor, from 16 rows to the next ones
+  float c[kTiles][4];
+  uint64_t a = descriptor<DP>(left, sizeof(left));
+  uint64_t b = descriptor<DP>(right) + (column * 2 >> 4);
+  using Product = Wgmma<T, 8 * kTiles>;
+  const int last = uniform(runs);
+  wgmma_fence();
+  Product::template multiply<true, true>(c, a, b, false);
+  Product::template multiply<true, true>(c, a + kNext, b + kNext, true);
+#pragma unroll 1
+  for (int run = 1; run < last; ++run) {
+    a += 2 * kNext;
+    b += 2 * kNext;
+    Product::template multiply<true, true>(c, a, b, true);
+    Product::template multiply<true, true>(c, a + kNext, b + kNext, true);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  pin(c);
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result[n][i] = c[n][i];
+  }
+}
+
+// C and Sigma, by all warps of the head, to shared memory (32 columns: C^T) and, unless null, to
+// `out`, [2, DP, DP]. Blocks all of whose keys count give the product of the keys as they are, less
+// that of the means; others, and weighted ones, are centred on the way. Other threads see the
+// matrices, and so do warpgroup products, behind a barrier.
+template <typename T, bool kWeighted, int DP, class Shared>
+__device__ __forceinline__ void make_matrices(Shared& s, const HeadBlocks& blocks, int runs,
+                                              int warp, T* out, const PanelLane<DP>& panel) {
+  using Cut = MomentCut<DP>;
+  constexpr int kWarps = Shared::kRows / kRun, kTiles = Cut::kColumns / 8;
+  static_assert(kWarps % 4 == 0);
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t there = lane < runs ? s.keys_there[lane] : 0u;
+  const int counted = __reduce_add_sync(kFullWarp, __popc(there));
+  const float over_n = 1.f / static_cast<float>(max(counted, 1));
+  const uint32_t full_runs = __ballot_sync(kFullWarp, there == kFullWarp);
+  uint32_t full = full_runs;  // blocks
+  if (blocks.shift != 0) {
+    full = __ballot_sync(kFullWarp, lane < kHeadRuns / 2 && (full_runs >> 2 * lane & 3) == 3);
+  }
+  if (kWeighted) full = 0;
+  const bool all_full = counted == runs * kRun && !(blocks.shift != 0 && runs % 2 != 0);
+
+#pragma unroll 1
+  for (int piece = warp / 4; piece < Cut::kPieces; piece += kWarps / 4) {
+    const int column = piece * Cut::kColumns % DP, row_of_group = 16 * (warp % 4);
+    const bool sigma = DP == 64 ? piece >= Cut::kPieces / 2 : row_of_group < DP;
+    const bool values_left = DP == 32 && !sigma, values_right = DP == 64 && !sigma;
+    const int row = row_of_group % DP;
+    const MomentPiece<T, DP, Shared::kRows, kTiles> of(
+        values_left ? s.in.v : s.in.k, values_left ? s.coarse.v : s.coarse.k,
+        values_right ? s.in.v : s.in.k, values_right ? s.coarse.v : s.coarse.k, row, column, panel);
+    float c[kTiles][4] = {};
+    if (!kWeighted && all_full) {
+      multiply_runs<T, DP>(c, s.in.k, values_right ? s.in.v : s.in.k, column, runs);
+    } else {
+#pragma unroll 1
+      for (int run = 0; run < runs; ++run) {
+        const int y = blocks.of_run(run);
+        if (s.keys_there[run] == 0) continue;
+        auto keys = of.load(run);
+        if (!(full >> y & 1)) {
+          of.centre(keys, y, s.keys_there[run],
+                    kWeighted ? s.coarse.roots + run * (kRun / 2) : nullptr);
+        }
+        of.multiply(c, keys);
+      }
+    }
+    if constexpr (!kWeighted) {
+      of.take_means(c, values_left ? s.coarse.v_lost : s.coarse.k_lost,
+                    values_right ? s.coarse.v_lost : s.coarse.k_lost, full,
+                    static_cast<float>(kRun << blocks.shift), panel);
+    }
+    uint16_t(&matrix)[DP][DP] = s.coarse.matrices[sigma];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + g + 8 * half, chunk = column / 8 + n;
+        const uint32_t pair = Mma<T>::pack(c[n][2 * half] * over_n, c[n][2 * half + 1] * over_n);
+        *reinterpret_cast<uint32_t*>(&matrix[r][swizzled<DP>(chunk, r) * 8 + 2 * t]) = pair;
+        if (out == nullptr) continue;
+        T* const to = out + sigma * DP * DP;
+        if (values_left) {  // C^T
+          const T* const values = reinterpret_cast<const T*>(&pair);
+          to[(8 * chunk + 2 * t) * DP + r] = values[0];
+          to[(8 * chunk + 2 * t + 1) * DP + r] = values[1];
+        } else {
+          *reinterpret_cast<uint32_t*>(to + r * DP + 8 * chunk + 2 * t) = pair;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mra::cuda::sm90

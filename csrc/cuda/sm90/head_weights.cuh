@@ -1,0 +1,183 @@
+// Short heads (forward_head.cuh): how the keys of a block weigh under pool = centred, and the means
+// that they make.
+#pragma once
+
+#include "head_pool.cuh"
+
+namespace mra::cuda::sm90 {
+
+// The mean query, columns lane and lane + 32 of this lane; the same for every warp.
+template <int DP, class Shared>
+__device__ __forceinline__ void mean_query(float (&mean)[DP / 32], const Shared& s,
+                                           const HeadBlocks& blocks, int runs) {
+  const int lane = threadIdx.x % 32;
+  int n = 0;
+#pragma unroll
+  for (int i = 0; i < DP / 32; ++i) mean[i] = 0.f;
+#pragma unroll 1
+  for (int run = 0; run < runs; run += 1 << blocks.shift) {
+    int count = __popc(s.queries_there[run]);
+    if (blocks.shift != 0 && run + 1 < runs) count += __popc(s.queries_there[run + 1]);
+    n += count;
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) {
+      mean[i] = fmaf(static_cast<float>(count), s.q_mean[run][lane + 32 * i], mean[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < DP / 32; ++i) mean[i] /= static_cast<float>(max(n, 1));
+}
+
+// Logit of key `lane` of a run with the mean query, log2 units: rounded to T, and what that lost.
+template <typename T, int DP>
+__device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
+                                              const float (&mean)[DP / 32], float scale,
+                                              const PanelLane<DP>& panel) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float c[2][4] = {};
+  const uint32_t base = smem_address(keys);
+#pragma unroll
+  for (int k = 0; k < DP / 16; ++k) {
+    uint32_t right[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int d = 16 * k + 8 * i + 2 * t;
+      float x = __shfl_sync(kFullWarp, mean[d / 32], d % 32);
+      float y = __shfl_sync(kFullWarp, mean[d / 32], d % 32 + 1);
+      const uint32_t high = Mma<T>::pack(x, y);
+      const float2 kept = unpack2(high, T{});
+      const uint32_t low = Mma<T>::pack(x - kept.x, y - kept.y);
+      right[i] = g == 0 ? high : g == 1 ? low : 0u;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      typename Mma<T>::A a;
+      ldmatrix_x4<false>(a.r, base + 16 * half * PanelLane<DP>::kRowBytes + panel.rows(k));
+      Mma<T>::product(c[half], a, right[0], right[1]);
+    }
+  }
+  // Columns 0 and 1, which thread 4 g has, of rows g and g + 8.
+  float logit = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x =
+        __shfl_sync(kFullWarp, c[i / 2][i % 2 * 2] + c[i / 2][i % 2 * 2 + 1], lane % 8 * 4);
+    if (lane / 8 == i) logit = x;
+  }
+  return scale * logit;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
+  return x;
+}
+
+// Weight of key `lane` of a run within its block, from its logit (-inf where it does not count);
+// `mass`: the entropy of the block's weights, log2 units, -inf for an empty block. The roots of the
+// weights times the block's count go to shared memory.
+template <typename T, class Shared>
+__device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& blocks, int run,
+                                               float logit, float& mass) {
+  const int lane = threadIdx.x % 32;
+  const bool two_runs = blocks.shift != 0;
+  auto& mine = s.coarse.of_run[run];
+  const auto& other = s.coarse.of_run[run ^ 1];
+  const float top = warp_max(logit);
+  float shift = top == -INFINITY ? 0.f : top;
+  float weight = exp2_approx(logit - shift), sum = warp_sum(weight);
+  int count = __popc(s.keys_there[run]);
+  if (two_runs) {
+    if (lane == 0) mine[0] = top, mine[1] = sum;
+    blocks.meet(run);
+    count += __popc(s.keys_there[run ^ 1]);
+    const float highest = fmaxf(top, other[0]), both = highest == -INFINITY ? 0.f : highest;
+    const float factor = exp2_approx(shift - both);
+    weight *= factor;
+    sum = sum * factor + (other[0] == -INFINITY ? 0.f : other[1] * exp2_approx(other[0] - both));
+    shift = both;
+  }
+  const float log_sum = log2_approx(sum);
+  weight *= count == 0 ? 0.f : 1.f / sum;
+  mass = warp_sum(weight == 0.f ? 0.f : weight * (log_sum - (logit - shift)));
+  if (count == 0) mass = -INFINITY;
+  if (two_runs) {
+    blocks.meet(run);  // the sums have been read
+    if (lane == 0) mine[0] = mass;
+    blocks.meet(run);
+    mass += other[0];
+  }
+  const float root = sqrtf(weight * static_cast<float>(count));
+  const float next = __shfl_down_sync(kFullWarp, root, 1);
+  if (lane % 2 == 0) s.coarse.roots[(run * kRun + lane) / 2] = Mma<T>::pack(root, next);
+  return weight;
+}
+
+// Weights of a run's keys, one a lane, as left operands: rounded in rows 0 to 7, what that lost in
+// rows 8 on.
+template <typename T>
+__device__ __forceinline__ void as_operands(typename Mma<T>::A (&a)[2], float weight) {
+  const int t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float x = __shfl_sync(kFullWarp, weight, 8 * i + 2 * t);
+    const float y = __shfl_sync(kFullWarp, weight, 8 * i + 2 * t + 1);
+    const uint32_t high = Mma<T>::pack(x, y);
+    const float2 kept = unpack2(high, T{});
+    a[i / 2].r[i % 2 * 2] = high;
+    a[i / 2].r[i % 2 * 2 + 1] = Mma<T>::pack(x - kept.x, y - kept.y);
+  }
+}
+
+// Weighted sums of a run.
+template <typename T, int DP>
+__device__ __forceinline__ float2 weighted_sum(const uint16_t (&rows)[kRun][DP], uint32_t there,
+                                               const typename Mma<T>::A (&weights)[2],
+                                               const PanelLane<DP>& panel) {
+  float sum[DP / 8][4];
+  sum_run<T>(sum, rows, there, weights, panel);
+#pragma unroll
+  for (int n = 0; n < DP / 8; ++n) {
+    sum[n][0] += sum[n][2];
+    sum[n][1] += sum[n][3];
+  }
+  return of_column<DP>(sum);
+}
+
+// The weights of a run's keys as the mean query says, and the pooled key and value that they make.
+template <typename T, int DP, class Shared>
+__device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, float (&centre)[DP / 32],
+                                          const HeadBlocks& blocks, int run, int phase,
+                                          const PanelLane<DP>& panel) {
+  const int lane = threadIdx.x % 32, x = blocks.of_run(run);
+  const uint32_t there = s.keys_there[run];
+  mean_query<DP>(centre, s, blocks, Shared::kRows / kRun);
+  float mass, logit = logit_of_key<T>(s.run_of(s.in.k, run), centre, p.fine.scale * kLog2e, panel);
+  if (!(there >> lane & 1)) logit = -INFINITY;
+  const float weight = weight_of_key<T>(s, blocks, run, logit, mass);
+  typename Mma<T>::A weights[2];
+  as_operands<T>(weights, weight);
+  float2 k_mean = weighted_sum<T>(s.run_of(s.in.k, run), there, weights, panel);
+  barrier_wait(&s.full[2], phase);
+  float2 v_mean = weighted_sum<T>(s.run_of(s.in.v, run), there, weights, panel);
+  if (blocks.shift != 0) {
+    if (!blocks.leads(run)) {
+      put_pair<DP>(s.coarse.of_second(0, x), v_mean);
+      put_pair<DP>(s.coarse.of_second(1, x), k_mean);
+    }
+    blocks.meet(run);
+    if (!blocks.leads(run)) return;
+    v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
+    k_mean = k_mean + get_pair<DP>(s.coarse.of_second(1, x));
+  }
+  round_pair<T>(s.coarse.k, x, k_mean);
+  round_pair<T>(s.coarse.v, x, v_mean);
+  if (lane == 0) s.coarse.log_mass[x] = mass;
+}
+
+}  // namespace mra::cuda::sm90
