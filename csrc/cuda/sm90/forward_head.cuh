@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       barrier_wait(&s.full[2], phase);
       if (p.coarse) {
         const uint32_t there = s.keys_there[run];
-        const float2 mean = 1.f / static_cast<float>(max(__popc(there), 1)) *
-                            sum_run<T>(s.run_of(s.in.v, run), there, panel);
+        const float2 mean =
+            over_count(sum_run<T>(s.run_of(s.in.v, run), there, panel), __popc(there));
         put_pair<DP>(s.coarse.v_mean[run], mean);
         if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, mean);
         __syncthreads();

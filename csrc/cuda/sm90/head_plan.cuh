@@ -6,22 +6,21 @@
 
 namespace mra::cuda::sm90 {
 
-// The key of the score of a pair: of a query block and the key block of this lane, the same for
-// both halves of the warp, which take half of the columns each.
+// The key of the score of a pair: of a query block and the key block of this lane. Summed up as the
+// kernels of the stage do it.
 template <int DP>
 __device__ __forceinline__ uint32_t score_key(const float* q, const float* k, float scale) {
-  const int first = threadIdx.x % 32 / 16 * (DP / 2);
   float acc = 0.f;
 #pragma unroll
-  for (int d = 0; d < DP / 2; d += 4) {
-    const float4 u = *reinterpret_cast<const float4*>(q + first + d);
-    const float4 w = *reinterpret_cast<const float4*>(k + first + d);
+  for (int d = 0; d < DP; d += 4) {
+    const float4 u = *reinterpret_cast<const float4*>(q + d);
+    const float4 w = *reinterpret_cast<const float4*>(k + d);
     acc = fmaf(u.x, w.x, acc);
     acc = fmaf(u.y, w.y, acc);
     acc = fmaf(u.z, w.z, acc);
     acc = fmaf(u.w, w.w, acc);
   }
-  return key_of(scale * (acc + __shfl_xor_sync(kFullWarp, acc, 16)));
+  return key_of(scale * acc);
 }
 
 // How many keys of rows first .. first + rows of the map come before that of pair (x, y): higher

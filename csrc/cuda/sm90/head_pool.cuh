@@ -194,8 +194,11 @@ __device__ __forceinline__ void write_mean(const HeadParams& p, float* means, in
 __device__ __forceinline__ float2 operator+(float2 a, float2 b) {
   return make_float2(a.x + b.x, a.y + b.y);
 }
-__device__ __forceinline__ float2 operator*(float a, float2 b) {
-  return make_float2(a * b.x, a * b.y);
+// Divided as the kernels of the stage do it, with one product where that is the same.
+__device__ __forceinline__ float2 over_count(float2 sum, int count) {
+  const auto n = static_cast<float>(max(count, 1));
+  if ((count & (count - 1)) == 0) return make_float2(sum.x * (1.f / n), sum.y * (1.f / n));
+  return make_float2(sum.x / n, sum.y / n);
 }
 
 // pool: the sums of a run, the means of the block that it leads. Second runs of blocks hand theirs
@@ -239,9 +242,8 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const H
     k_mean = k_mean + get_pair<DP>(s.k_mean[run + 1]);
     if constexpr (kValues) v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
   }
-  const float over_k = 1.f / static_cast<float>(max(k_count, 1));
-  q_mean = 1.f / static_cast<float>(max(q_count, 1)) * q_mean;
-  k_mean = over_k * k_mean;
+  q_mean = over_count(q_mean, q_count);
+  k_mean = over_count(k_mean, k_count);
   put_pair<DP>(s.q_mean[run], q_mean);
   put_pair<DP>(s.k_mean[run], k_mean);
   write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
@@ -251,7 +253,7 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const H
     if (p.k_count != nullptr && x < p.plan.nk) p.k_count[at.b * p.plan.nk + x] = k_count;
   }
   if constexpr (kValues) {
-    v_mean = over_k * v_mean;
+    v_mean = over_count(v_mean, k_count);
     if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, v_mean);
     const float2 k_lost = round_pair<T>(s.coarse.k, x, k_mean);
     const float2 v_lost = round_pair<T>(s.coarse.v, x, v_mean);
