@@ -39,20 +39,23 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   if constexpr (kRow) s.coarse.clear(threadIdx.x, 32 * kRuns);
   __syncthreads();
 
+  // Where there is room for one head only, the next one's keys come early.
+  constexpr bool kTurns = DP == 64 && !kGlobal;
+  HeadInputs<Shared, kTurns> in{s};
   const auto key_head_of = [&](int h) { return group == 1 ? h : h / group; };
-  const auto fetch = [&](int which, const CUtensorMap& map, uint16_t(&to)[kRows][DP], int h,
-                         int b) {
+  const auto fetch = [&](int which, const CUtensorMap& map, typename Shared::Panel& to, int h,
+                         const HeadAt& at) {
+    if (at.item >= heads) return;
     barrier_expect(&s.full[which], sizeof(to));
     if (lane != 0) return;
-    for (int r = 0; r < kRows; r += kCopy) copy_panel(to[r], map, &s.full[which], 0, r, h, b);
+    for (int r = 0; r < kRows; r += kCopy) copy_panel(to[r], map, &s.full[which], 0, r, h, at.b);
   };
-  const auto fetch_queries = [&](int item, int h, int b) {
-    if (item < heads) fetch(0, p.q_map, s.in.q, h, b);
+  const auto fetch_keys = [&](const auto& in, const HeadAt& at) {
+    fetch(1, p.k_map, in.k(), key_head_of(at.h), at);
   };
-  const auto fetch_keys = [&](int item, int h, int b) {
-    if (item >= heads) return;
-    fetch(1, p.k_map, s.in.k, key_head_of(h), b);
-    fetch(2, p.v_map, s.in.v, key_head_of(h), b);
+  const auto fetch_others = [&](const auto& in, const HeadAt& at) {
+    fetch(0, p.q_map, in.q(), at.h, at);
+    fetch(2, p.v_map, in.v(), key_head_of(at.h), at);
   };
   const int step_b = gridDim.x / f.H, step_h = gridDim.x - step_b * f.H;
   HeadAt at{};
@@ -60,8 +63,8 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   at.b = at.item / f.H;
   at.h = at.item - at.b * f.H;
   if (run == 0) {
-    fetch_queries(at.item, at.h, at.b);
-    fetch_keys(at.item, at.h, at.b);
+    fetch_keys(in, at);
+    fetch_others(in, at);
   }
 
   const PanelLane<DP> panel;
@@ -78,11 +81,22 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     at.key_head = int64_t{at.b} * f.Hk + hk;
     at.writes_keys = at.h - hk * group == 0;
 
-    pool_run<T, kForm>(p, s, at, blocks, run, phase, panel);
+    // pool
+    pool_run<T, kRow>(p, s, in, at, blocks, run, phase, panel);
+    if constexpr (kRow && !kCentred && !kTurns) {
+      pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
+    }
+    [[maybe_unused]] typename Mma<T>::A q[2][DP / 16];
+    if constexpr (kTurns) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        load_rows<T>(q[half], as_panel(in.q()), kRun * run + 16 * half, panel);
+      }
+    }
     if (threadIdx.x < kTiers) s.pairs[threadIdx.x] = 0;
     __syncthreads();
-    [[maybe_unused]] float centre[DP / 32];
-    if constexpr (kCentred) weigh_run<T>(p, s, centre, blocks, run, phase, panel);
+    if (kTurns && run == 0) fetch_keys(in.next(), next);
+    if constexpr (kCentred) weigh_run<T>(p, s, in, blocks, run, phase, panel);
 
     // plan
     const uint32_t key = score_run<DP>(p, s, run, blocks);
@@ -90,16 +104,13 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 
     // coarse
     if constexpr (!kRow) {
-      barrier_wait(&s.full[2], phase);
       if (p.coarse) {
-        const uint32_t there = s.keys_there[run];
-        const float2 mean =
-            over_count(sum_run<T>(s.run_of(s.in.v, run), there, panel), __popc(there));
-        put_pair<DP>(s.coarse.v_mean[run], mean);
-        if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, mean);
+        pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
         __syncthreads();
         const bool left = lane < kHeadRuns && key != kAbsent && !(taken >> lane & 1);
         make_state<DP>(s, x, p.plan.nk, key, left);
+      } else {
+        barrier_wait(&s.full[2], phase);
       }
       if (p.coarse && kGlobal) {
         __syncthreads();
@@ -107,12 +118,15 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
         __syncwarp();
       }
     } else {
-      if (kCentred) __syncthreads();  // all pooled keys are there
+      if constexpr (!kCentred && kTurns) {
+        pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
+      }
+      if (kCentred || kTurns) __syncthreads();  // all pooled keys are there
       if constexpr (kOrder1) {
         T* const out = p.moments == nullptr || !at.writes_keys
                            ? nullptr
                            : static_cast<T*>(p.moments) + at.key_head * 2 * DP * DP;
-        make_matrices<T, kCentred>(s, blocks, (f.M + kRun - 1) / kRun, run, out, panel);
+        make_matrices<T, kCentred>(s, in, blocks, (f.M + kRun - 1) / kRun, run, out, panel);
         __syncthreads();
       }
     }
@@ -122,13 +136,22 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const bool moved = kGlobal && half == 1;
-      attend_rows<T, kForm>(p, s, at, blocks, moved ? other : run, half,
-                            moved ? s.taken[other] : taken, centre, panel);
+      const int own = moved ? other : run;
+      if constexpr (!kTurns) {
+        load_rows<T>(q[0], as_panel(in.q()), kRun * own + 16 * half, panel);
+      }
+      attend_rows<T, kForm>(p, s, in, at, blocks, own, half, q[0], moved ? s.taken[other] : taken,
+                            panel);
+      if constexpr (kTurns) {
+#pragma unroll
+        for (int i = 0; i < DP / 16; ++i) q[0][i] = q[1][i];
+      }
     }
     __syncthreads();
+    in.turn = in.next().turn;
     if (run == 0) {
-      fetch_queries(next.item, next.h, next.b);
-      fetch_keys(next.item, next.h, next.b);
+      if (!kTurns) fetch_keys(in, next);
+      fetch_others(in, next);
     }
     at = next;
   }

@@ -185,9 +185,10 @@ __device__ __forceinline__ void multiply_runs(float (&result)[kTiles][4],
 // `out`, [2, DP, DP]. Blocks all of whose keys count give the product of the keys as they are, less
 // that of the means; others, and weighted ones, are centred on the way. Other threads see the
 // matrices, and so do warpgroup products, behind a barrier.
-template <typename T, bool kWeighted, int DP, class Shared>
-__device__ __forceinline__ void make_matrices(Shared& s, const HeadBlocks& blocks, int runs,
-                                              int warp, T* out, const PanelLane<DP>& panel) {
+template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
+                                              int runs, int warp, T* out,
+                                              const PanelLane<DP>& panel) {
   using Cut = MomentCut<DP>;
   constexpr int kWarps = Shared::kRows / kRun, kTiles = Cut::kColumns / 8;
   static_assert(kWarps % 4 == 0);
@@ -210,11 +211,11 @@ __device__ __forceinline__ void make_matrices(Shared& s, const HeadBlocks& block
     const bool values_left = DP == 32 && !sigma, values_right = DP == 64 && !sigma;
     const int row = row_of_group % DP;
     const MomentPiece<T, DP, Shared::kRows, kTiles> of(
-        values_left ? s.in.v : s.in.k, values_left ? s.coarse.v : s.coarse.k,
-        values_right ? s.in.v : s.in.k, values_right ? s.coarse.v : s.coarse.k, row, column, panel);
+        values_left ? in.v() : in.k(), values_left ? s.coarse.v : s.coarse.k,
+        values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
     float c[kTiles][4] = {};
     if (!kWeighted && all_full) {
-      multiply_runs<T, DP>(c, s.in.k, values_right ? s.in.v : s.in.k, column, runs);
+      multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), column, runs);
     } else {
 #pragma unroll 1
       for (int run = 0; run < runs; ++run) {

@@ -38,6 +38,7 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
   uint32_t roots[kForm == HeadForm::centred ? 16 * kRuns : 1];  // of weights times counts, pairs
   float of_run[kForm == HeadForm::centred ? kRuns : 1][2];      // maximum and sum of logits
+  uint32_t centre[kForm == HeadForm::centred ? DP / 2 : 1];     // the mean query, rounded, pairs
 
   // Blocks beyond the last one.
   __device__ __forceinline__ void clear(int thread, int threads) {
@@ -63,9 +64,8 @@ template <int kRuns, int DP, HeadForm kForm>
 struct HeadShared {
   static constexpr int kRows = kRun * kRuns;
   static_assert(kRuns <= kHeadRuns && kHeadRuns == 16, "half a warp has a row of pairs");
-  struct Inputs {
-    uint16_t q[kRows][DP], k[kRows][DP], v[kRows][DP];
-  } in;
+  using Panel = uint16_t[kRows][DP];
+  Panel panels[3];  // queries, keys and values: see HeadInputs
   HeadCoarse<kRuns, DP, kForm> coarse;
   // Of blocks, at their leading run. Rows of four words more: eight lanes that read 16 bytes of
   // eight rows hit all banks.
@@ -83,6 +83,20 @@ struct HeadShared {
                                                             int run))[kRun][DP] {
     return reinterpret_cast<const uint16_t(&)[kRun][DP]>(from[kRun * run]);
   }
+};
+
+// Which panels of shared memory hold a head. kTurns: keys of the next head go where this one's
+// queries are, as soon as these are in registers, and what is left to the next queries and values.
+template <class Shared, bool kTurns>
+struct HeadInputs {
+  Shared& s;
+  int turn = 0;
+
+  __device__ __forceinline__ auto& q() const { return s.panels[kTurns ? turn : 0]; }
+  __device__ __forceinline__ auto& k() const { return s.panels[kTurns ? (turn + 1) % 3 : 1]; }
+  __device__ __forceinline__ auto& v() const { return s.panels[kTurns ? (turn + 2) % 3 : 2]; }
+  // Those of the next head.
+  __device__ __forceinline__ HeadInputs next() const { return {s, kTurns ? (turn + 2) % 3 : 0}; }
 };
 
 // The head that a block of threads is at.
@@ -201,38 +215,32 @@ __device__ __forceinline__ float2 over_count(float2 sum, int count) {
   return make_float2(sum.x / n, sum.y / n);
 }
 
-// pool: the sums of a run, the means of the block that it leads. Second runs of blocks hand theirs
-// over in shared memory, those of values where the matrices of order 1 will be.
-template <typename T, HeadForm kForm, int DP, class Shared>
-__device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const HeadAt& at,
-                                         const HeadBlocks& blocks, int run, int phase,
-                                         const PanelLane<DP>& panel) {
-  constexpr bool kRow = kForm != HeadForm::state;
-  constexpr bool kValues = kRow && kForm != HeadForm::centred;
+// pool: the sums of a run's queries and keys, and their means of the block that it leads. Second
+// runs of blocks hand their sums over in shared memory.
+template <typename T, bool kPairs, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const Inputs& in,
+                                         const HeadAt& at, const HeadBlocks& blocks, int run,
+                                         int phase, const PanelLane<DP>& panel) {
   const ForwardParams& f = p.fine;
-  const int lane = threadIdx.x % 32, x = blocks.of_run(run);
+  const int x = blocks.of_run(run);
+  const bool first_lane = threadIdx.x % 32 == 0;
   const auto there = [&](int rows, const uint8_t* mask) {
     return rows_there(rows - kRun * run, mask ? mask + int64_t{at.b} * rows + kRun * run : nullptr);
   };
   const uint32_t q_there = there(f.rows, f.row_mask), k_there = there(f.M, f.key_mask);
-  barrier_wait(&s.full[0], phase);
-  float2 q_mean = sum_run<T>(s.run_of(s.in.q, run), q_there, panel), v_mean{};
   barrier_wait(&s.full[1], phase);
-  float2 k_mean = sum_run<T>(s.run_of(s.in.k, run), k_there, panel);
-  if constexpr (kValues) {
-    barrier_wait(&s.full[2], phase);
-    v_mean = sum_run<T>(s.run_of(s.in.v, run), k_there, panel);
-  }
-  if (lane == 0) {
+  float2 k_mean = sum_run<T>(s.run_of(in.k(), run), k_there, panel);
+  barrier_wait(&s.full[0], phase);
+  float2 q_mean = sum_run<T>(s.run_of(in.q(), run), q_there, panel);
+  if (first_lane) {
     s.queries_there[run] = q_there;
     s.keys_there[run] = k_there;
   }
   int q_count = __popc(q_there), k_count = __popc(k_there);
-  if (kRow && blocks.shift != 0) {
+  if (kPairs && blocks.shift != 0) {
     if (!blocks.leads(run)) {
       put_pair<DP>(s.q_mean[run], q_mean);
       put_pair<DP>(s.k_mean[run], k_mean);
-      if constexpr (kValues) put_pair<DP>(s.coarse.of_second(0, x), v_mean);
     }
     blocks.meet(run);
     if (!blocks.leads(run)) return;
@@ -240,7 +248,6 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const H
     k_count += __popc(s.keys_there[run + 1]);
     q_mean = q_mean + get_pair<DP>(s.q_mean[run + 1]);
     k_mean = k_mean + get_pair<DP>(s.k_mean[run + 1]);
-    if constexpr (kValues) v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
   }
   q_mean = over_count(q_mean, q_count);
   k_mean = over_count(k_mean, k_count);
@@ -248,20 +255,46 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const H
   put_pair<DP>(s.k_mean[run], k_mean);
   write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
   if (at.writes_keys) write_mean<DP>(p, p.k_mean, at.key_head, p.plan.nk, x, k_mean);
-  if (at.h == 0 && lane == 0) {
+  if (at.h == 0 && first_lane) {
     if (p.q_count != nullptr && x < p.plan.nq) p.q_count[at.b * p.plan.nq + x] = q_count;
     if (p.k_count != nullptr && x < p.plan.nk) p.k_count[at.b * p.plan.nk + x] = k_count;
   }
-  if constexpr (kValues) {
-    v_mean = over_count(v_mean, k_count);
-    if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, v_mean);
-    const float2 k_lost = round_pair<T>(s.coarse.k, x, k_mean);
-    const float2 v_lost = round_pair<T>(s.coarse.v, x, v_mean);
+}
+
+// The same of the values; with those of the keys as pooled keys.
+template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, const Inputs& in,
+                                            const HeadAt& at, const HeadBlocks& blocks, int run,
+                                            int phase, const PanelLane<DP>& panel) {
+  const int x = blocks.of_run(run);
+  __syncwarp();
+  const uint32_t there = s.keys_there[run];
+  barrier_wait(&s.full[2], phase);
+  float2 mean = sum_run<T>(s.run_of(in.v(), run), there, panel);
+  int count = __popc(there);
+  if constexpr (kForm != HeadForm::state) {
+    if (blocks.shift != 0) {
+      if (!blocks.leads(run)) put_pair<DP>(s.coarse.of_second(0, x), mean);
+      blocks.meet(run);
+      if (!blocks.leads(run)) return;
+      count += __popc(s.keys_there[run + 1]);
+      mean = mean + get_pair<DP>(s.coarse.of_second(0, x));
+    }
+  }
+  mean = over_count(mean, count);
+  if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, mean);
+  if constexpr (kForm == HeadForm::state) {
+    put_pair<DP>(s.coarse.v_mean[run], mean);
+  } else {
+    const float2 k_lost = round_pair<T>(s.coarse.k, x, get_pair<DP>(s.k_mean[run]));
+    const float2 v_lost = round_pair<T>(s.coarse.v, x, mean);
     if constexpr (kForm == HeadForm::order1) {
       round_pair<T>(s.coarse.k_lost, x, k_lost);
       round_pair<T>(s.coarse.v_lost, x, v_lost);
     }
-    if (lane == 0) s.coarse.log_mass[x] = log2_approx(static_cast<float>(k_count));
+    if (threadIdx.x % 32 == 0) {
+      s.coarse.log_mass[x] = log2_approx(static_cast<float>(count));
+    }
   }
 }
 

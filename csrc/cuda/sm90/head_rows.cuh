@@ -140,16 +140,13 @@ __device__ __forceinline__ void multiply_sigma(float (&t)[2],
   }
 }
 
-// q -> q less the mean query, which the lanes hold as mean_query leaves it.
-template <typename T, int kSteps, int kColumns>
+// q -> q less the mean query.
+template <typename T, int kSteps>
 __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
-                                            const float (&centre)[kColumns]) {
-  const int t = threadIdx.x % 4;
+                                            const uint32_t (&centre)[8 * kSteps]) {
 #pragma unroll
   for (int i = 0; i < 2 * kSteps; ++i) {
-    const int d = 8 * i + 2 * t;
-    const uint32_t pair = Mma<T>::pack(__shfl_sync(kFullWarp, centre[i / 4], d % 32),
-                                       __shfl_sync(kFullWarp, centre[i / 4], d % 32 + 1));
+    const uint32_t pair = centre[4 * i + threadIdx.x % 4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t& u = q[i / 2].r[i % 2 * 2 + half];
@@ -158,21 +155,18 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
   }
 }
 
-// Rows 16 `half` on of a run; their block takes `taken`.
-template <typename T, HeadForm kForm, int DP, class Shared>
-__device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s, const HeadAt& at,
-                                            const HeadBlocks& blocks, int run, int half,
-                                            uint32_t taken,
-                                            [[maybe_unused]] const float (&centre)[DP / 32],
-                                            const PanelLane<DP>& panel) {
+// Rows 16 `half` on of a run, `q`; their block takes `taken`.
+template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s, const Inputs& in,
+                                            const HeadAt& at, const HeadBlocks& blocks, int run,
+                                            int half, typename Mma<T>::A (&q)[DP / 16],
+                                            uint32_t taken, const PanelLane<DP>& panel) {
   constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
   const ForwardParams& f = p.fine;
   const int t = threadIdx.x % 4, row = kRun * run + 16 * half, present = f.rows - row;
   if (present <= 0) return;
   const float scale = f.scale * kLog2e;
-  typename Mma<T>::A q[DP / 16];
-  load_rows<T>(q, as_panel(s.in.q), row, panel);
   OnlineSoftmax<T, DP, kOrder1> softmax;
   auto& acc = softmax.acc;
 
@@ -185,7 +179,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
       typename Mma<T>::A u[DP / 16];
 #pragma unroll
       for (int i = 0; i < DP / 16; ++i) u[i] = q[i];
-      take_centre<T>(u, centre);
+      take_centre<T>(u, s.coarse.centre);
       multiply_sigma<T>(variance, u, s.coarse.matrices[1], f.scale, panel);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -223,13 +217,13 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
       const uint32_t there = s.keys_there[r];
       if (kRow && there == 0) continue;
       float c[4][4] = {}, factor = scale;
-      multiply_nt<T>(c, q, as_panel(s.run_of(s.in.k, r)), panel);
+      multiply_nt<T>(c, q, as_panel(s.run_of(in.k(), r)), panel);
       if (there != kFullWarp) {
         to_logits(c, there, scale);
         factor = 1.f;
       }
       softmax.update(c, factor);
-      multiply_pn<T>(acc, c, as_panel(s.run_of(s.in.v, r)), panel);
+      multiply_pn<T>(acc, c, as_panel(s.run_of(in.v(), r)), panel);
     }
   }
 
@@ -239,7 +233,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
                        s.queries_there[run] >> 16 * half, share);
   if constexpr (kOrder1) {
     if constexpr (kCentred) {
-      take_centre<T>(q, centre);
+      take_centre<T>(q, s.coarse.centre);
     } else {
       multiply_sigma<T>(variance, q, s.coarse.matrices[1], f.scale, panel);
     }

@@ -150,21 +150,29 @@ __device__ __forceinline__ float2 weighted_sum(const uint16_t (&rows)[kRun][DP],
 }
 
 // The weights of a run's keys as the mean query says, and the pooled key and value that they make.
-template <typename T, int DP, class Shared>
-__device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, float (&centre)[DP / 32],
+template <typename T, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const Inputs& in,
                                           const HeadBlocks& blocks, int run, int phase,
                                           const PanelLane<DP>& panel) {
   const int lane = threadIdx.x % 32, x = blocks.of_run(run);
   const uint32_t there = s.keys_there[run];
+  float centre[DP / 32];
   mean_query<DP>(centre, s, blocks, Shared::kRows / kRun);
-  float mass, logit = logit_of_key<T>(s.run_of(s.in.k, run), centre, p.fine.scale * kLog2e, panel);
+  if (run == 0) {
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) {
+      const float next = __shfl_down_sync(kFullWarp, centre[i], 1);
+      if (lane % 2 == 0) s.coarse.centre[16 * i + lane / 2] = Mma<T>::pack(centre[i], next);
+    }
+  }
+  float mass, logit = logit_of_key<T>(s.run_of(in.k(), run), centre, p.fine.scale * kLog2e, panel);
   if (!(there >> lane & 1)) logit = -INFINITY;
   const float weight = weight_of_key<T>(s, blocks, run, logit, mass);
   typename Mma<T>::A weights[2];
   as_operands<T>(weights, weight);
-  float2 k_mean = weighted_sum<T>(s.run_of(s.in.k, run), there, weights, panel);
+  float2 k_mean = weighted_sum<T>(s.run_of(in.k(), run), there, weights, panel);
   barrier_wait(&s.full[2], phase);
-  float2 v_mean = weighted_sum<T>(s.run_of(s.in.v, run), there, weights, panel);
+  float2 v_mean = weighted_sum<T>(s.run_of(in.v(), run), there, weights, panel);
   if (blocks.shift != 0) {
     if (!blocks.leads(run)) {
       put_pair<DP>(s.coarse.of_second(0, x), v_mean);
