@@ -46,7 +46,7 @@ SM90_TYPES = {"order1_walk_wide": "WalkWide"}
 SM90_HEAD = {
     "state": ("f16", "bf16"),
     "row": ("f16", "bf16"),
-    "order1": ("bf16",),
+    "order1": ("f16", "bf16"),
     "centred": ("bf16",),
 }
 

@@ -21,20 +21,18 @@ std::optional<HeadForm> form_of(const Inputs& in, const Options& o, const Launch
       !(o.scale > 0)) {
     return std::nullopt;
   }
-  const bool row = o.coarse == Coarse::row && o.selection == Selection::row;
-  if (o.block_q != 32 && (o.block_q != 64 || !row)) return std::nullopt;
+  const bool by_row = o.selection == Selection::row;
+  if (o.block_q != 32 && (o.block_q != 64 || !by_row)) return std::nullopt;
   if (o.coarse != Coarse::row) {
     return has_order1(o) ? std::nullopt : std::optional(HeadForm::state);
   }
-  if (!row) return std::nullopt;
-  if (!has_order1(o)) {
-    return o.pool == Pool::even ? std::optional(HeadForm::row) : std::nullopt;
-  }
-  // Moments of float16 would not fit it; the mean query is that of all heads of a group.
-  if (in.query.scalar_type() != at::kBFloat16) return std::nullopt;
-  if (o.pool == Pool::even) return HeadForm::order1;
+  if (!by_row) return std::nullopt;
+  if (o.pool == Pool::even) return has_order1(o) ? HeadForm::order1 : HeadForm::row;
+  // The mean query is that of all heads of a group.
   const bool own_keys = in.query.size(1) == in.key.size(1);
-  return o.pool == Pool::centred && own_keys ? std::optional(HeadForm::centred) : std::nullopt;
+  const bool served = o.pool == Pool::centred && has_order1(o) && own_keys &&
+                      in.query.scalar_type() == at::kBFloat16;
+  return served ? std::optional(HeadForm::centred) : std::nullopt;
 }
 
 template <typename T, int DP>
@@ -46,9 +44,9 @@ cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch
     return run(std::integral_constant<HeadForm, HeadForm::state>{});
   }
   if (form == HeadForm::row) return run(std::integral_constant<HeadForm, HeadForm::row>{});
+  if (form == HeadForm::order1) return run(std::integral_constant<HeadForm, HeadForm::order1>{});
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return form == HeadForm::order1 ? run(std::integral_constant<HeadForm, HeadForm::order1>{})
-                                    : run(std::integral_constant<HeadForm, HeadForm::centred>{});
+    return run(std::integral_constant<HeadForm, HeadForm::centred>{});
   }
   return cudaErrorNotSupported;
 }

@@ -24,14 +24,14 @@ struct HeadParams {
   float* v_mean;     // [B, Hk, nk, D]
   int32_t* q_count;  // [B, nq]
   int32_t* k_count;  // [B, nk]
-  void* moments;     // [B, Hk, 2, P, P] T: C and Sigma (moments_dim of common/stages.h)
+  void* moments;     // [B, Hk, 2, P, P]: C and Sigma (moments_type of common/stages.h)
 };
 
 namespace sm90 {
 
 // Half types, up to kHeadRuns runs of 32 queries and of keys a head, no causality; blocks of 32,
-// with pooled keys also of 64. DP is 32 or 64. Returns cudaErrorNotSupported, and does nothing, for
-// what it doesn't serve.
+// and of 64 for selection by row. DP is 32 or 64. Returns cudaErrorNotSupported, and does nothing,
+// for what it doesn't serve.
 constexpr int kHeadRuns = 16;
 template <typename T, int DP, HeadForm kForm>
 cudaError_t launch_forward_head(const HeadParams&, const Device&, cudaStream_t);

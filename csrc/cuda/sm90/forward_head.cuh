@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   using Shared = HeadShared<kRuns, DP, kForm>;
   constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
+  constexpr bool kScaled = kOrder1 && std::is_same_v<T, __half>;
   constexpr int kRows = Shared::kRows, kCopy = kRows < 256 ? kRows : 256;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -82,9 +83,9 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     at.writes_keys = at.h - hk * group == 0;
 
     // pool
-    pool_run<T, kRow>(p, s, in, at, blocks, run, phase, panel);
+    pool_run<T, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
     if constexpr (kRow && !kCentred && !kTurns) {
-      pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
+      pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
     }
     [[maybe_unused]] typename Mma<T>::A q[2][DP / 16];
     if constexpr (kTurns) {
@@ -93,8 +94,18 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
         load_rows<T>(q[half], as_panel(in.q()), kRun * run + 16 * half, panel);
       }
     }
+    if constexpr (kScaled) {
+      __syncwarp();
+      const uint32_t there = s.keys_there[run];
+      take_most<T>(&s.coarse.most[phase][0], s.run_of(in.k(), run), there, panel);
+      barrier_wait(&s.full[2], phase);
+      take_most<T>(&s.coarse.most[phase][1], s.run_of(in.v(), run), there, panel);
+    }
     if (threadIdx.x < kTiers) s.pairs[threadIdx.x] = 0;
     __syncthreads();
+    if constexpr (kScaled) {
+      if (threadIdx.x < 2) s.coarse.most[phase ^ 1][threadIdx.x] = 0;
+    }
     if (kTurns && run == 0) fetch_keys(in.next(), next);
     if constexpr (kCentred) weigh_run<T>(p, s, in, blocks, run, phase, panel);
 
@@ -105,10 +116,10 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     // coarse
     if constexpr (!kRow) {
       if (p.coarse) {
-        pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
+        pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
         __syncthreads();
         const bool left = lane < kHeadRuns && key != kAbsent && !(taken >> lane & 1);
-        make_state<DP>(s, x, p.plan.nk, key, left);
+        make_state<DP>(s, blocks, run, p.plan.nk, key, left);
       } else {
         barrier_wait(&s.full[2], phase);
       }
@@ -119,14 +130,14 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       }
     } else {
       if constexpr (!kCentred && kTurns) {
-        pool_values<T, kForm>(p, s, in, at, blocks, run, phase, panel);
+        pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
       }
       if (kCentred || kTurns) __syncthreads();  // all pooled keys are there
       if constexpr (kOrder1) {
-        T* const out = p.moments == nullptr || !at.writes_keys
-                           ? nullptr
-                           : static_cast<T*>(p.moments) + at.key_head * 2 * DP * DP;
-        make_matrices<T, kCentred>(s, in, blocks, (f.M + kRun - 1) / kRun, run, out, panel);
+        Kept<T>* const out = p.moments == nullptr || !at.writes_keys
+                                 ? nullptr
+                                 : static_cast<Kept<T>*>(p.moments) + at.key_head * 2 * DP * DP;
+        make_matrices<T, kCentred>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out, panel);
         __syncthreads();
       }
     }
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
         load_rows<T>(q[0], as_panel(in.q()), kRun * own + 16 * half, panel);
       }
       attend_rows<T, kForm>(p, s, in, at, blocks, own, half, q[0], moved ? s.taken[other] : taken,
-                            panel);
+                            phase, panel);
       if constexpr (kTurns) {
 #pragma unroll
         for (int i = 0; i < DP / 16; ++i) q[0][i] = q[1][i];

@@ -1,6 +1,7 @@
 // Short heads (forward_head.cuh): the moments of order 1.
 #pragma once
 
+#include "../block_sum.cuh"
 #include "head_pool.cuh"
 #include "wgmma.cuh"
 
@@ -21,6 +22,61 @@ struct Pairs<__nv_bfloat16> {
     return reinterpret_cast<const uint32_t&>(d);
   }
 };
+
+// What moments are kept in for backward (moments_type of common/stages.h).
+template <typename T>
+using Kept = std::conditional_t<std::is_same_v<T, __half>, float, T>;
+
+// float16 lacks the range of moments: by which powers of two they are brought to 2^14 at most, and
+// back. `most`: the largest key and value of the head, bits of T; a deviation from a mean is no
+// more than twice that.
+template <typename T>
+struct MomentScale {
+  __device__ explicit MomentScale(const uint32_t (&)[2]) {}
+  __device__ float of(bool /*sigma*/) const { return 1.f; }
+  __device__ float back(bool /*sigma*/) const { return 1.f; }
+};
+template <>
+struct MomentScale<__half> {
+  int exponent[2];  // C, Sigma
+
+  __device__ explicit MomentScale(const uint32_t (&most)[2]) {
+    const auto value = [&](int i) {
+      return __half2float(__ushort_as_half(static_cast<unsigned short>(most[i])));
+    };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t bound = __float_as_uint(4.f * value(0) * value(1 - i));
+      exponent[i] = bound == 0 ? 0 : 14 - (static_cast<int>(bound >> 23) - 126);
+    }
+  }
+  static __device__ float power(int e) { return __uint_as_float((127 + e) << 23); }
+  __device__ float of(bool sigma) const { return power(exponent[sigma]); }
+  __device__ float back(bool sigma) const { return power(-exponent[sigma]); }
+};
+
+// The largest value of a run, by a warp, to *most.
+template <typename T, int DP>
+__device__ __forceinline__ void take_most(uint32_t* most, const uint16_t (&rows)[kRun][DP],
+                                          uint32_t there, const PanelLane<DP>& panel) {
+  const int g = threadIdx.x % 32 / 4;
+  uint32_t highest = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < DP / 16; ++i) {
+      uint32_t r[4];
+      ldmatrix_x4<false>(r, smem_address(rows) + 16 * half * panel.kRowBytes + panel.rows(i));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!(there >> (16 * half + g + e % 2 * 8) & 1)) continue;
+        highest = max(highest, max(r[e] & 0x7fffu, r[e] >> 16 & 0x7fffu));
+      }
+    }
+  }
+  highest = __reduce_max_sync(kFullWarp, highest);
+  if (threadIdx.x % 32 == 0) atomicMax(most, highest);
+}
 
 // The 16 bits of column `column` of row `row`, twice.
 template <int DP>
@@ -77,10 +133,20 @@ struct MomentPiece {
     }
   }
 
-  // Less the means of block y, as they are rounded; times `roots`, of pairs of keys, unless null;
-  // zeros where `there` has none.
-  __device__ __forceinline__ void centre(Run& r, int y, uint32_t there,
-                                         const uint32_t* roots) const {
+  // Zeros where `there` has no key, whatever there is.
+  static __device__ __forceinline__ void mask(Run& r, uint32_t there) {
+    if (there == kFullWarp) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = mask_pair(there, 8 * i + threadIdx.x % 4 * 2);
+      r.a[i / 2].r[i % 2 * 2] &= pair;
+      r.a[i / 2].r[i % 2 * 2 + 1] &= pair;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) r.b[n][i] &= pair;
+    }
+  }
+  // Less the means of block y, as they are rounded, times `roots`, of pairs of keys.
+  __device__ __forceinline__ void centre(Run& r, int y, const uint32_t* roots) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     uint32_t less_left[2], less_right[kTiles];
 #pragma unroll
@@ -89,32 +155,21 @@ struct MomentPiece {
     for (int n = 0; n < kTiles; ++n) less_right[n] = twice(right_mean, y, column + 8 * n + g);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t(&u)[4] = r.a[i / 2].r;
-      const int at = i % 2 * 2;
-      u[at] = Pairs<T>::less(u[at], less_left[0]);
-      u[at + 1] = Pairs<T>::less(u[at + 1], less_left[1]);
+      const uint32_t root = roots[4 * i + t];
+      const auto weigh = [&](uint32_t& u, uint32_t less) {
+        u = Pairs<T>::times(Pairs<T>::less(u, less), root);
+      };
+      weigh(r.a[i / 2].r[i % 2 * 2], less_left[0]);
+      weigh(r.a[i / 2].r[i % 2 * 2 + 1], less_left[1]);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) r.b[n][i] = Pairs<T>::less(r.b[n][i], less_right[n]);
-      if (roots != nullptr) {
-        const uint32_t root = roots[4 * i + t];
-        u[at] = Pairs<T>::times(u[at], root);
-        u[at + 1] = Pairs<T>::times(u[at + 1], root);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) r.b[n][i] = Pairs<T>::times(r.b[n][i], root);
-      }
-      if (there != kFullWarp) {
-        const uint32_t mask = mask_pair(there, 8 * i + 2 * t);
-        u[at] &= mask, u[at + 1] &= mask;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) r.b[n][i] &= mask;
-      }
+      for (int n = 0; n < kTiles; ++n) weigh(r.b[n][i], less_right[n]);
     }
   }
 
   // c -= count times the sum of mean^T mean over the blocks in `which`, bits: of what is rounded
   // and what rounding has taken, but for the product of both latter.
   __device__ __forceinline__ void take_means(float (&c)[kTiles][4], const Means& left_lost,
-                                             const Means& right_lost, uint32_t which, float count,
+                                             const Means& right_lost, uint32_t which, int count,
                                              const PanelLane<DP>& panel) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
     typename Mma<T>::A kept, lost;
@@ -137,7 +192,7 @@ struct MomentPiece {
       Mma<T>::product(of_means, kept, b[2], b[3]);
       Mma<T>::product(of_means, kept, b[0], b[1]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[n][i] = fmaf(-count, of_means[i], c[n][i]);
+      for (int i = 0; i < 4; ++i) c[n][i] = fmaf(-static_cast<float>(count), of_means[i], c[n][i]);
     }
   }
 };
@@ -181,28 +236,40 @@ __device__ __forceinline__ void multiply_runs(float (&result)[kTiles][4],
   }
 }
 
+// Which blocks have all of their keys, as bits, and which others have any.
+struct MomentBlocks {
+  uint32_t full, partial;
+
+  template <class Shared>
+  __device__ __forceinline__ MomentBlocks(const Shared& s, const HeadBlocks& blocks, int runs) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t there = lane < runs ? s.keys_there[lane] : 0u;
+    full = __ballot_sync(kFullWarp, there == kFullWarp);
+    partial = __ballot_sync(kFullWarp, there != 0);
+    if (blocks.shift != 0) {
+      const auto both = [&](uint32_t bits) { return bits >> 2 * lane % 32 & 3; };
+      const bool here = lane < kHeadRuns / 2;
+      const uint32_t full_runs = full;
+      full = __ballot_sync(kFullWarp, here && both(full_runs) == 3);
+      partial = __ballot_sync(kFullWarp, here && both(partial) != 0);
+    }
+    partial &= ~full;
+  }
+};
+
 // C and Sigma, by all warps of the head, to shared memory (32 columns: C^T) and, unless null, to
-// `out`, [2, DP, DP]. Blocks all of whose keys count give the product of the keys as they are, less
-// that of the means; others, and weighted ones, are centred on the way. Other threads see the
-// matrices, and so do warpgroup products, behind a barrier.
+// `out`, [2, DP, DP] in Kept<T>. Even means: the product of the keys as they are, less that of the
+// means; weighted ones are centred on the way. Other threads see the matrices behind a barrier.
 template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
-                                              int runs, int warp, T* out,
+                                              int runs, int warp, int phase, Kept<T>* out,
                                               const PanelLane<DP>& panel) {
   using Cut = MomentCut<DP>;
   constexpr int kWarps = Shared::kRows / kRun, kTiles = Cut::kColumns / 8;
   static_assert(kWarps % 4 == 0);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const uint32_t there = lane < runs ? s.keys_there[lane] : 0u;
-  const int counted = __reduce_add_sync(kFullWarp, __popc(there));
+  const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
   const float over_n = 1.f / static_cast<float>(max(counted, 1));
-  const uint32_t full_runs = __ballot_sync(kFullWarp, there == kFullWarp);
-  uint32_t full = full_runs;  // blocks
-  if (blocks.shift != 0) {
-    full = __ballot_sync(kFullWarp, lane < kHeadRuns / 2 && (full_runs >> 2 * lane & 3) == 3);
-  }
-  if (kWeighted) full = 0;
-  const bool all_full = counted == runs * kRun && !(blocks.shift != 0 && runs % 2 != 0);
 
 #pragma unroll 1
   for (int piece = warp / 4; piece < Cut::kPieces; piece += kWarps / 4) {
@@ -214,42 +281,52 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
         values_left ? in.v() : in.k(), values_left ? s.coarse.v : s.coarse.k,
         values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
     float c[kTiles][4] = {};
-    if (!kWeighted && all_full) {
+    if (!kWeighted && counted == runs * kRun) {
       multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), column, runs);
     } else {
 #pragma unroll 1
       for (int run = 0; run < runs; ++run) {
-        const int y = blocks.of_run(run);
-        if (s.keys_there[run] == 0) continue;
+        const uint32_t there = s.keys_there[run];
+        if (there == 0) continue;
         auto keys = of.load(run);
-        if (!(full >> y & 1)) {
-          of.centre(keys, y, s.keys_there[run],
-                    kWeighted ? s.coarse.roots + run * (kRun / 2) : nullptr);
+        if constexpr (kWeighted) {
+          of.centre(keys, blocks.of_run(run), s.coarse.roots + run * (kRun / 2));
         }
+        of.mask(keys, there);
         of.multiply(c, keys);
       }
     }
     if constexpr (!kWeighted) {
-      of.take_means(c, values_left ? s.coarse.v_lost : s.coarse.k_lost,
-                    values_right ? s.coarse.v_lost : s.coarse.k_lost, full,
-                    static_cast<float>(kRun << blocks.shift), panel);
+      const MomentBlocks which(s, blocks, runs);
+      const auto& left_lost = values_left ? s.coarse.v_lost : s.coarse.k_lost;
+      const auto& right_lost = values_right ? s.coarse.v_lost : s.coarse.k_lost;
+      of.take_means(c, left_lost, right_lost, which.full, kRun << blocks.shift, panel);
+#pragma unroll 1
+      for (uint32_t left = which.partial; left != 0; left &= left - 1) {
+        const int lead = blocks.lead(__ffs(left) - 1);
+        int count = __popc(s.keys_there[lead]);
+        if (blocks.shift != 0) count += __popc(s.keys_there[lead + 1]);
+        of.take_means(c, left_lost, right_lost, left & -left, count, panel);
+      }
     }
     uint16_t(&matrix)[DP][DP] = s.coarse.matrices[sigma];
+    const float scale = MomentScale<T>(s.coarse.most[phase]).of(sigma);
+    Kept<T>* const to = out == nullptr ? nullptr : out + sigma * DP * DP;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = row + g + 8 * half, chunk = column / 8 + n;
-        const uint32_t pair = Mma<T>::pack(c[n][2 * half] * over_n, c[n][2 * half + 1] * over_n);
-        *reinterpret_cast<uint32_t*>(&matrix[r][swizzled<DP>(chunk, r) * 8 + 2 * t]) = pair;
-        if (out == nullptr) continue;
-        T* const to = out + sigma * DP * DP;
+        const int r = row + g + 8 * half, chunk = column / 8 + n, d = 8 * chunk + 2 * t;
+        const float x = c[n][2 * half] * over_n, y = c[n][2 * half + 1] * over_n;
+        *reinterpret_cast<uint32_t*>(&matrix[r][swizzled<DP>(chunk, r) * 8 + 2 * t]) =
+            Mma<T>::pack(x * scale, y * scale);
+        if (to == nullptr) continue;
         if (values_left) {  // C^T
-          const T* const values = reinterpret_cast<const T*>(&pair);
-          to[(8 * chunk + 2 * t) * DP + r] = values[0];
-          to[(8 * chunk + 2 * t + 1) * DP + r] = values[1];
+          to[d * DP + r] = from_float<Kept<T>>(x);
+          to[(d + 1) * DP + r] = from_float<Kept<T>>(y);
         } else {
-          *reinterpret_cast<uint32_t*>(to + r * DP + 8 * chunk + 2 * t) = pair;
+          const float pair[2] = {x, y};
+          store_values<2>(to + r * DP + d, pair);
         }
       }
     }

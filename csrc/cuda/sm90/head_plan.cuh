@@ -133,16 +133,21 @@ __device__ __forceinline__ int evened_out(const uint32_t* taken, int blocks, int
   return max(0, __ffs(static_cast<int>(__ballot_sync(kFullWarp, place == wanted))) - 1);
 }
 
-// The block-coarse state of query block x, by its warp: softmax over the blocks that are left, the
-// mean of their values. `key`: of the score of this lane's pair.
+// The block-coarse state of a run's query block: softmax over the blocks that are left, the mean of
+// their values. `key`: of the score of this lane's pair.
 template <int DP, class Shared>
-__device__ __forceinline__ void make_state(Shared& s, int x, int nk, uint32_t key, bool left) {
+__device__ __forceinline__ void make_state(Shared& s, const HeadBlocks& blocks, int run, int nk,
+                                           uint32_t key, bool left) {
   constexpr int kColumns = DP / 32;  // of a lane
   const int lane = threadIdx.x % 32;
   const float score = left ? score_of(key) : -INFINITY;
   float top = score_of(__reduce_max_sync(kFullWarp, key_of(score)));
   if (top == -INFINITY) top = 0.f;
-  const int count = lane < nk ? __popc(s.keys_there[lane]) : 0;
+  int count = 0;
+  if (lane < nk) {
+    count = __popc(s.keys_there[blocks.lead(lane)]);
+    if (blocks.shift != 0) count += __popc(s.keys_there[blocks.lead(lane) + 1]);
+  }
   const float weight = static_cast<float>(count) * exp2_approx((score - top) * kLog2e);
   float sum = weight;
 #pragma unroll
@@ -152,15 +157,14 @@ __device__ __forceinline__ void make_state(Shared& s, int x, int nk, uint32_t ke
 #pragma unroll 4
   for (int y = 0; y < nk; ++y) {
     const float w = __shfl_sync(kFullWarp, weight, y);
+    const float* const of_block = s.coarse.v_mean[blocks.lead(y)] + lane;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      mean[i] = fmaf(w, s.coarse.v_mean[y][lane + 32 * i], mean[i]);
-    }
+    for (int i = 0; i < kColumns; ++i) mean[i] = fmaf(w, of_block[32 * i], mean[i]);
   }
   const float inverse = any ? 1.f / sum : 0.f;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) s.coarse.state_mean[x][lane + 32 * i] = mean[i] * inverse;
-  if (lane == 0) s.coarse.state_lse[x] = any ? top + log2_approx(sum) * kLn2 : -INFINITY;
+  for (int i = 0; i < kColumns; ++i) s.coarse.state_mean[run][lane + 32 * i] = mean[i] * inverse;
+  if (lane == 0) s.coarse.state_lse[run] = any ? top + log2_approx(sum) * kLn2 : -INFINITY;
 }
 
 // The row of scores of a run's query block: the key of this lane's pair, kAbsent where there is no

@@ -35,6 +35,7 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   uint16_t k_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t v_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t matrices[2][DP][DP];  // C, Sigma; before them, sums of second runs of blocks
+  uint32_t most[2][2];           // float16, by turns: the largest key and value, bits
   float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
   uint32_t roots[kForm == HeadForm::centred ? 16 * kRuns : 1];  // of weights times counts, pairs
   float of_run[kForm == HeadForm::centred ? kRuns : 1][2];      // maximum and sum of logits
@@ -47,6 +48,7 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
       if constexpr (kForm == HeadForm::order1) (&k_lost[0][0])[i] = (&v_lost[0][0])[i] = 0;
     }
     for (int i = thread; i < 16; i += threads) log_mass[i] = -INFINITY;
+    if (thread < 4) most[thread / 2][thread % 2] = 0;
   }
   // Sums of block x's second run: of values, and weighted ones of keys.
   __device__ __forceinline__ float* of_second(int which, int x) {
@@ -56,8 +58,10 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
 template <int kRuns, int DP>
 struct HeadCoarse<kRuns, DP, HeadForm::state> {
   float v_mean[kRuns][DP + 4];
-  alignas(16) float state_mean[kRuns][DP];
+  alignas(16) float state_mean[kRuns][DP];  // of each run's block
   float state_lse[kRuns];
+
+  __device__ __forceinline__ float* of_second(int /*which*/, int x) { return v_mean[2 * x + 1]; }
 };
 
 template <int kRuns, int DP, HeadForm kForm>
@@ -262,7 +266,7 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
 }
 
 // The same of the values; with those of the keys as pooled keys.
-template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
+template <typename T, HeadForm kForm, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, const Inputs& in,
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
                                             int phase, const PanelLane<DP>& panel) {
@@ -272,14 +276,12 @@ __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, cons
   barrier_wait(&s.full[2], phase);
   float2 mean = sum_run<T>(s.run_of(in.v(), run), there, panel);
   int count = __popc(there);
-  if constexpr (kForm != HeadForm::state) {
-    if (blocks.shift != 0) {
-      if (!blocks.leads(run)) put_pair<DP>(s.coarse.of_second(0, x), mean);
-      blocks.meet(run);
-      if (!blocks.leads(run)) return;
-      count += __popc(s.keys_there[run + 1]);
-      mean = mean + get_pair<DP>(s.coarse.of_second(0, x));
-    }
+  if (kPairs && blocks.shift != 0) {
+    if (!blocks.leads(run)) put_pair<DP>(s.coarse.of_second(0, x), mean);
+    blocks.meet(run);
+    if (!blocks.leads(run)) return;
+    count += __popc(s.keys_there[run + 1]);
+    mean = mean + get_pair<DP>(s.coarse.of_second(0, x));
   }
   mean = over_count(mean, count);
   if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, mean);

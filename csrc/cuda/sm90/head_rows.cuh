@@ -119,12 +119,12 @@ __device__ __forceinline__ void multiply_matrix(float (&c)[DP / 8][4],
   }
 }
 
-// t_i = s^2 x_i Sigma x_i^T of this thread's rows, the left operand's: a left operand's registers
-// hold the columns that an accumulator's do.
+// t_i = factor x_i Sigma x_i^T of this thread's rows, the left operand's: a left operand's
+// registers hold the columns that an accumulator's do.
 template <typename T, int DP>
 __device__ __forceinline__ void multiply_sigma(float (&t)[2],
                                                const typename Mma<T>::A (&a)[DP / 16],
-                                               const uint16_t (&sigma)[DP][DP], float scale,
+                                               const uint16_t (&sigma)[DP][DP], float factor,
                                                const PanelLane<DP>& panel) {
   float c[DP / 8][4];
   multiply_matrix<T, true>(c, a, sigma, panel);
@@ -136,7 +136,7 @@ __device__ __forceinline__ void multiply_sigma(float (&t)[2],
       const float2 x = unpack2(a[n / 2].r[n % 2 * 2 + half], T{});
       dot += x.x * c[n][2 * half] + x.y * c[n][2 * half + 1];
     }
-    t[half] = scale * scale * quad_sum(dot);
+    t[half] = factor * quad_sum(dot);
   }
 }
 
@@ -160,7 +160,7 @@ template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s, const Inputs& in,
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
                                             int half, typename Mma<T>::A (&q)[DP / 16],
-                                            uint32_t taken, const PanelLane<DP>& panel) {
+                                            uint32_t taken, int phase, const PanelLane<DP>& panel) {
   constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
   const ForwardParams& f = p.fine;
@@ -172,6 +172,12 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
 
   // coarse
   [[maybe_unused]] float variance[2];
+  [[maybe_unused]] float of_sigma = f.scale * f.scale, of_c = f.scale;
+  if constexpr (kOrder1) {
+    const MomentScale<T> moments(s.coarse.most[phase]);
+    of_sigma *= moments.back(true);
+    of_c *= moments.back(false);
+  }
   if constexpr (kRow) {
     float c[2][4] = {}, row_bias[2] = {};
     multiply_nt<T>(c, q, as_panel(s.coarse.k), panel);
@@ -180,7 +186,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
 #pragma unroll
       for (int i = 0; i < DP / 16; ++i) u[i] = q[i];
       take_centre<T>(u, s.coarse.centre);
-      multiply_sigma<T>(variance, u, s.coarse.matrices[1], f.scale, panel);
+      multiply_sigma<T>(variance, u, s.coarse.matrices[1], of_sigma, panel);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         row_bias[i] = log2_approx(3.f - __fdividef(2.f, 1.f + variance[i] / 4));
@@ -235,14 +241,14 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
     if constexpr (kCentred) {
       take_centre<T>(q, s.coarse.centre);
     } else {
-      multiply_sigma<T>(variance, q, s.coarse.matrices[1], f.scale, panel);
+      multiply_sigma<T>(variance, q, s.coarse.matrices[1], of_sigma, panel);
     }
     float u[DP / 8][4];
     multiply_matrix<T, DP == 32>(u, q, s.coarse.matrices[0], panel);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (share[i] == 0.f) continue;
-      const float factor = share[i] * f.scale * __fdividef(1.f, 1.f + variance[i] / 4);
+      const float factor = share[i] * of_c * __fdividef(1.f, 1.f + variance[i] / 4);
 #pragma unroll
       for (int n = 0; n < DP / 8; ++n) {
 #pragma unroll
