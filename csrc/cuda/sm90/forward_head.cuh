@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   const int heads = f.B * f.H, group = f.H / f.Hk;
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : s.full) barrier_init(&barrier, 1);
+    if constexpr (kOrder1) barrier_init(&s.coarse.made, kRuns);
     barrier_init_done();
   }
   if constexpr (kRow) s.coarse.clear(threadIdx.x, 32 * kRuns);
@@ -138,7 +139,6 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
                                  ? nullptr
                                  : static_cast<Kept<T>*>(p.moments) + at.key_head * 2 * DP * DP;
         make_matrices<T, kCentred>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out, panel);
-        __syncthreads();
       }
     }
 

@@ -197,40 +197,34 @@ struct MomentPiece {
   }
 };
 
-// How the matrices are cut. 64 columns: C and Sigma in halves of their columns, 64 rows a
-// warpgroup. 32: keys and values are its 64 rows, and the product with keys Sigma above C^T.
-template <int DP>
-struct MomentCut {
-  static constexpr int kColumns = DP == 64 ? 32 : 16, kPieces = DP == 64 ? 4 : 2;
-};
-
-// A piece by a warpgroup: products of all keys as they are.
-template <typename T, int DP, int kTiles, int kRows>
-__device__ __forceinline__ void multiply_runs(float (&result)[kTiles][4],
+// Rows of a warpgroup, of all of a head's columns: products of all keys as they are. `left` is
+// keys, with 32 columns values besides, which lie behind them.
+template <typename T, int DP, int kRows>
+__device__ __forceinline__ void multiply_runs(float (&result)[DP / 8][4],
                                               const uint16_t (&left)[kRows][DP],
-                                              const uint16_t (&right)[kRows][DP], int column,
-                                              int runs) {
+                                              const uint16_t (&right)[kRows][DP], int runs) {
   constexpr int kNext = DP * 2 * 16 >> 4;  // of a descriptor, from 16 rows to the next ones
-  float c[kTiles][4];
-  uint64_t a = descriptor<DP>(left, sizeof(left));
-  uint64_t b = descriptor<DP>(right) + (column * 2 >> 4);
-  using Product = Wgmma<T, 8 * kTiles>;
+  float c[DP / 8][4];
+  uint64_t a = descriptor<DP>(left, sizeof(left)), b = descriptor<DP>(right);
+  const auto multiply = [&](int i, bool add) {
+    Wgmma<T, DP>::template multiply<true, true>(c, a + kNext * i, b + kNext * i, add);
+  };
   const int last = uniform(runs);
   wgmma_fence();
-  Product::template multiply<true, true>(c, a, b, false);
-  Product::template multiply<true, true>(c, a + kNext, b + kNext, true);
+  multiply(0, false);
+  multiply(1, true);
 #pragma unroll 1
   for (int run = 1; run < last; ++run) {
     a += 2 * kNext;
     b += 2 * kNext;
-    Product::template multiply<true, true>(c, a, b, true);
-    Product::template multiply<true, true>(c, a + kNext, b + kNext, true);
+    multiply(0, true);
+    multiply(1, true);
   }
   wgmma_commit();
   wgmma_wait<0>();
   pin(c);
 #pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
+  for (int n = 0; n < DP / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) result[n][i] = c[n][i];
   }
@@ -257,32 +251,51 @@ struct MomentBlocks {
   }
 };
 
-// C and Sigma, by all warps of the head, to shared memory (32 columns: C^T) and, unless null, to
-// `out`, [2, DP, DP] in Kept<T>. Even means: the product of the keys as they are, less that of the
-// means; weighted ones are centred on the way. Other threads see the matrices behind a barrier.
+// C and Sigma of a head, to shared memory (32 columns: C^T) and, unless null, to `out`, [2, DP,
+// DP]. Their rows, sixteen a piece: with 64 columns those of C, products of keys with values, above
+// those of Sigma; with 32 those of Sigma above C^T, products of values with keys, so that a
+// warpgroup has both.
 template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
-__device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
-                                              int runs, int warp, int phase, Kept<T>* out,
-                                              const PanelLane<DP>& panel) {
-  using Cut = MomentCut<DP>;
-  constexpr int kWarps = Shared::kRows / kRun, kTiles = Cut::kColumns / 8;
+struct Moments {
+  static constexpr int kWarps = Shared::kRows / kRun, kRowPieces = 2 * DP / 16;
   static_assert(kWarps % 4 == 0);
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
-  const float over_n = 1.f / static_cast<float>(max(counted, 1));
+  Shared& s;
+  const Inputs& in;
+  const HeadBlocks& blocks;
+  const PanelLane<DP>& panel;
+  int runs, phase;
+  float over_n;
+  Kept<T>* out;
 
+  // Even means: the product of the keys as they are, less that of the means; by warpgroups where
+  // every key counts. Weighted ones are centred on the way.
+  __device__ __forceinline__ void make(int warp) const {
+    if constexpr (!kWeighted) {
+      const int lane = threadIdx.x % 32;
+      const uint32_t there = lane < runs ? s.keys_there[lane] : kFullWarp;
+      if (__all_sync(kFullWarp, there == kFullWarp)) {
+        if (warp < kRowPieces) make_piece<DP / 8, true>(warp, 0);
+        return;
+      }
+    }
+    constexpr int kCut = kWarps > kRowPieces ? kWarps / kRowPieces : 1, kTiles = DP / 8 / kCut;
 #pragma unroll 1
-  for (int piece = warp / 4; piece < Cut::kPieces; piece += kWarps / 4) {
-    const int column = piece * Cut::kColumns % DP, row_of_group = 16 * (warp % 4);
-    const bool sigma = DP == 64 ? piece >= Cut::kPieces / 2 : row_of_group < DP;
+    for (int piece = warp; piece < kRowPieces * kCut; piece += kWarps) {
+      make_piece<kTiles, false>(piece % kRowPieces, piece / kRowPieces * kTiles * 8);
+    }
+  }
+
+  template <int kTiles, bool kWhole>
+  __device__ __forceinline__ void make_piece(int row_piece, int column) const {
+    const int row = row_piece * 16 % DP;
+    const bool sigma = (row_piece >= kRowPieces / 2) == (DP == 64);
     const bool values_left = DP == 32 && !sigma, values_right = DP == 64 && !sigma;
-    const int row = row_of_group % DP;
     const MomentPiece<T, DP, Shared::kRows, kTiles> of(
         values_left ? in.v() : in.k(), values_left ? s.coarse.v : s.coarse.k,
         values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
     float c[kTiles][4] = {};
-    if (!kWeighted && counted == runs * kRun) {
-      multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), column, runs);
+    if constexpr (kWhole) {
+      multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), runs);
     } else {
 #pragma unroll 1
       for (int run = 0; run < runs; ++run) {
@@ -309,6 +322,13 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
         of.take_means(c, left_lost, right_lost, left & -left, count, panel);
       }
     }
+    write(c, sigma, row, column, values_left);
+  }
+
+  template <int kTiles>
+  __device__ __forceinline__ void write(const float (&c)[kTiles][4], bool sigma, int row,
+                                        int column, bool transposed) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     uint16_t(&matrix)[DP][DP] = s.coarse.matrices[sigma];
     const float scale = MomentScale<T>(s.coarse.most[phase]).of(sigma);
     Kept<T>* const to = out == nullptr ? nullptr : out + sigma * DP * DP;
@@ -321,7 +341,7 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
         *reinterpret_cast<uint32_t*>(&matrix[r][swizzled<DP>(chunk, r) * 8 + 2 * t]) =
             Mma<T>::pack(x * scale, y * scale);
         if (to == nullptr) continue;
-        if (values_left) {  // C^T
+        if (transposed) {
           to[d * DP + r] = from_float<Kept<T>>(x);
           to[(d + 1) * DP + r] = from_float<Kept<T>>(y);
         } else {
@@ -331,6 +351,19 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
       }
     }
   }
+};
+
+// By all warps of the head; each has written its part when it arrives at s.coarse.made.
+template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
+__device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
+                                              int runs, int warp, int phase, Kept<T>* out,
+                                              const PanelLane<DP>& panel) {
+  const int lane = threadIdx.x % 32;
+  const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
+  const float over_n = 1.f / static_cast<float>(max(counted, 1));
+  Moments<T, kWeighted, DP, Shared, Inputs>{s, in, blocks, panel, runs, phase, over_n, out}.make(
+      warp);
+  barrier_arrive(&s.coarse.made);
 }
 
 }  // namespace mra::cuda::sm90

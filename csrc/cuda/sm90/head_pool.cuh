@@ -35,6 +35,7 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   uint16_t k_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t v_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t matrices[2][DP][DP];  // C, Sigma; before them, sums of second runs of blocks
+  uint64_t made;                 // passed once the matrices are there
   uint32_t most[2][2];           // float16, by turns: the largest key and value, bits
   float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
   uint32_t roots[kForm == HeadForm::centred ? 16 * kRuns : 1];  // of weights times counts, pairs

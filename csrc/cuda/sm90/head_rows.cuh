@@ -157,7 +157,7 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
 
 // Rows 16 `half` on of a run, `q`; their block takes `taken`.
 template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
-__device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s, const Inputs& in,
+__device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, const Inputs& in,
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
                                             int half, typename Mma<T>::A (&q)[DP / 16],
                                             uint32_t taken, int phase, const PanelLane<DP>& panel) {
@@ -186,6 +186,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
 #pragma unroll
       for (int i = 0; i < DP / 16; ++i) u[i] = q[i];
       take_centre<T>(u, s.coarse.centre);
+      barrier_wait(&s.coarse.made, phase);
       multiply_sigma<T>(variance, u, s.coarse.matrices[1], of_sigma, panel);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -241,6 +242,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, const Shared& s
     if constexpr (kCentred) {
       take_centre<T>(q, s.coarse.centre);
     } else {
+      barrier_wait(&s.coarse.made, phase);
       multiply_sigma<T>(variance, q, s.coarse.matrices[1], of_sigma, panel);
     }
     float u[DP / 8][4];

@@ -64,12 +64,10 @@ struct Wgmma;
 
 #define MRA_D4(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define MRA_D16(d, n) MRA_D4(d, n), MRA_D4(d, n + 1), MRA_D4(d, n + 2), MRA_D4(d, n + 3)
-#define MRA_D8(d, n) MRA_D4(d, n), MRA_D4(d, n + 1)
 #define MRA_D32(d, n) MRA_D16(d, n), MRA_D16(d, n + 4)
 #define MRA_D64(d, n) MRA_D32(d, n), MRA_D32(d, n + 8)
 #define MRA_D96(d, n) MRA_D64(d, n), MRA_D32(d, n + 16)
-#define MRA_R8 "{%0, %1, %2, %3, %4, %5, %6, %7"
-#define MRA_R16 MRA_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define MRA_R16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MRA_R32                                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, " \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -104,7 +102,6 @@ struct Wgmma;
     }                                                                                             \
   };
 #define MRA_WGMMA_TYPE(T, TYPE)                                                       \
-  MRA_WGMMA(T, TYPE, 16, MRA_R8, MRA_D8, "%8", "%9", "%10", "%11", "%12", "%13")      \
   MRA_WGMMA(T, TYPE, 32, MRA_R16, MRA_D16, "%16", "%17", "%18", "%19", "%20", "%21")  \
   MRA_WGMMA(T, TYPE, 64, MRA_R32, MRA_D32, "%32", "%33", "%34", "%35", "%36", "%37")  \
   MRA_WGMMA(T, TYPE, 128, MRA_R64, MRA_D64, "%64", "%65", "%66", "%67", "%68", "%69") \
@@ -203,12 +200,10 @@ __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
 #undef MRA_R64
 #undef MRA_R32
 #undef MRA_R16
-#undef MRA_R8
 #undef MRA_D96
 #undef MRA_D64
 #undef MRA_D32
 #undef MRA_D16
-#undef MRA_D8
 #undef MRA_D4
 
 }  // namespace mra::cuda::sm90
