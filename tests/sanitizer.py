@@ -42,10 +42,21 @@ def cases():
         options = dict(D=D, N=330, M=700, block_size=block, coarse=coarse, order=order)
         yield torch.bfloat16, options | dict(masks="both")
     # short heads: all stages in one launch
-    short = itertools.product([100, 200, 500], ["none", "block"], ["row", "global"])
-    for N, coarse, selection in short:
-        options = dict(N=N, M=N - 20, D=64, coarse=coarse, order=0, selection=selection)
-        yield torch.bfloat16, options | dict(block_size=32, masks="both")
+    heads = [(32, dict(coarse=c, order=0, selection="global")) for c in ("none", "block")]
+    heads += [
+        (block, dict(coarse=coarse, order=order))
+        for block in (32, 64)
+        for coarse, order in (("none", 0), ("block", 0), ("row", 0), ("row", 1))
+    ]
+    heads += [(block, dict(order=1, pool="centred", Hk=4)) for block in (32, 64)]
+    for N, D, (block, options) in itertools.product([100, 250, 512], [32, 64], heads):
+        for dtype, masks in (
+            (torch.bfloat16, "both"),
+            (torch.bfloat16, "none"),
+            (torch.float16, "both"),
+        ):
+            shape = dict(N=N, M=max(N - 20, N // 32 * 32), D=D, block_size=block, masks=masks)
+            yield dtype, shape | options
     # order 1 that walks the sequence
     walks = itertools.product(
         DTYPES[:2], [32, 64, 128, 256], [64, (64, 16), (128, 32)], [False, True]

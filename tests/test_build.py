@@ -86,7 +86,9 @@ def test_hopper_kernels_compile_without_spills():
             assert code == 0, log
             assert "serialized" not in log, log
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-            assert spills and max(spills) <= (8 if name.startswith("moments") else 0), log
+            # Outside of loops: where the rest of the registers is worth more.
+            outside = 8 if name.startswith("moments") else 24 if "head_order1" in name else 0
+            assert spills and max(spills) <= outside, log
 
 
 class FakeExtension:

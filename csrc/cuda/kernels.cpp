@@ -197,7 +197,7 @@ std::vector<KernelInfo> kernel_table() {
       {"fine", "forward_short", "csrc/cuda/sm90/forward_short.cuh", "sm_90a", "float16, bfloat16",
        "8..128 (64, 128)"},
       {"all", "forward_head", "csrc/cuda/sm90/forward_head.cuh", "sm_90a", "float16, bfloat16",
-       "24..64"},
+       "8..64 (32, 64)"},
       {"fine", "backward_rows_short", "csrc/cuda/sm90/backward_rows_short.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
       {"fine", "backward_columns_short", "csrc/cuda/sm90/backward_columns_short.cuh", "sm_90a",

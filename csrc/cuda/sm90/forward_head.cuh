@@ -17,7 +17,7 @@ struct HeadMaps : HeadParams {
 
 // Blocks of threads a multiprocessor.
 template <int DP, int kRuns>
-inline constexpr int kHeadCtas = 16 / kRuns*(64 / DP);
+inline constexpr int kHeadCtas = (16 / kRuns) * (64 / DP);
 
 template <typename T, int DP, int kRuns, HeadForm kForm, bool kGlobal>
 __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
@@ -28,15 +28,17 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
   constexpr bool kScaled = kOrder1 && std::is_same_v<T, __half>;
   constexpr int kRows = Shared::kRows, kCopy = kRows < 256 ? kRows : 256;
-  extern __shared__ char raw[];
-  Shared& s = aligned<Shared>(raw);
+  extern __shared__ __align__(1024) char raw[];  // as panels must: no register for where it starts
+  Shared& s = *reinterpret_cast<Shared*>(raw);
+  if (smem_address(raw) % 1024 != 0) __trap();
   const ForwardParams& f = p.fine;
-  const int lane = threadIdx.x % 32, run = warp_index();
-  const int heads = f.B * f.H, group = f.H / f.Hk;
+  const int lane = threadIdx.x % 32, run = warp_index(), heads = f.B * f.H;
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : s.full) barrier_init(&barrier, 1);
+    barrier_init(&s.queries_read, kRuns);
     if constexpr (kOrder1) barrier_init(&s.coarse.made, kRuns);
     barrier_init_done();
+    s.at(0) = HeadAt(f, blockIdx.x);
   }
   if constexpr (kRow) s.coarse.clear(threadIdx.x, 32 * kRuns);
   __syncthreads();
@@ -44,7 +46,6 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   // Where there is room for one head only, the next one's keys come early.
   constexpr bool kTurns = DP == 64 && !kGlobal;
   HeadInputs<Shared, kTurns> in{s};
-  const auto key_head_of = [&](int h) { return group == 1 ? h : h / group; };
   const auto fetch = [&](int which, const CUtensorMap& map, typename Shared::Panel& to, int h,
                          const HeadAt& at) {
     if (at.item >= heads) return;
@@ -53,51 +54,33 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     for (int r = 0; r < kRows; r += kCopy) copy_panel(to[r], map, &s.full[which], 0, r, h, at.b);
   };
   const auto fetch_keys = [&](const auto& in, const HeadAt& at) {
-    fetch(1, p.k_map, in.k(), key_head_of(at.h), at);
+    fetch(1, p.k_map, in.k(), at.hk, at);
   };
   const auto fetch_others = [&](const auto& in, const HeadAt& at) {
     fetch(0, p.q_map, in.q(), at.h, at);
-    fetch(2, p.v_map, in.v(), key_head_of(at.h), at);
+    fetch(2, p.v_map, in.v(), at.hk, at);
   };
-  const int step_b = gridDim.x / f.H, step_h = gridDim.x - step_b * f.H;
-  HeadAt at{};
-  at.item = blockIdx.x;
-  at.b = at.item / f.H;
-  at.h = at.item - at.b * f.H;
   if (run == 0) {
-    fetch_keys(in, at);
-    fetch_others(in, at);
+    fetch_keys(in, s.at(0));
+    fetch_others(in, s.at(0));
   }
 
-  const PanelLane<DP> panel;
   const HeadBlocks blocks{p.run_shift};
   const int x = blocks.of_run(run);
 #pragma unroll 1
-  for (int phase = 0; at.item < heads; phase ^= 1) {
-    HeadAt next{};
-    next.item = at.item + gridDim.x;
-    next.b = at.b + step_b;
-    next.h = at.h + step_h;
-    if (next.h >= f.H) next.h -= f.H, ++next.b;
-    const int hk = key_head_of(at.h);
-    at.key_head = int64_t{at.b} * f.Hk + hk;
-    at.writes_keys = at.h - hk * group == 0;
+  for (int phase = 0; s.at(phase).item < heads; phase ^= 1) {
+    const HeadAt &at = s.at(phase), &next = s.at(phase ^ 1);
+    if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(f, at.item + gridDim.x);
 
     // pool
-    pool_run<T, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
+    pool_run<T, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
     if constexpr (kRow && !kCentred && !kTurns) {
-      pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
-    }
-    [[maybe_unused]] typename Mma<T>::A q[2][DP / 16];
-    if constexpr (kTurns) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        load_rows<T>(q[half], as_panel(in.q()), kRun * run + 16 * half, panel);
-      }
+      pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
     }
     if constexpr (kScaled) {
       __syncwarp();
       const uint32_t there = s.keys_there[run];
+      const auto panel = panel_here<DP>();
       take_most<T>(&s.coarse.most[phase][0], s.run_of(in.k(), run), there, panel);
       barrier_wait(&s.full[2], phase);
       take_most<T>(&s.coarse.most[phase][1], s.run_of(in.v(), run), there, panel);
@@ -107,8 +90,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     if constexpr (kScaled) {
       if (threadIdx.x < 2) s.coarse.most[phase ^ 1][threadIdx.x] = 0;
     }
-    if (kTurns && run == 0) fetch_keys(in.next(), next);
-    if constexpr (kCentred) weigh_run<T>(p, s, in, blocks, run, phase, panel);
+    if constexpr (kCentred) weigh_run<T, DP>(p, s, in, blocks, run, phase);
 
     // plan
     const uint32_t key = score_run<DP>(p, s, run, blocks);
@@ -117,7 +99,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     // coarse
     if constexpr (!kRow) {
       if (p.coarse) {
-        pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
+        pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
         __syncthreads();
         const bool left = lane < kHeadRuns && key != kAbsent && !(taken >> lane & 1);
         make_state<DP>(s, blocks, run, p.plan.nk, key, left);
@@ -131,14 +113,14 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       }
     } else {
       if constexpr (!kCentred && kTurns) {
-        pool_values<T, kForm, !kGlobal>(p, s, in, at, blocks, run, phase, panel);
+        pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
       }
       if (kCentred || kTurns) __syncthreads();  // all pooled keys are there
       if constexpr (kOrder1) {
         Kept<T>* const out = p.moments == nullptr || !at.writes_keys
                                  ? nullptr
-                                 : static_cast<Kept<T>*>(p.moments) + at.key_head * 2 * DP * DP;
-        make_matrices<T, kCentred>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out, panel);
+                                 : static_cast<Kept<T>*>(p.moments) + at.key_head(f) * 2 * DP * DP;
+        make_matrices<T, kCentred, DP>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out);
       }
     }
 
@@ -148,14 +130,29 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     for (int half = 0; half < 2; ++half) {
       const bool moved = kGlobal && half == 1;
       const int own = moved ? other : run;
-      if constexpr (!kTurns) {
-        load_rows<T>(q[0], as_panel(in.q()), kRun * own + 16 * half, panel);
-      }
-      attend_rows<T, kForm>(p, s, in, at, blocks, own, half, q[0], moved ? s.taken[other] : taken,
-                            phase, panel);
+      const auto panel = panel_here<DP>();
+      const uint32_t rows = smem_address(in.q()[kRun * own + 16 * half]);
+      const auto read = [&](int i) {
+        typename Mma<T>::A a;
+        ldmatrix_x4<false>(a.r, rows + panel.rows(i));
+        return a;
+      };
+      const auto attend = [&](const auto& queries) {
+        attend_rows<T, kForm, DP>(p, s, in, at, blocks, own, half, queries,
+                                  moved ? s.taken[other] : taken, phase);
+      };
       if constexpr (kTurns) {
+        typename Mma<T>::A q[DP / 16];
 #pragma unroll
-        for (int i = 0; i < DP / 16; ++i) q[0][i] = q[1][i];
+        for (int i = 0; i < DP / 16; ++i) q[i] = read(i);
+        if (half == 1) barrier_arrive(&s.queries_read);
+        if (half == 1 && run == 0) {
+          barrier_wait(&s.queries_read, phase);
+          fetch_keys(in.next(), next);
+        }
+        attend([&](int i) { return q[i]; });
+      } else {
+        attend(read);
       }
     }
     __syncthreads();
@@ -164,7 +161,6 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       if (!kTurns) fetch_keys(in, next);
       fetch_others(in, next);
     }
-    at = next;
   }
 #endif
 }
@@ -179,7 +175,7 @@ cudaError_t launch_head(const HeadParams& params, const Device& device, cudaStre
       tensor_map(&p.q_map, kDtype<T>, f.q, f.q_strides, f.B, f.H, f.rows, f.D, kCopy, DP) &&
       tensor_map(&p.k_map, kDtype<T>, f.k, f.k_strides, f.B, f.Hk, f.M, f.D, kCopy, DP) &&
       tensor_map(&p.v_map, kDtype<T>, f.v, f.v_strides, f.B, f.Hk, f.M, f.D, kCopy, DP);
-  constexpr size_t kBytes = sizeof(Shared) + 1024;
+  constexpr size_t kBytes = sizeof(Shared);
   if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int64_t heads = int64_t{f.B} * f.H;
   const int64_t grid = std::min<int64_t>(heads, int64_t{kHeadCtas<DP, kRuns>} * device.sms);

@@ -38,21 +38,22 @@ struct MomentScale {
 };
 template <>
 struct MomentScale<__half> {
-  int exponent[2];  // C, Sigma
+  int of_c, of_sigma;  // exponents
 
   __device__ explicit MomentScale(const uint32_t (&most)[2]) {
-    const auto value = [&](int i) {
-      return __half2float(__ushort_as_half(static_cast<unsigned short>(most[i])));
-    };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t bound = __float_as_uint(4.f * value(0) * value(1 - i));
-      exponent[i] = bound == 0 ? 0 : 14 - (static_cast<int>(bound >> 23) - 126);
-    }
+    const float k = value(most[0]), v = value(most[1]);
+    of_c = exponent(4.f * k * v);
+    of_sigma = exponent(4.f * k * k);
+  }
+  static __device__ float value(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
+  static __device__ int exponent(float bound) {
+    return bound == 0.f ? 0 : 14 - (static_cast<int>(__float_as_uint(bound) >> 23) - 126);
   }
   static __device__ float power(int e) { return __uint_as_float((127 + e) << 23); }
-  __device__ float of(bool sigma) const { return power(exponent[sigma]); }
-  __device__ float back(bool sigma) const { return power(-exponent[sigma]); }
+  __device__ float of(bool sigma) const { return power(sigma ? of_sigma : of_c); }
+  __device__ float back(bool sigma) const { return power(-(sigma ? of_sigma : of_c)); }
 };
 
 // The largest value of a run, by a warp, to *most.
@@ -166,33 +167,38 @@ struct MomentPiece {
     }
   }
 
-  // c -= count times the sum of mean^T mean over the blocks in `which`, bits: of what is rounded
-  // and what rounding has taken, but for the product of both latter.
+  // c -= count times the sum of mean^T mean over the blocks in `which`, bits, or with kAll over
+  // all: of what is rounded and what rounding has taken, but for the product of both latter.
+  template <bool kAll>
   __device__ __forceinline__ void take_means(float (&c)[kTiles][4], const Means& left_lost,
                                              const Means& right_lost, uint32_t which, int count,
                                              const PanelLane<DP>& panel) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
-    typename Mma<T>::A kept, lost;
-    ldmatrix_x4<true>(kept.r, smem_address(left_mean) + (panel.key ^ 2 * row));
-    ldmatrix_x4<true>(lost.r, smem_address(left_lost) + (panel.key ^ 2 * row));
-    const uint32_t low = mask_pair(which, 2 * t), high = mask_pair(which, 8 + 2 * t);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      kept.r[i] &= i < 2 ? low : high;
-      lost.r[i] &= i < 2 ? low : high;
-    }
     const uint32_t of_right =
         smem_address(lane < 16 ? right_mean : right_lost) + lane % 16 * kRowBytes;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      uint32_t b[4];  // kept, lost
-      ldmatrix_x4<true>(b, of_right + swizzled<DP>(column / 8 + n, lane) * 16);
-      float of_means[4] = {};
-      Mma<T>::product(of_means, lost, b[0], b[1]);
-      Mma<T>::product(of_means, kept, b[2], b[3]);
-      Mma<T>::product(of_means, kept, b[0], b[1]);
+    for (int part = 0; part < 2; ++part) {
+      typename Mma<T>::A a;
+      ldmatrix_x4<true>(a.r,
+                        smem_address(part == 0 ? left_lost : left_mean) + (panel.key ^ 2 * row));
+      if constexpr (!kAll) {
+        const uint32_t low = mask_pair(which, 2 * t), high = mask_pair(which, 8 + 2 * t);
+        a.r[0] &= low, a.r[1] &= low, a.r[2] &= high, a.r[3] &= high;
+      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[n][i] = fmaf(-static_cast<float>(count), of_means[i], c[n][i]);
+      for (int n = 0; n < kTiles; ++n) {
+        uint32_t b[4];  // kept, lost
+        ldmatrix_x4<true>(b, of_right + swizzled<DP>(column / 8 + n, lane) * 16);
+        float of_means[4] = {};
+        if (part == 1) Mma<T>::product(of_means, a, b[2], b[3]);
+        Mma<T>::product(of_means, a, b[0], b[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          c[n][i] = fmaf(-static_cast<float>(count), of_means[i], c[n][i]);
+          // One tile at a time: there are no registers for the operands of all.
+          asm volatile("" : "+f"(c[n][i]));
+        }
+      }
     }
   }
 };
@@ -200,11 +206,10 @@ struct MomentPiece {
 // Rows of a warpgroup, of all of a head's columns: products of all keys as they are. `left` is
 // keys, with 32 columns values besides, which lie behind them.
 template <typename T, int DP, int kRows>
-__device__ __forceinline__ void multiply_runs(float (&result)[DP / 8][4],
+__device__ __forceinline__ void multiply_runs(float (&c)[DP / 8][4],
                                               const uint16_t (&left)[kRows][DP],
                                               const uint16_t (&right)[kRows][DP], int runs) {
   constexpr int kNext = DP * 2 * 16 >> 4;  // of a descriptor, from 16 rows to the next ones
-  float c[DP / 8][4];
   uint64_t a = descriptor<DP>(left, sizeof(left)), b = descriptor<DP>(right);
   const auto multiply = [&](int i, bool add) {
     Wgmma<T, DP>::template multiply<true, true>(c, a + kNext * i, b + kNext * i, add);
@@ -223,11 +228,6 @@ __device__ __forceinline__ void multiply_runs(float (&result)[DP / 8][4],
   wgmma_commit();
   wgmma_wait<0>();
   pin(c);
-#pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result[n][i] = c[n][i];
-  }
 }
 
 // Which blocks have all of their keys, as bits, and which others have any.
@@ -273,12 +273,13 @@ struct Moments {
     if constexpr (!kWeighted) {
       const int lane = threadIdx.x % 32;
       const uint32_t there = lane < runs ? s.keys_there[lane] : kFullWarp;
-      if (__all_sync(kFullWarp, there == kFullWarp)) {
+      const bool halves = blocks.shift != 0 && runs % 2 != 0;  // the last block has one run
+      if (__all_sync(kFullWarp, there == kFullWarp) && !halves) {
         if (warp < kRowPieces) make_piece<DP / 8, true>(warp, 0);
         return;
       }
     }
-    constexpr int kCut = kWarps > kRowPieces ? kWarps / kRowPieces : 1, kTiles = DP / 8 / kCut;
+    constexpr int kCut = std::max(kWarps / kRowPieces, DP / 32), kTiles = DP / 8 / kCut;
 #pragma unroll 1
     for (int piece = warp; piece < kRowPieces * kCut; piece += kWarps) {
       make_piece<kTiles, false>(piece % kRowPieces, piece / kRowPieces * kTiles * 8);
@@ -293,10 +294,15 @@ struct Moments {
     const MomentPiece<T, DP, Shared::kRows, kTiles> of(
         values_left ? in.v() : in.k(), values_left ? s.coarse.v : s.coarse.k,
         values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
-    float c[kTiles][4] = {};
+    float c[kTiles][4];
     if constexpr (kWhole) {
       multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), runs);
     } else {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
+      }
 #pragma unroll 1
       for (int run = 0; run < runs; ++run) {
         const uint32_t there = s.keys_there[run];
@@ -309,17 +315,20 @@ struct Moments {
         of.multiply(c, keys);
       }
     }
-    if constexpr (!kWeighted) {
+    const auto& left_lost = values_left ? s.coarse.v_lost : s.coarse.k_lost;
+    const auto& right_lost = values_right ? s.coarse.v_lost : s.coarse.k_lost;
+    if constexpr (kWhole) {
+      of.template take_means<true>(c, left_lost, right_lost, 0, kRun << blocks.shift, panel);
+    } else if constexpr (!kWeighted) {
       const MomentBlocks which(s, blocks, runs);
-      const auto& left_lost = values_left ? s.coarse.v_lost : s.coarse.k_lost;
-      const auto& right_lost = values_right ? s.coarse.v_lost : s.coarse.k_lost;
-      of.take_means(c, left_lost, right_lost, which.full, kRun << blocks.shift, panel);
+      of.template take_means<false>(c, left_lost, right_lost, which.full, kRun << blocks.shift,
+                                    panel);
 #pragma unroll 1
       for (uint32_t left = which.partial; left != 0; left &= left - 1) {
         const int lead = blocks.lead(__ffs(left) - 1);
         int count = __popc(s.keys_there[lead]);
         if (blocks.shift != 0) count += __popc(s.keys_there[lead + 1]);
-        of.take_means(c, left_lost, right_lost, left & -left, count, panel);
+        of.template take_means<false>(c, left_lost, right_lost, left & -left, count, panel);
       }
     }
     write(c, sigma, row, column, values_left);
@@ -336,6 +345,7 @@ struct Moments {
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        asm volatile("" ::: "memory");  // one pair after the other: addresses take registers
         const int r = row + g + 8 * half, chunk = column / 8 + n, d = 8 * chunk + 2 * t;
         const float x = c[n][2 * half] * over_n, y = c[n][2 * half + 1] * over_n;
         *reinterpret_cast<uint32_t*>(&matrix[r][swizzled<DP>(chunk, r) * 8 + 2 * t]) =
@@ -356,8 +366,8 @@ struct Moments {
 // By all warps of the head; each has written its part when it arrives at s.coarse.made.
 template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
-                                              int runs, int warp, int phase, Kept<T>* out,
-                                              const PanelLane<DP>& panel) {
+                                              int runs, int warp, int phase, Kept<T>* out) {
+  const auto panel = panel_here<DP>();
   const int lane = threadIdx.x % 32;
   const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
   const float over_n = 1.f / static_cast<float>(max(counted, 1));

@@ -12,6 +12,15 @@ namespace mra::cuda::sm90 {
 
 constexpr int kRun = 32;  // rows
 
+// Where a lane's parts of panels lie, made anew: the compiler would else hold what follows from it,
+// addresses of every panel, in registers through all stages.
+template <int DP>
+__device__ __forceinline__ PanelLane<DP> panel_here() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return PanelLane<DP>(lane);
+}
+
 // The runs of a block of two have warps that are neighbours. The number of its first run, the
 // leading one, also says where shared memory keeps what belongs to the block.
 struct HeadBlocks {
@@ -65,6 +74,23 @@ struct HeadCoarse<kRuns, DP, HeadForm::state> {
   __device__ __forceinline__ float* of_second(int /*which*/, int x) { return v_mean[2 * x + 1]; }
 };
 
+// A head that a block of threads is at. In shared memory, where it takes no registers.
+struct HeadAt {
+  int item, b, h, hk;
+  bool writes_keys;  // one of the query heads that share it writes what belongs to a key head
+
+  __device__ __forceinline__ HeadAt(const ForwardParams& f, int item) : item(item) {
+    const int group = f.H / f.Hk;
+    b = item / f.H;
+    h = item - b * f.H;
+    hk = h / group;
+    writes_keys = h - hk * group == 0;
+  }
+  __device__ __forceinline__ int64_t key_head(const ForwardParams& f) const {
+    return int64_t{b} * f.Hk + hk;
+  }
+};
+
 template <int kRuns, int DP, HeadForm kForm>
 struct HeadShared {
   static constexpr int kRows = kRun * kRuns;
@@ -81,7 +107,13 @@ struct HeadShared {
   uint32_t queries_there[kRuns];               // bit r: row r of the run counts
   uint32_t keys_there[kRuns];
   int pairs[kTiers];
-  uint64_t full[3];  // q, k, v
+  uint64_t full[3];       // q, k, v
+  uint64_t queries_read;  // passed once every warp has its last queries in registers
+  alignas(HeadAt) char places[2][sizeof(HeadAt)];  // this head and the next one, by turns
+
+  __device__ __forceinline__ HeadAt& at(int turn) {
+    return reinterpret_cast<HeadAt&>(places[turn]);
+  }
 
   template <int kLength>
   static __device__ __forceinline__ const uint16_t (&run_of(const uint16_t (&from)[kLength][DP],
@@ -102,13 +134,6 @@ struct HeadInputs {
   __device__ __forceinline__ auto& v() const { return s.panels[kTurns ? (turn + 2) % 3 : 2]; }
   // Those of the next head.
   __device__ __forceinline__ HeadInputs next() const { return {s, kTurns ? (turn + 2) % 3 : 0}; }
-};
-
-// The head that a block of threads is at.
-struct HeadAt {
-  int item, b, h;
-  int64_t key_head;
-  bool writes_keys;  // one of the query heads that share it writes what belongs to a key head
 };
 
 // The rows of a run that count, as bits: those before `rows` whose mask is not 0.
@@ -225,7 +250,8 @@ __device__ __forceinline__ float2 over_count(float2 sum, int count) {
 template <typename T, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const Inputs& in,
                                          const HeadAt& at, const HeadBlocks& blocks, int run,
-                                         int phase, const PanelLane<DP>& panel) {
+                                         int phase) {
+  const auto panel = panel_here<DP>();
   const ForwardParams& f = p.fine;
   const int x = blocks.of_run(run);
   const bool first_lane = threadIdx.x % 32 == 0;
@@ -259,7 +285,7 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
   put_pair<DP>(s.q_mean[run], q_mean);
   put_pair<DP>(s.k_mean[run], k_mean);
   write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
-  if (at.writes_keys) write_mean<DP>(p, p.k_mean, at.key_head, p.plan.nk, x, k_mean);
+  if (at.writes_keys) write_mean<DP>(p, p.k_mean, at.key_head(f), p.plan.nk, x, k_mean);
   if (at.h == 0 && first_lane) {
     if (p.q_count != nullptr && x < p.plan.nq) p.q_count[at.b * p.plan.nq + x] = q_count;
     if (p.k_count != nullptr && x < p.plan.nk) p.k_count[at.b * p.plan.nk + x] = k_count;
@@ -270,7 +296,8 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
 template <typename T, HeadForm kForm, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, const Inputs& in,
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
-                                            int phase, const PanelLane<DP>& panel) {
+                                            int phase) {
+  const auto panel = panel_here<DP>();
   const int x = blocks.of_run(run);
   __syncwarp();
   const uint32_t there = s.keys_there[run];
@@ -285,7 +312,7 @@ __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, cons
     mean = mean + get_pair<DP>(s.coarse.of_second(0, x));
   }
   mean = over_count(mean, count);
-  if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head, p.plan.nk, x, mean);
+  if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head(p.fine), p.plan.nk, x, mean);
   if constexpr (kForm == HeadForm::state) {
     put_pair<DP>(s.coarse.v_mean[run], mean);
   } else {

@@ -8,10 +8,11 @@
 namespace mra::cuda::sm90 {
 
 // Scores of a run of keys -> logits in log2 units, -inf for keys whose bit is not set.
-__device__ __forceinline__ void to_logits(float (&c)[4][4], uint32_t there, float scale) {
+template <int kTiles>
+__device__ __forceinline__ void to_logits(float (&c)[kTiles][4], uint32_t there, float scale) {
   const int t = threadIdx.x % 4;
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
+  for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       c[n][i] = there >> (8 * n + 2 * t + i % 2) & 1 ? c[n][i] * scale : -INFINITY;
@@ -92,30 +93,23 @@ __device__ __forceinline__ void store_rows(T* out, int64_t stride, int present, 
   }
 }
 
-// c = A times a matrix, or its transpose.
+// Columns 16 n on of A times a matrix, or its transpose: as many at a time as registers allow.
 template <typename T, bool kTransposed, int DP>
-__device__ __forceinline__ void multiply_matrix(float (&c)[DP / 8][4],
+__device__ __forceinline__ void multiply_matrix(float (&c)[2][4],
                                                 const typename Mma<T>::A (&a)[DP / 16],
-                                                const uint16_t (&matrix)[DP][DP],
+                                                const uint16_t (&matrix)[DP][DP], int n,
                                                 const PanelLane<DP>& panel) {
 #pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
+  for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
-  }
-  if constexpr (kTransposed) {
-    multiply_nt<T>(c, a, as_panel(matrix), panel);
-  } else {
-    const uint32_t base = smem_address(matrix);
-#pragma unroll
-    for (int k = 0; k < DP / 16; ++k) {
-      typename Mma<T>::B fb[DP / 16];
-#pragma unroll
-      for (int n = 0; n < DP / 16; ++n) {
-        ldmatrix_x4<true>(fb[n].r, base + 16 * k * panel.kRowBytes + panel.rows(n));
-      }
-      Mma<T>::mma(c, 0, a[k], fb, false);
+  for (int k = 0; k < DP / 16; ++k) {
+    typename Mma<T>::B fb[1];
+    if constexpr (kTransposed) {
+      ldmatrix_x4<false>(fb[0].r, smem_address(matrix[16 * n]) + panel.keys(k));
+    } else {
+      ldmatrix_x4<true>(fb[0].r, smem_address(matrix[16 * k]) + panel.rows(n));
     }
+    Mma<T>::mma(c, 0, a[k], fb, false);
   }
 }
 
@@ -126,18 +120,19 @@ __device__ __forceinline__ void multiply_sigma(float (&t)[2],
                                                const typename Mma<T>::A (&a)[DP / 16],
                                                const uint16_t (&sigma)[DP][DP], float factor,
                                                const PanelLane<DP>& panel) {
-  float c[DP / 8][4];
-  multiply_matrix<T, true>(c, a, sigma, panel);
+  float dot[2] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float dot = 0.f;
+  for (int n = 0; n < DP / 16; ++n) {
+    float c[2][4];
+    multiply_matrix<T, true>(c, a, sigma, n, panel);
 #pragma unroll
-    for (int n = 0; n < DP / 8; ++n) {
-      const float2 x = unpack2(a[n / 2].r[n % 2 * 2 + half], T{});
-      dot += x.x * c[n][2 * half] + x.y * c[n][2 * half + 1];
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack2(a[n].r[i], T{});
+      dot[i % 2] += x.x * c[i / 2][i % 2 * 2] + x.y * c[i / 2][i % 2 * 2 + 1];
     }
-    t[half] = factor * quad_sum(dot);
   }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) t[half] = factor * quad_sum(dot[half]);
 }
 
 // q -> q less the mean query.
@@ -155,12 +150,36 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
   }
 }
 
-// Rows 16 `half` on of a run, `q`; their block takes `taken`.
-template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
+// c += A B^T, A in steps of 16 columns as left(i) gives them, B of a panel's kRows rows.
+template <typename T, int kRows, int DP, class Left>
+__device__ __forceinline__ void multiply_steps(float (&c)[kRows / 8][4], const Left& left,
+                                               const uint16_t (&b)[kRows][DP],
+                                               const PanelLane<DP>& panel) {
+#pragma unroll
+  for (int i = 0; i < DP / 16; ++i) {
+    const typename Mma<T>::A a = left(i);
+    typename Mma<T>::B fb[kRows / 16];
+#pragma unroll
+    for (int n = 0; n < kRows / 16; ++n) {
+      ldmatrix_x4<false>(fb[n].r, smem_address(b[16 * n]) + panel.keys(i));
+    }
+    Mma<T>::mma(c, 0, a, fb, false);
+  }
+}
+
+template <int kCount, int kRows, int DP>
+__device__ __forceinline__ auto rows_from(const uint16_t (&panel)[kRows][DP], int row) -> const
+    uint16_t (&)[kCount][DP] {
+  return reinterpret_cast<const uint16_t(&)[kCount][DP]>(panel[row]);
+}
+
+// Rows 16 `half` on of a run, whose queries `left` gives as left operands, 16 columns each; their
+// block takes `taken`.
+template <typename T, HeadForm kForm, int DP, class Shared, class Inputs, class Left>
 __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, const Inputs& in,
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
-                                            int half, typename Mma<T>::A (&q)[DP / 16],
-                                            uint32_t taken, int phase, const PanelLane<DP>& panel) {
+                                            int half, const Left& left, uint32_t taken, int phase) {
+  const auto panel = panel_here<DP>();
   constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
   const ForwardParams& f = p.fine;
@@ -180,11 +199,11 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
   if constexpr (kRow) {
     float c[2][4] = {}, row_bias[2] = {};
-    multiply_nt<T>(c, q, as_panel(s.coarse.k), panel);
+    multiply_steps<T>(c, left, s.coarse.k, panel);
     if constexpr (kCentred) {
       typename Mma<T>::A u[DP / 16];
 #pragma unroll
-      for (int i = 0; i < DP / 16; ++i) u[i] = q[i];
+      for (int i = 0; i < DP / 16; ++i) u[i] = left(i);
       take_centre<T>(u, s.coarse.centre);
       barrier_wait(&s.coarse.made, phase);
       multiply_sigma<T>(variance, u, s.coarse.matrices[1], of_sigma, panel);
@@ -216,21 +235,22 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
 
   // fine
+  constexpr int kKeys = DP == 32 ? 16 : 32;  // a turn, as registers allow
 #pragma unroll 1
-  for (uint32_t left = taken; left != 0; left &= left - 1) {
-    const int lead = blocks.lead(__ffs(left) - 1);
+  for (uint32_t blocks_left = taken; blocks_left != 0; blocks_left &= blocks_left - 1) {
+    const int lead = blocks.lead(__ffs(blocks_left) - 1) * kRun;
 #pragma unroll 1
-    for (int r = lead; r <= lead + blocks.shift; ++r) {
-      const uint32_t there = s.keys_there[r];
+    for (int key = lead; key < lead + (kRun << blocks.shift); key += kKeys) {
+      const uint32_t there = s.keys_there[key / kRun] >> key % kRun;
       if (kRow && there == 0) continue;
-      float c[4][4] = {}, factor = scale;
-      multiply_nt<T>(c, q, as_panel(s.run_of(in.k(), r)), panel);
-      if (there != kFullWarp) {
+      float c[kKeys / 8][4] = {}, factor = scale;
+      multiply_steps<T>(c, left, rows_from<kKeys>(in.k(), key), panel);
+      if (~there << (32 - kKeys) != 0) {
         to_logits(c, there, scale);
         factor = 1.f;
       }
       softmax.update(c, factor);
-      multiply_pn<T>(acc, c, as_panel(s.run_of(in.v(), r)), panel);
+      multiply_pn<T>(acc, c, as_panel(rows_from<kKeys>(in.v(), key)), panel);
     }
   }
 
@@ -239,22 +259,28 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   finish_rows<kOrder1>(softmax, f.lse + first, f.share + first, present,
                        s.queries_there[run] >> 16 * half, share);
   if constexpr (kOrder1) {
+    typename Mma<T>::A q[DP / 16];
+#pragma unroll
+    for (int i = 0; i < DP / 16; ++i) q[i] = left(i);
     if constexpr (kCentred) {
       take_centre<T>(q, s.coarse.centre);
     } else {
       barrier_wait(&s.coarse.made, phase);
       multiply_sigma<T>(variance, q, s.coarse.matrices[1], of_sigma, panel);
     }
-    float u[DP / 8][4];
-    multiply_matrix<T, DP == 32>(u, q, s.coarse.matrices[0], panel);
+    float factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (share[i] == 0.f) continue;
-      const float factor = share[i] * of_c * __fdividef(1.f, 1.f + variance[i] / 4);
+      factor[i] = share[i] == 0.f ? 0.f : share[i] * of_c * __fdividef(1.f, 1.f + variance[i] / 4);
+    }
 #pragma unroll
-      for (int n = 0; n < DP / 8; ++n) {
+    for (int n = 0; n < DP / 16; ++n) {
+      float u[2][4];
+      multiply_matrix<T, DP == 32>(u, q, s.coarse.matrices[0], n, panel);
 #pragma unroll
-        for (int e = 2 * i; e < 2 * i + 2; ++e) acc[n][e] = fmaf(factor, u[n][e], acc[n][e]);
+      for (int i = 0; i < 8; ++i) {
+        float& x = acc[2 * n + i / 4][i % 4];
+        if (factor[i % 4 / 2] != 0.f) x = fmaf(factor[i % 4 / 2], u[i / 4][i % 4], x);
       }
     }
   }

@@ -152,8 +152,8 @@ __device__ __forceinline__ float2 weighted_sum(const uint16_t (&rows)[kRun][DP],
 // The weights of a run's keys as the mean query says, and the pooled key and value that they make.
 template <typename T, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const Inputs& in,
-                                          const HeadBlocks& blocks, int run, int phase,
-                                          const PanelLane<DP>& panel) {
+                                          const HeadBlocks& blocks, int run, int phase) {
+  const auto panel = panel_here<DP>();
   const int lane = threadIdx.x % 32, x = blocks.of_run(run);
   const uint32_t there = s.keys_there[run];
   float centre[DP / 32];

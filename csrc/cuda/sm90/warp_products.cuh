@@ -20,8 +20,8 @@ struct PanelLane {
   static constexpr int kRowBytes = 2 * kColumns;
   uint32_t row, key;
 
-  __device__ __forceinline__ PanelLane() {
-    const int lane = threadIdx.x % 32, of_pair = lane % 8 + lane / 16 * 8;
+  __device__ __forceinline__ explicit PanelLane(int lane = threadIdx.x % 32) {
+    const int of_pair = lane % 8 + lane / 16 * 8;
     row = lane % 16 * kRowBytes + swizzled<kColumns>(lane / 16, lane) * 16;
     key = of_pair * kRowBytes + swizzled<kColumns>(lane / 8 % 2, lane) * 16;
   }
