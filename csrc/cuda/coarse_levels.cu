@@ -8,17 +8,6 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
 // A row of D floats, 16-byte aligned, in shared memory, times one anywhere.
 __device__ __forceinline__ float dot(const float* shared, const float* row, int D) {
   float sum = 0.f;

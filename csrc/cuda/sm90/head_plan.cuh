@@ -149,9 +149,7 @@ __device__ __forceinline__ void make_state(Shared& s, const HeadBlocks& blocks, 
     if (blocks.shift != 0) count += __popc(s.keys_there[blocks.lead(lane) + 1]);
   }
   const float weight = static_cast<float>(count) * exp2_approx((score - top) * kLog2e);
-  float sum = weight;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  const float sum = warp_sum(weight);
   const bool any = !(sum == 0.f);  // NaN in, NaN out
   float mean[kColumns] = {};
 #pragma unroll 4

@@ -67,17 +67,6 @@ __device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
   return scale * logit;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, step));
-  return x;
-}
-
 // Weight of key `lane` of a run within its block, from its logit (-inf where it does not count);
 // `mass`: the entropy of the block's weights, log2 units, -inf for an empty block. The roots of the
 // weights times the block's count go to shared memory.
