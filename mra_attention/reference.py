@@ -95,8 +95,9 @@ def mra_attention_reference(
         q = query.to(C.dtype)
         if weights is not None:
             q = q - centre_.unsqueeze(-2)
-        u = s * (q.unsqueeze(-2) @ C[:, :, x]).squeeze(-2)
-        t = s * s * ((q.unsqueeze(-2) @ S[:, :, x]).squeeze(-2) * q).sum(-1)
+        q = pad(q, (0, 0, 0, -N % bq)).unflatten(2, (-1, bq))  # (B, H, nq, bq, D)
+        u, t = s * q @ C, s * s * ((q @ S) * q).sum(-1)
+        u, t = (z.flatten(2, 3)[:, :, :N] for z in (u, t))
         if weights is not None:  # of the mass too: 1 + gamma t / 2, for any t
             b = b + torch.log(3 - 2 / (1 + t / 4)).unsqueeze(-1)
 
