@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
       float c[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
-      multiply_nt<T>(c, q, ring.k[stage], lane);
+      multiply_nt<T, kColumns / 16>(
+          c, [&](int i) { return q[i]; }, ring.k[stage], lane);
       float scale = p.scale * kLog2e;
       if (!ring.plain[stage]) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + row + g);

@@ -150,23 +150,6 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
   }
 }
 
-// c += A B^T, A in steps of 16 columns as left(i) gives them, B of a panel's kRows rows.
-template <typename T, int kRows, int DP, class Left>
-__device__ __forceinline__ void multiply_steps(float (&c)[kRows / 8][4], const Left& left,
-                                               const uint16_t (&b)[kRows][DP],
-                                               const PanelLane<DP>& panel) {
-#pragma unroll
-  for (int i = 0; i < DP / 16; ++i) {
-    const typename Mma<T>::A a = left(i);
-    typename Mma<T>::B fb[kRows / 16];
-#pragma unroll
-    for (int n = 0; n < kRows / 16; ++n) {
-      ldmatrix_x4<false>(fb[n].r, smem_address(b[16 * n]) + panel.keys(i));
-    }
-    Mma<T>::mma(c, 0, a, fb, false);
-  }
-}
-
 template <int kCount, int kRows, int DP>
 __device__ __forceinline__ auto rows_from(const uint16_t (&panel)[kRows][DP], int row) -> const
     uint16_t (&)[kCount][DP] {
@@ -199,7 +182,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
   if constexpr (kRow) {
     float c[2][4] = {}, row_bias[2] = {};
-    multiply_steps<T>(c, left, s.coarse.k, panel);
+    multiply_nt<T, DP / 16>(c, left, as_panel(s.coarse.k), panel);
     if constexpr (kCentred) {
       typename Mma<T>::A u[DP / 16];
 #pragma unroll
@@ -244,7 +227,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
       const uint32_t there = s.keys_there[key / kRun] >> key % kRun;
       if (kRow && there == 0) continue;
       float c[kKeys / 8][4] = {}, factor = scale;
-      multiply_steps<T>(c, left, rows_from<kKeys>(in.k(), key), panel);
+      multiply_nt<T, DP / 16>(c, left, as_panel(rows_from<kKeys>(in.k(), key)), panel);
       if (~there << (32 - kKeys) != 0) {
         to_logits(c, there, scale);
         factor = 1.f;

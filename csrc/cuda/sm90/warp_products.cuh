@@ -38,57 +38,51 @@ __device__ __forceinline__ auto as_panel(const uint16_t (&rows)[kRows][kColumns]
 }
 
 // A warp's 16 rows, from row `first` of panels of kRows, as left operands.
-template <typename T, int kSteps, int kPanels, int kRows, int kColumns>
+template <typename T, int kSteps, int kPanels, int kRows>
 __device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[kSteps],
-                                          const uint16_t (&from)[kPanels][kRows][kColumns],
-                                          int first, const PanelLane<kColumns>& lane) {
-  constexpr int kEach = kColumns / 16, kRow = 2 * kColumns;
-  const uint32_t base = smem_address(from) + first * kRow;
+                                          const uint16_t (&from)[kPanels][kRows][64], int first,
+                                          const PanelLane<>& lane) {
+  const uint32_t base = smem_address(from) + first * 128;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
-    ldmatrix_x4<false>(a[i].r, base + i / kEach * kRows * kRow + lane.rows(i % kEach));
+    ldmatrix_x4<false>(a[i].r, base + i / 4 * kRows * 128 + lane.rows(i % 4));
   }
 }
 
-// c += A B^T over the columns of A: B of kRows rows.
-template <typename T, int kSteps, int kPanels, int kRows, int kColumns>
-__device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
-                                            const typename Mma<T>::A (&a)[kSteps],
+// c += A B^T over 16 kSteps columns, those from 16 i on of A as left(i) gives them: B of kRows
+// rows.
+template <typename T, int kSteps, int kPanels, int kRows, int kColumns, class Left>
+__device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4], const Left& left,
                                             const uint16_t (&b)[kPanels][kRows][kColumns],
                                             const PanelLane<kColumns>& lane) {
   constexpr int kEach = kColumns / 16, kRow = 2 * kColumns;
   const uint32_t base = smem_address(b);
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
+    const typename Mma<T>::A a = left(i);
     typename Mma<T>::B fb[kRows / 16];
 #pragma unroll
     for (int n = 0; n < kRows / 16; ++n) {
       ldmatrix_x4<false>(fb[n].r,
                          base + (i / kEach * kRows + 16 * n) * kRow + lane.keys(i % kEach));
     }
-    Mma<T>::mma(c, 0, a[i], fb, false);
+    Mma<T>::mma(c, 0, a, fb, false);
   }
 }
 
-// The same with the left rows, from row `first` of panels of kLeft, read again from where they lie:
-// 16 kSteps columns.
+// The same with the left rows, from row `first` of panels of kLeft, read again from where they lie.
 template <typename T, int kSteps, int kPanels, int kLeft, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
                                             const uint16_t (&a)[kPanels][kLeft][64], int first,
                                             const uint16_t (&b)[kPanels][kRows][64],
                                             const PanelLane<>& lane) {
-  const uint32_t left = smem_address(a) + first * 128, base = smem_address(b);
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    typename Mma<T>::A fa;
-    ldmatrix_x4<false>(fa.r, left + i / 4 * kLeft * 128 + lane.rows(i % 4));
-    typename Mma<T>::B fb[kRows / 16];
-#pragma unroll
-    for (int n = 0; n < kRows / 16; ++n) {
-      ldmatrix_x4<false>(fb[n].r, base + i / 4 * kRows * 128 + n * 2048 + lane.keys(i % 4));
-    }
-    Mma<T>::mma(c, 0, fa, fb, false);
-  }
+  const uint32_t base = smem_address(a) + first * 128;
+  const auto left = [&](int i) {
+    typename Mma<T>::A rows;
+    ldmatrix_x4<false>(rows.r, base + i / 4 * kLeft * 128 + lane.rows(i % 4));
+    return rows;
+  };
+  multiply_nt<T, kSteps>(c, left, b, lane);
 }
 
 // acc += P B: P of kRows columns in accumulators, B of kRows rows.

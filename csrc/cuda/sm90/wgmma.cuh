@@ -11,8 +11,8 @@
 
 namespace mra::cuda::sm90 {
 
-// Matrix descriptor of a swizzled panel: `leading` is the distance in bytes between panels of 64
-// kColumns (read for operands stored with the product's inner dimension in rows only).
+// Matrix descriptor of a swizzled panel: `leading` is the distance in bytes between panels of
+// kColumns columns (read for operands stored with the product's inner dimension in rows only).
 template <int kColumns = 64>
 __device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 16) {
   constexpr uint64_t kSwizzle = (kColumns == 64 ? 1ull : 2ull) << 62;
