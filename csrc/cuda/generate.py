@@ -47,7 +47,7 @@ SM90_HEAD = {
     "state": ("f16", "bf16"),
     "row": ("f16", "bf16"),
     "order1": ("f16", "bf16"),
-    "centred": ("bf16",),
+    "centred": ("bf16", "f16"),
 }
 
 

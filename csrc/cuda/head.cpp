@@ -30,8 +30,7 @@ std::optional<HeadForm> form_of(const Inputs& in, const Options& o, const Launch
   if (o.pool == Pool::even) return has_order1(o) ? HeadForm::order1 : HeadForm::row;
   // The mean query is that of all heads of a group.
   const bool own_keys = in.query.size(1) == in.key.size(1);
-  const bool served = o.pool == Pool::centred && has_order1(o) && own_keys &&
-                      in.query.scalar_type() == at::kBFloat16;
+  const bool served = o.pool == Pool::centred && has_order1(o) && own_keys;
   return served ? std::optional(HeadForm::centred) : std::nullopt;
 }
 
@@ -45,10 +44,7 @@ cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch
   }
   if (form == HeadForm::row) return run(std::integral_constant<HeadForm, HeadForm::row>{});
   if (form == HeadForm::order1) return run(std::integral_constant<HeadForm, HeadForm::order1>{});
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return run(std::integral_constant<HeadForm, HeadForm::centred>{});
-  }
-  return cudaErrorNotSupported;
+  return run(std::integral_constant<HeadForm, HeadForm::centred>{});
 }
 
 template <typename T>

@@ -32,10 +32,12 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   Shared& s = *reinterpret_cast<Shared*>(raw);
   if (smem_address(raw) % 1024 != 0) __trap();
   const ForwardParams& f = p.fine;
-  const int lane = threadIdx.x % 32, run = warp_index(), heads = f.B * f.H;
+  const int lane = threadIdx.x % 32, heads = f.B * f.H;
+  int run = warp_index();
   if (threadIdx.x == 0) {
     for (uint64_t& barrier : s.full) barrier_init(&barrier, 1);
     barrier_init(&s.queries_read, kRuns);
+    s.left = 0;
     if constexpr (kOrder1) barrier_init(&s.coarse.made, kRuns);
     barrier_init_done();
     s.at(0) = HeadAt(f, blockIdx.x);
@@ -44,7 +46,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   __syncthreads();
 
   // Where there is room for one head only, the next one's keys come early.
-  constexpr bool kTurns = DP == 64 && !kGlobal;
+  constexpr bool kTurns = DP == 64;
   HeadInputs<Shared, kTurns> in{s};
   const auto fetch = [&](int which, const CUtensorMap& map, typename Shared::Panel& to, int h,
                          const HeadAt& at) {
@@ -66,9 +68,11 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   }
 
   const HeadBlocks blocks{p.run_shift};
-  const int x = blocks.of_run(run);
 #pragma unroll 1
   for (int phase = 0; s.at(phase).item < heads; phase ^= 1) {
+    // What follows from it then takes no registers from head to head.
+    if constexpr (kGlobal) asm volatile("" : "+r"(run));
+    const int x = blocks.of_run(run);
     const HeadAt &at = s.at(phase), &next = s.at(phase ^ 1);
     if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(f, at.item + gridDim.x);
 
@@ -90,10 +94,22 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     if constexpr (kScaled) {
       if (threadIdx.x < 2) s.coarse.most[phase ^ 1][threadIdx.x] = 0;
     }
-    if constexpr (kCentred) weigh_run<T, DP>(p, s, in, blocks, run, phase);
+    const auto make_moments = [&] {
+      if constexpr (kOrder1) {
+        Kept<T>* const out = p.moments == nullptr || !at.writes_keys
+                                 ? nullptr
+                                 : static_cast<Kept<T>*>(p.moments) + at.key_head(f) * 2 * DP * DP;
+        make_matrices<T, kCentred, DP>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out);
+      }
+    };
+    if constexpr (kCentred) {  // scores depend on weights
+      weigh_run<T, DP>(p, s, in, blocks, run, phase);
+      __syncthreads();
+      make_moments();
+    }
 
     // plan
-    const uint32_t key = score_run<DP>(p, s, run, blocks);
+    const uint32_t key = score_run<kForm, DP>(p, s, run, blocks);
     const uint32_t taken = select_blocks<kGlobal>(p, s, at.item, run, x, blocks.leads(run), key);
 
     // coarse
@@ -114,22 +130,16 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     } else {
       if constexpr (!kCentred && kTurns) {
         pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
+        __syncthreads();  // all pooled keys are there
       }
-      if (kCentred || kTurns) __syncthreads();  // all pooled keys are there
-      if constexpr (kOrder1) {
-        Kept<T>* const out = p.moments == nullptr || !at.writes_keys
-                                 ? nullptr
-                                 : static_cast<Kept<T>*>(p.moments) + at.key_head(f) * 2 * DP * DP;
-        make_matrices<T, kCentred, DP>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out);
-      }
+      if constexpr (!kCentred) make_moments();
     }
 
     // fine: sixteen rows of this warp's run, and of another one
-    const int other = kGlobal && x < p.plan.nq ? evened_out(s.taken, p.plan.nq, x) : run;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-      const bool moved = kGlobal && half == 1;
-      const int own = moved ? other : run;
+      const bool moved = kGlobal && half == 1 && x < p.plan.nq;
+      const int own = moved ? evened_out(s.taken, p.plan.nq, x) : run;
       const auto panel = panel_here<DP>();
       const uint32_t rows = smem_address(in.q()[kRun * own + 16 * half]);
       const auto read = [&](int i) {
@@ -139,16 +149,20 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       };
       const auto attend = [&](const auto& queries) {
         attend_rows<T, kForm, DP>(p, s, in, at, blocks, own, half, queries,
-                                  moved ? s.taken[other] : taken, phase);
+                                  moved ? s.taken[own] : taken, phase);
       };
       if constexpr (kTurns) {
         typename Mma<T>::A q[DP / 16];
 #pragma unroll
         for (int i = 0; i < DP / 16; ++i) q[i] = read(i);
-        if (half == 1) barrier_arrive(&s.queries_read);
-        if (half == 1 && run == 0) {
-          barrier_wait(&s.queries_read, phase);
-          fetch_keys(in.next(), next);
+        if (half == 1 && kGlobal) {  // rows are uneven: no warp waits for the others
+          if (last_to_leave(s.left, kRuns)) fetch_keys(in.next(), next);
+        } else if (half == 1) {
+          barrier_arrive(&s.queries_read);
+          if (run == 0) {
+            barrier_wait(&s.queries_read, phase);
+            fetch_keys(in.next(), next);
+          }
         }
         attend([&](int i) { return q[i]; });
       } else {

@@ -13,15 +13,23 @@ struct Pairs;
 template <>
 struct Pairs<__nv_bfloat16> {
   using Two = __nv_bfloat162;
-  static __device__ __forceinline__ uint32_t less(uint32_t a, uint32_t b) {
-    const Two d = __hsub2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
-    return reinterpret_cast<const uint32_t&>(d);
-  }
-  static __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
-    const Two d = __hmul2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
-    return reinterpret_cast<const uint32_t&>(d);
-  }
 };
+template <>
+struct Pairs<__half> {
+  using Two = __half2;
+};
+template <typename T>
+__device__ __forceinline__ uint32_t less(uint32_t a, uint32_t b) {
+  using Two = typename Pairs<T>::Two;
+  const Two d = __hsub2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
+  using Two = typename Pairs<T>::Two;
+  const Two d = __hmul2(reinterpret_cast<const Two&>(a), reinterpret_cast<const Two&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
 
 // What moments are kept in for backward (moments_type of common/stages.h).
 template <typename T>
@@ -113,12 +121,15 @@ struct MomentPiece {
     typename Mma<T>::A a[2];
     uint32_t b[kTiles][4];
   };
-  __device__ __forceinline__ Run load(int run) const {
-    Run r;
+  __device__ __forceinline__ void load_left(typename Mma<T>::A (&a)[2], int run) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      ldmatrix_x4<true>(r.a[k].r, left + (run * kRun + 16 * k) * kRowBytes);
+      ldmatrix_x4<true>(a[k].r, left + (run * kRun + 16 * k) * kRowBytes);
     }
+  }
+  __device__ __forceinline__ Run load(int run) const {
+    Run r;
+    load_left(r.a, run);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int chunk = swizzled<DP>(column / 8 + n, threadIdx.x % 32);
@@ -146,24 +157,28 @@ struct MomentPiece {
       for (int n = 0; n < kTiles; ++n) r.b[n][i] &= pair;
     }
   }
-  // Less the means of block y, as they are rounded, times `roots`, of pairs of keys.
-  __device__ __forceinline__ void centre(Run& r, int y, const uint32_t* roots) const {
+  // Less the means of block y, as they are rounded; the left ones times `weights`, of pairs of
+  // keys.
+  __device__ __forceinline__ void weigh_left(typename Mma<T>::A (&a)[2], int y,
+                                             const uint32_t* weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t less_left[2], less_right[kTiles];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) less_left[i] = twice(left_mean, y, row + 8 * i + g);
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t mean = twice(left_mean, y, row + 8 * half + g);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) less_right[n] = twice(right_mean, y, column + 8 * n + g);
+      for (int i = 0; i < 4; ++i) {
+        uint32_t& u = a[i / 2].r[i % 2 * 2 + half];
+        u = times<T>(less<T>(u, mean), weights[4 * i + t]);
+      }
+    }
+  }
+  __device__ __forceinline__ void weigh(Run& r, int y, const uint32_t* weights) const {
+    weigh_left(r.a, y, weights);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t root = roots[4 * i + t];
-      const auto weigh = [&](uint32_t& u, uint32_t less) {
-        u = Pairs<T>::times(Pairs<T>::less(u, less), root);
-      };
-      weigh(r.a[i / 2].r[i % 2 * 2], less_left[0]);
-      weigh(r.a[i / 2].r[i % 2 * 2 + 1], less_left[1]);
+    for (int n = 0; n < kTiles; ++n) {
+      const uint32_t mean = twice(right_mean, y, column + 8 * n + threadIdx.x % 32 / 4);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) weigh(r.b[n][i], less_right[n]);
+      for (int i = 0; i < 4; ++i) r.b[n][i] = less<T>(r.b[n][i], mean);
     }
   }
 
@@ -230,6 +245,54 @@ __device__ __forceinline__ void multiply_runs(float (&c)[DP / 8][4],
   pin(c);
 }
 
+// The same of weighted deviations from the means of blocks, which a piece's warp makes of its 16
+// columns of the left side. They cancel within a block but for rounding: what is left of each
+// block, times its mean of the right side, makes up for that side being taken as it is.
+template <typename T, int DP, int kRows>
+__device__ __forceinline__ void multiply_weighted(float (&c)[DP / 8][4],
+                                                  const MomentPiece<T, DP, kRows, DP / 8>& of,
+                                                  const uint16_t (&right)[kRows][DP],
+                                                  const HeadBlocks& blocks, const uint32_t* weights,
+                                                  int runs, const PanelLane<DP>& panel) {
+  constexpr int kNext = DP * 2 * 16 >> 4;
+  uint64_t b = descriptor<DP>(right);
+  const uint32_t one = Mma<T>::pack(1.f, 1.f);
+  const int g = threadIdx.x % 32 / 4, last = uniform(runs);
+  float rest[2][4];  // of blocks 0 to 15
+#pragma unroll
+  for (int n = 0; n < DP / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = rest[n % 2][i] = 0.f;
+  }
+  constexpr bool kAhead = DP == 64;  // where there are registers for the next run's
+  typename Mma<T>::A next[2];
+  if constexpr (kAhead) of.load_left(next, 0);
+#pragma unroll 1
+  for (int run = 0; run < last; ++run) {
+    const int y = blocks.of_run(run);
+    if constexpr (!kAhead) of.load_left(next, run);
+    typename Mma<T>::A a[2] = {next[0], next[1]};
+    of.weigh_left(a, y, weights + run * (kRun / 2));
+    wgmma_fence();
+    Wgmma<T, DP>::multiply_pn(c, a[0].r, b);
+    Wgmma<T, DP>::multiply_pn(c, a[1].r, b + kNext);
+    wgmma_commit();
+    b += 2 * kNext;
+    if constexpr (kAhead) of.load_left(next, min(run + 1, last - 1));
+    const uint32_t low = g == y ? one : 0u, high = g + 8 == y ? one : 0u;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      Mma<T>::product(rest[0], a[k], low, low);
+      Mma<T>::product(rest[1], a[k], high, high);
+    }
+    wgmma_wait<0>();
+  }
+  pin(c);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) rest[i / 4][i % 4] = -rest[i / 4][i % 4];
+  multiply_pn<T>(c, rest, as_panel(of.right_mean), panel);
+}
+
 // Which blocks have all of their keys, as bits, and which others have any.
 struct MomentBlocks {
   uint32_t full, partial;
@@ -267,17 +330,18 @@ struct Moments {
   float over_n;
   Kept<T>* out;
 
-  // Even means: the product of the keys as they are, less that of the means; by warpgroups where
-  // every key counts. Weighted ones are centred on the way.
+  // Even means: the product of the keys as they are, less that of the means. Weighted ones are
+  // centred on the way. By warpgroups where every key counts.
   __device__ __forceinline__ void make(int warp) const {
-    if constexpr (!kWeighted) {
-      const int lane = threadIdx.x % 32;
-      const uint32_t there = lane < runs ? s.keys_there[lane] : kFullWarp;
-      const bool halves = blocks.shift != 0 && runs % 2 != 0;  // the last block has one run
-      if (__all_sync(kFullWarp, there == kFullWarp) && !halves) {
-        if (warp < kRowPieces) make_piece<DP / 8, true>(warp, 0);
-        return;
-      }
+    const int lane = threadIdx.x % 32;
+    const uint32_t there = lane < runs ? s.keys_there[lane] : kFullWarp;
+    // Even means count the same keys for every block.
+    const bool halves = !kWeighted && blocks.shift != 0 && runs % 2 != 0;
+    if (__all_sync(kFullWarp, there == kFullWarp) && !halves) {
+      // What follows from it then takes no registers from head to head.
+      if constexpr (kWeighted) asm volatile("" : "+r"(warp));
+      if (warp < kRowPieces) make_piece<DP / 8, true>(warp, 0);
+      return;
     }
     constexpr int kCut = std::max(kWarps / kRowPieces, DP / 32), kTiles = DP / 8 / kCut;
 #pragma unroll 1
@@ -295,7 +359,10 @@ struct Moments {
         values_left ? in.v() : in.k(), values_left ? s.coarse.v : s.coarse.k,
         values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
     float c[kTiles][4];
-    if constexpr (kWhole) {
+    if constexpr (kWhole && kWeighted) {
+      multiply_weighted<T, DP>(c, of, values_right ? in.v() : in.k(), blocks, s.coarse.weights,
+                               runs, panel);
+    } else if constexpr (kWhole) {
       multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), runs);
     } else {
 #pragma unroll
@@ -309,7 +376,7 @@ struct Moments {
         if (there == 0) continue;
         auto keys = of.load(run);
         if constexpr (kWeighted) {
-          of.centre(keys, blocks.of_run(run), s.coarse.roots + run * (kRun / 2));
+          of.weigh(keys, blocks.of_run(run), s.coarse.weights + run * (kRun / 2));
         }
         of.mask(keys, there);
         of.multiply(c, keys);
@@ -317,7 +384,7 @@ struct Moments {
     }
     const auto& left_lost = values_left ? s.coarse.v_lost : s.coarse.k_lost;
     const auto& right_lost = values_right ? s.coarse.v_lost : s.coarse.k_lost;
-    if constexpr (kWhole) {
+    if constexpr (kWhole && !kWeighted) {
       of.template take_means<true>(c, left_lost, right_lost, 0, kRun << blocks.shift, panel);
     } else if constexpr (!kWeighted) {
       const MomentBlocks which(s, blocks, runs);
@@ -370,7 +437,8 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
   const auto panel = panel_here<DP>();
   const int lane = threadIdx.x % 32;
   const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
-  const float over_n = 1.f / static_cast<float>(max(counted, 1));
+  float over_n = 1.f / static_cast<float>(max(counted, 1));
+  if constexpr (kWeighted) over_n /= kept_weight<T>(blocks);
   Moments<T, kWeighted, DP, Shared, Inputs>{s, in, blocks, panel, runs, phase, over_n, out}.make(
       warp);
   barrier_arrive(&s.coarse.made);

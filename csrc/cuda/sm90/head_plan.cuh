@@ -6,10 +6,11 @@
 
 namespace mra::cuda::sm90 {
 
-// The key of the score of a pair: of a query block and the key block of this lane. Summed up as the
-// kernels of the stage do it.
+// The key of the score of a pair: of a query block and the key block of this lane, which `bias`
+// belongs to. Summed up as the kernels of the stage do it.
 template <int DP>
-__device__ __forceinline__ uint32_t score_key(const float* q, const float* k, float scale) {
+__device__ __forceinline__ uint32_t score_key(const float* q, const float* k, float scale,
+                                              float bias) {
   float acc = 0.f;
 #pragma unroll
   for (int d = 0; d < DP; d += 4) {
@@ -20,7 +21,7 @@ __device__ __forceinline__ uint32_t score_key(const float* q, const float* k, fl
     acc = fmaf(u.z, w.z, acc);
     acc = fmaf(u.w, w.w, acc);
   }
-  return key_of(scale * acc);
+  return key_of(fmaf(scale, acc, bias));
 }
 
 // How many keys of rows first .. first + rows of the map come before that of pair (x, y): higher
@@ -167,7 +168,7 @@ __device__ __forceinline__ void make_state(Shared& s, const HeadBlocks& blocks, 
 
 // The row of scores of a run's query block: the key of this lane's pair, kAbsent where there is no
 // such pair.
-template <int DP, class Shared>
+template <HeadForm kForm, int DP, class Shared>
 __device__ __forceinline__ uint32_t score_run(const HeadParams& p, const Shared& s, int run,
                                               const HeadBlocks& blocks) {
   constexpr int kRuns = Shared::kRows / kRun;
@@ -178,7 +179,9 @@ __device__ __forceinline__ uint32_t score_run(const HeadParams& p, const Shared&
     queries |= s.queries_there[lead_q + 1];
     keys |= s.keys_there[lead_k + 1];
   }
-  const uint32_t key = score_key<DP>(s.q_mean[lead_q], s.k_mean[lead_k], p.plan.scale);
+  float bias = 0.f;
+  if constexpr (kForm == HeadForm::centred) bias = s.coarse.score_bias[y];
+  const uint32_t key = score_key<DP>(s.q_mean[lead_q], s.k_mean[lead_k], p.plan.scale, bias);
   return queries != 0 && y < p.plan.nk && keys != 0 ? key : kAbsent;
 }
 

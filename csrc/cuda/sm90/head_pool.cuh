@@ -47,9 +47,10 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   uint64_t made;                 // passed once the matrices are there
   uint32_t most[2][2];           // float16, by turns: the largest key and value, bits
   float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
-  uint32_t roots[kForm == HeadForm::centred ? 16 * kRuns : 1];  // of weights times counts, pairs
-  float of_run[kForm == HeadForm::centred ? kRuns : 1][2];      // maximum and sum of logits
-  uint32_t centre[kForm == HeadForm::centred ? DP / 2 : 1];     // the mean query, rounded, pairs
+  uint32_t weights[kForm == HeadForm::centred ? 16 * kRuns : 1];  // times counts, as kept, pairs
+  float4 of_run[kForm == HeadForm::centred ? kRuns : 1];          // RunLogits
+  float score_bias[kForm == HeadForm::centred ? 16 : 1];          // of a key block, natural units
+  uint32_t centre[kForm == HeadForm::centred ? DP / 2 : 1];       // the mean query, rounded, pairs
 
   // Blocks beyond the last one.
   __device__ __forceinline__ void clear(int thread, int threads) {
@@ -109,6 +110,7 @@ struct HeadShared {
   int pairs[kTiers];
   uint64_t full[3];       // q, k, v
   uint64_t queries_read;  // passed once every warp has its last queries in registers
+  int left;               // or, under global selection, how many warps have
   alignas(HeadAt) char places[2][sizeof(HeadAt)];  // this head and the next one, by turns
 
   __device__ __forceinline__ HeadAt& at(int turn) {
@@ -135,6 +137,13 @@ struct HeadInputs {
   // Those of the next head.
   __device__ __forceinline__ HeadInputs next() const { return {s, kTurns ? (turn + 2) % 3 : 0}; }
 };
+
+// By what weights times counts are multiplied where they are kept: float16 would not hold their
+// products with keys, which are up to a quarter of a block's keys times as large.
+template <typename T>
+__device__ __forceinline__ float kept_weight(const HeadBlocks& blocks) {
+  return std::is_same_v<T, __half> ? 1.f / static_cast<float>(kRun << blocks.shift) : 1.f;
+}
 
 // The rows of a run that count, as bits: those before `rows` whose mask is not 0.
 __device__ __forceinline__ uint32_t rows_there(int rows, const uint8_t* mask) {

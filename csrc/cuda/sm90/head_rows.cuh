@@ -7,6 +7,18 @@
 
 namespace mra::cuda::sm90 {
 
+// Whether this warp is the last of `warps` to come here; the counter is then at zero again.
+__device__ __forceinline__ bool last_to_leave(int& counter, int warps) {
+  __syncwarp();
+  int before = 0;
+  if (threadIdx.x % 32 == 0) {
+    __threadfence_block();
+    before = atomicAdd(&counter, 1);
+    if (before == warps - 1) counter = 0;
+  }
+  return __shfl_sync(kFullWarp, before, 0) == warps - 1;
+}
+
 // Scores of a run of keys -> logits in log2 units, -inf for keys whose bit is not set.
 template <int kTiles>
 __device__ __forceinline__ void to_logits(float (&c)[kTiles][4], uint32_t there, float scale) {
@@ -145,7 +157,7 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t& u = q[i / 2].r[i % 2 * 2 + half];
-      u = Pairs<T>::less(u, pair);
+      u = less<T>(u, pair);
     }
   }
 }
@@ -154,6 +166,31 @@ template <int kCount, int kRows, int DP>
 __device__ __forceinline__ auto rows_from(const uint16_t (&panel)[kRows][DP], int row) -> const
     uint16_t (&)[kCount][DP] {
   return reinterpret_cast<const uint16_t(&)[kCount][DP]>(panel[row]);
+}
+
+// Logits of 16 rows, as left(i) gives them, with the pooled keys of blocks that `taken` has not, in
+// log2 units, and each row's bias added.
+template <typename T, int DP, class Coarse, class Left>
+__device__ __forceinline__ void pooled_logits(float (&c)[2][4], const Coarse& coarse,
+                                              const Left& left, uint32_t taken, float scale,
+                                              const float (&row_bias)[2],
+                                              const PanelLane<DP>& panel) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0.f;
+  multiply_nt<T, DP / 16>(c, left, as_panel(coarse.k), panel);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int y = 8 * n + threadIdx.x % 4 * 2 + e;
+      const float bias = taken >> y & 1 ? -INFINITY : coarse.log_mass[y];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& logit = c[n][2 * i + e];
+        logit = fmaf(logit, scale, bias + row_bias[i]);
+      }
+    }
+  }
 }
 
 // Rows 16 `half` on of a run, whose queries `left` gives as left operands, 16 columns each; their
@@ -166,7 +203,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
   const ForwardParams& f = p.fine;
-  const int t = threadIdx.x % 4, row = kRun * run + 16 * half, present = f.rows - row;
+  const int row = kRun * run + 16 * half, present = f.rows - row;
   if (present <= 0) return;
   const float scale = f.scale * kLog2e;
   OnlineSoftmax<T, DP, kOrder1> softmax;
@@ -181,38 +218,14 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
     of_c *= moments.back(false);
   }
   if constexpr (kRow) {
-    float c[2][4] = {}, row_bias[2] = {};
-    multiply_nt<T, DP / 16>(c, left, as_panel(s.coarse.k), panel);
-    if constexpr (kCentred) {
-      typename Mma<T>::A u[DP / 16];
-#pragma unroll
-      for (int i = 0; i < DP / 16; ++i) u[i] = left(i);
-      take_centre<T>(u, s.coarse.centre);
-      barrier_wait(&s.coarse.made, phase);
-      multiply_sigma<T>(variance, u, s.coarse.matrices[1], of_sigma, panel);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        row_bias[i] = log2_approx(3.f - __fdividef(2.f, 1.f + variance[i] / 4));
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int y = 8 * n + 2 * t + e;
-        const float bias = taken >> y & 1 ? -INFINITY : s.coarse.log_mass[y];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& logit = c[n][2 * i + e];
-          logit = fmaf(logit, scale, bias + row_bias[i]);
-        }
-      }
-    }
-    float due[2];  // nothing is there yet to be due
     softmax.start(nullptr, nullptr, DP);
-    softmax.weigh(c, 1.f, due);
-    softmax.keep_pooled();
-    multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
+    if constexpr (!kCentred) {
+      float c[2][4], due[2];  // nothing is there yet to be due
+      pooled_logits<T>(c, s.coarse, left, taken, scale, {0.f, 0.f}, panel);
+      softmax.weigh(c, 1.f, due);
+      softmax.keep_pooled();
+      multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
+    }
   } else {
     softmax.start(p.coarse ? s.coarse.state_mean[run] : nullptr, &s.coarse.state_lse[run], DP);
   }
@@ -235,6 +248,29 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
       softmax.update(c, factor);
       multiply_pn<T>(acc, c, as_panel(rows_from<kKeys>(in.v(), key)), panel);
     }
+  }
+
+  // Under *centred* coarse behind fine: it waits for the moments, which say how much its mass is.
+  if constexpr (kCentred) {
+    typename Mma<T>::A q[DP / 16];
+#pragma unroll
+    for (int i = 0; i < DP / 16; ++i) q[i] = left(i);
+    take_centre<T>(q, s.coarse.centre);
+    barrier_wait(&s.coarse.made, phase);
+    multiply_sigma<T>(variance, q, s.coarse.matrices[1], of_sigma, panel);
+    float c[2][4], row_bias[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_bias[i] = log2_approx(3.f - __fdividef(2.f, 1.f + variance[i] / 4));
+    }
+    pooled_logits<T>(c, s.coarse, left, taken, scale, row_bias, panel);
+    softmax.update(c, 1.f);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      softmax.pooled_max[i] = softmax.max[i];
+      softmax.pooled_sum[i] = c[0][2 * i] + c[0][2 * i + 1] + c[1][2 * i] + c[1][2 * i + 1];
+    }
+    multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
   }
 
   const int64_t first = int64_t{at.item} * f.rows + row;

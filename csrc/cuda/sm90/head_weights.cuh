@@ -11,17 +11,17 @@ template <int DP, class Shared>
 __device__ __forceinline__ void mean_query(float (&mean)[DP / 32], const Shared& s,
                                            const HeadBlocks& blocks, int runs) {
   const int lane = threadIdx.x % 32;
-  int n = 0;
+  int count = lane < runs ? __popc(s.queries_there[lane]) : 0;
+  const int n = __reduce_add_sync(kFullWarp, count);
+  if (blocks.shift != 0) count += __shfl_down_sync(kFullWarp, count, 1);
 #pragma unroll
   for (int i = 0; i < DP / 32; ++i) mean[i] = 0.f;
-#pragma unroll 1
+#pragma unroll 2
   for (int run = 0; run < runs; run += 1 << blocks.shift) {
-    int count = __popc(s.queries_there[run]);
-    if (blocks.shift != 0 && run + 1 < runs) count += __popc(s.queries_there[run + 1]);
-    n += count;
+    const auto of_block = static_cast<float>(__shfl_sync(kFullWarp, count, run));
 #pragma unroll
     for (int i = 0; i < DP / 32; ++i) {
-      mean[i] = fmaf(static_cast<float>(count), s.q_mean[run][lane + 32 * i], mean[i]);
+      mean[i] = fmaf(of_block, s.q_mean[run][lane + 32 * i], mean[i]);
     }
   }
 #pragma unroll
@@ -67,43 +67,69 @@ __device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
   return scale * logit;
 }
 
-// Weight of key `lane` of a run within its block, from its logit (-inf where it does not count);
-// `mass`: the entropy of the block's weights, log2 units, -inf for an empty block. The roots of the
-// weights times the block's count go to shared memory.
+// Of the logits of some keys, log2 units.
+struct RunLogits {
+  float top;       // the greatest, -inf where there are none
+  float sum;       // of exponentials of what they are below that
+  float weighted;  // sum of what they are below that, weighted by these exponentials
+  float plain;     // their sum
+
+  // Those of a run, one a lane, -inf where a key does not count; `weight`: its exponential.
+  __device__ __forceinline__ RunLogits(float logit, float& weight) {
+    top = warp_max(logit);
+    const bool counts = logit != -INFINITY;
+    const float below = counts ? logit - top : 0.f;
+    weight = counts ? exp2_approx(below) : 0.f;
+    sum = warp_sum(weight);
+    weighted = warp_sum(weight * below);
+    plain = warp_sum(counts ? logit : 0.f);
+  }
+  __device__ __forceinline__ explicit RunLogits(float4 x)
+      : top(x.x), sum(x.y), weighted(x.z), plain(x.w) {}
+  __device__ __forceinline__ float4 all() const { return make_float4(top, sum, weighted, plain); }
+
+  // Takes in those of another run; by which factor the exponentials of this one have changed.
+  __device__ __forceinline__ float add(const RunLogits& other) {
+    const float highest = fmaxf(top, other.top);
+    if (highest == -INFINITY) return 1.f;
+    const float mine = exp2_approx(top - highest), its = exp2_approx(other.top - highest);
+    weighted =
+        (top == -INFINITY ? 0.f : mine * fmaf(top - highest, sum, weighted)) +
+        (other.top == -INFINITY ? 0.f : its * fmaf(other.top - highest, other.sum, other.weighted));
+    sum = mine * sum + its * other.sum;
+    plain += other.plain;
+    top = highest;
+    return mine;
+  }
+};
+
+// Weight of key `lane` of a run within its block, from its logit (-inf where it does not count). To
+// shared memory: the weights times the block's count and, by the run that leads, the entropy of the
+// block's weights, log2 units, -inf for an empty block, and what its scores are biased by.
 template <typename T, class Shared>
 __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& blocks, int run,
-                                               float logit, float& mass) {
+                                               float logit) {
   const int lane = threadIdx.x % 32;
-  const bool two_runs = blocks.shift != 0;
-  auto& mine = s.coarse.of_run[run];
-  const auto& other = s.coarse.of_run[run ^ 1];
-  const float top = warp_max(logit);
-  float shift = top == -INFINITY ? 0.f : top;
-  float weight = exp2_approx(logit - shift), sum = warp_sum(weight);
+  float weight;
+  RunLogits logits(logit, weight);
   int count = __popc(s.keys_there[run]);
-  if (two_runs) {
-    if (lane == 0) mine[0] = top, mine[1] = sum;
+  if (blocks.shift != 0) {
+    if (lane == 0) s.coarse.of_run[run] = logits.all();
     blocks.meet(run);
     count += __popc(s.keys_there[run ^ 1]);
-    const float highest = fmaxf(top, other[0]), both = highest == -INFINITY ? 0.f : highest;
-    const float factor = exp2_approx(shift - both);
-    weight *= factor;
-    sum = sum * factor + (other[0] == -INFINITY ? 0.f : other[1] * exp2_approx(other[0] - both));
-    shift = both;
+    weight *= logits.add(RunLogits(s.coarse.of_run[run ^ 1]));
   }
-  const float log_sum = log2_approx(sum);
-  weight *= count == 0 ? 0.f : 1.f / sum;
-  mass = warp_sum(weight == 0.f ? 0.f : weight * (log_sum - (logit - shift)));
-  if (count == 0) mass = -INFINITY;
-  if (two_runs) {
-    blocks.meet(run);  // the sums have been read
-    if (lane == 0) mine[0] = mass;
-    blocks.meet(run);
-    mass += other[0];
+  const float inverse = count == 0 ? 0.f : 1.f / logits.sum, log_sum = log2_approx(logits.sum);
+  weight *= inverse;
+  if (lane == 0 && blocks.leads(run)) {
+    const int y = blocks.of_run(run);
+    s.coarse.log_mass[y] = count == 0 ? -INFINITY : log_sum - logits.weighted * inverse;
+    const float mean = logits.plain / static_cast<float>(max(count, 1));
+    s.coarse.score_bias[y] = count == 0 ? 0.f : kLn2 * (0.25f * (logits.top + log_sum) - mean);
   }
-  const float root = sqrtf(weight * static_cast<float>(count));
-  const float next = __shfl_down_sync(kFullWarp, root, 1);
-  if (lane % 2 == 0) s.coarse.roots[(run * kRun + lane) / 2] = Mma<T>::pack(root, next);
+  const float kept = weight * static_cast<float>(count) * kept_weight<T>(blocks);
+  const float next = __shfl_down_sync(kFullWarp, kept, 1);
+  if (lane % 2 == 0) s.coarse.weights[(run * kRun + lane) / 2] = Mma<T>::pack(kept, next);
   return weight;
 }
 
@@ -154,9 +180,9 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
       if (lane % 2 == 0) s.coarse.centre[16 * i + lane / 2] = Mma<T>::pack(centre[i], next);
     }
   }
-  float mass, logit = logit_of_key<T>(s.run_of(in.k(), run), centre, p.fine.scale * kLog2e, panel);
+  float logit = logit_of_key<T>(s.run_of(in.k(), run), centre, p.fine.scale * kLog2e, panel);
   if (!(there >> lane & 1)) logit = -INFINITY;
-  const float weight = weight_of_key<T>(s, blocks, run, logit, mass);
+  const float weight = weight_of_key<T>(s, blocks, run, logit);
   typename Mma<T>::A weights[2];
   as_operands<T>(weights, weight);
   float2 k_mean = weighted_sum<T>(s.run_of(in.k(), run), there, weights, panel);
@@ -174,7 +200,6 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
   }
   round_pair<T>(s.coarse.k, x, k_mean);
   round_pair<T>(s.coarse.v, x, v_mean);
-  if (lane == 0) s.coarse.log_mass[x] = mass;
 }
 
 }  // namespace mra::cuda::sm90
