@@ -63,8 +63,8 @@ def mra_attention_reference(
     s = D**-0.5 if scale is None else scale
     weights = log_mass = None
     if pool != "even":
-        centre_, *weights = centre(pool, s, query, key, query_mask, key_mask, bk)
-        centre_, weights, log_mass = (x.repeat_interleave(G, 1) for x in (centre_, *weights))
+        weighed = centre(pool, s, query, key, query_mask, key_mask, bk)
+        centre_, weights, log_mass, bias = (x.repeat_interleave(G, 1) for x in weighed)
     key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
 
     # pool: means over the valid rows of each block
@@ -75,14 +75,15 @@ def mra_attention_reference(
     # plan: which pairs of blocks are exact
     L = s * q_mean @ k_mean.mT
     if plan is None:
+        score = L if weights is None else L + bias.unsqueeze(-2)
         m = row_budgets(L.shape[-2:], bq, bk, density, blocks_per_row, is_causal)
         forced = (diagonal_blocks, first_blocks, is_causal)
-        plan = _plan(L, q_count, k_count, m, bq, bk, N, selection, *forced)
+        plan = _plan(score, q_count, k_count, m, bq, bk, N, selection, *forced)
     x = torch.arange(N, device=query.device) // bq  # block of each query
     y = torch.arange(M, device=query.device) // bk  # block of each key
     past = _past(L.shape[-2:], bq, bk, is_causal, query.device)
 
-    # pool, weighted: selection is done with the plain means
+    # pool, weighted: selection is done with the plain means, and a bias of each key block
     if weights is not None:
         k_mean, v_mean = (_weighted(t, key_mask, weights) for t in (key, value))
 
@@ -175,12 +176,17 @@ def pool(x, mask, block):
 
 def centre(form, s, query, key, query_mask, key_mask, bk):
     """What pool "centred" and "sampled" weigh keys by: the mean query of each key head
-    (B, Hk, D), the weight of each key within its block (B, Hk, nk, bk), zeros where masked, and
-    the entropy of each block's weights (B, Hk, nk). The last two are constants for the gradient.
+    (B, Hk, D), the weight of each key within its block (B, Hk, nk, bk), zeros where masked, the
+    entropy of each block's weights (B, Hk, nk), and what selection adds to the scores of each block
+    (B, Hk, nk), 0 for an empty one. All but the first are constants for the gradient.
 
     Log weights: centred ``l_j = s q_mean . k_j``, the first-order exact mass at the mean query;
     sampled ``l_j = log(sum_i p_ij + r/4 p_mean,j)``, p the softmax over all keys of r queries
-    (see :func:`sample`) and of the mean query."""
+    (see :func:`sample`) and of the mean query.
+
+    The bias is ``1/4 logsumexp_j l_j`` less the mean of l_j, of the centred l_j for both forms: a
+    pair then scores ``s (q_mean_x - q_mean) . k_mean_y`` plus a quarter of the block's log mass at
+    the mean query. What all queries agree on counts less, as the weights have it right anyway."""
     B, _, N, D = query.shape
     Hk, M = key.shape[1:3]
     acc, G = _acc(query), query.shape[1] // Hk
@@ -190,9 +196,8 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     mean = q.sum(-2) / (G * valid.sum(-1)).clamp(min=1)[:, None, None]
     with torch.no_grad():
         k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
-        if form == "centred":
-            log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
-        else:
+        at_mean = log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
+        if form == "sampled":
             at, taken = sample(valid, G)
             rows = q.gather(2, at[:, None, :, None].expand(-1, Hk, -1, D))
             a = s * torch.cat([rows, mean.unsqueeze(-2)], -2) @ k.mT
@@ -200,13 +205,16 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
             count = taken.sum(-1, keepdim=True).clamp(min=1)
             shares = torch.cat([torch.where(taken, 1.0, 0.0).to(acc), count / 4], -1).log()
             log_weight = (a + shares[:, None, :, None]).logsumexp(-2)
-        keys_valid, log_weight = (
-            pad(x, (0, -M % bk)).unflatten(-1, (-1, bk)) for x in (keys_valid, log_weight)
+        keys_valid, log_weight, at_mean = (
+            pad(x, (0, -M % bk)).unflatten(-1, (-1, bk)) for x in (keys_valid, log_weight, at_mean)
         )
         log_weight = log_weight.masked_fill(~keys_valid, -math.inf)
         weights = log_weight.softmax(-1).masked_fill(~keys_valid, 0)
         entropy = torch.special.entr(weights).sum(-1)
-    return mean, weights, entropy
+        mean_logit = at_mean.masked_fill(~keys_valid, 0).sum(-1) / keys_valid.sum(-1).clamp(min=1)
+        bias = at_mean.masked_fill(~keys_valid, -math.inf).logsumexp(-1) / 4 - mean_logit
+        bias = bias.masked_fill(~keys_valid.any(-1), 0)
+    return mean, weights, entropy, bias
 
 
 def sample(valid, G):

@@ -47,7 +47,8 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     if even:
         parts = (1 / k_count.clamp(min=1).to(L.dtype))[:, None, None, y]
     else:
-        mean, parts, log_mass = reference.centre(config.pool, scale, q, k, query_mask, key_mask, bk)
+        weighed = reference.centre(config.pool, scale, q, k, query_mask, key_mask, bk)
+        mean, parts, log_mass, _ = weighed
         k_mean = reference._weighted(k, key_mask, parts)
         parts, deviation = parts.flatten(2)[..., None, :M], q.to(mean.dtype) - mean.unsqueeze(-2)
     unselected = past[x] & ~exact

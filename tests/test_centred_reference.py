@@ -1,11 +1,14 @@
 """The reference of pool="centred" and "sampled": what the forms are, and that they pay."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from mra_attention.reference import SAMPLED_QUERIES, centre, mra_attention_reference, sample
+from mra_attention.reference import pool as block_means
 
 POOLS = ["centred", "sampled"]
 
@@ -62,7 +65,7 @@ def test_log_mass_is_a_lower_bound(pool):
     q, k, _ = inputs(Hk=4)
     key_mask, query_mask = masks()
     s = 0.25
-    mean, weights, entropy = centre(pool, s, 2 * q, k, query_mask, key_mask, 32)
+    mean, weights, entropy, _ = centre(pool, s, 2 * q, k, query_mask, key_mask, 32)
     filled = torch.nn.functional.pad(k.masked_fill(~key_mask[:, None, :, None], 0), (0, 0, 0, 21))
     k_mean = (weights.unsqueeze(-2) @ filled.unflatten(2, (7, 32))).squeeze(-2)
     for at in (q, mean.unsqueeze(-2)):
@@ -79,7 +82,7 @@ def test_log_mass_is_a_lower_bound(pool):
 def test_weights_are_distributions_of_the_valid_keys(pool):
     q, k, _ = inputs()
     key_mask, query_mask = masks()
-    mean, weights, entropy = centre(pool, 0.25, q, k, query_mask, key_mask, 32)
+    mean, weights, entropy, _ = centre(pool, 0.25, q, k, query_mask, key_mask, 32)
     valid = torch.nn.functional.pad(key_mask, (0, 21)).view(2, 1, 7, 32)
     assert (weights[~valid.expand_as(weights)] == 0).all()
     there = valid.any(-1).expand(2, 2, 7)
@@ -88,6 +91,32 @@ def test_weights_are_distributions_of_the_valid_keys(pool):
     rows = query_mask[:, None, :, None].double()
     group = (q * rows).view(2, 2, 2, 150, 16).sum((2, 3)) / (2 * rows.sum(2))
     torch.testing.assert_close(mean, group, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_bias_is_that_of_the_mean_query(pool):
+    q, k, _ = inputs()
+    key_mask, query_mask = masks()
+    mean, _, _, bias = centre(pool, 0.25, q, k, query_mask, key_mask, 32)
+    logits = 0.25 * (mean.unsqueeze(-2) @ k.mT).squeeze(-2)
+    for b, h, y in itertools.product(range(2), range(2), range(7)):
+        keys = slice(32 * y, 32 * y + 32)
+        of_block = logits[b, h, keys][key_mask[b, keys]]
+        expected = of_block.logsumexp(0) / 4 - of_block.mean() if len(of_block) else 0.0
+        assert bias[b, h, y].item() == pytest.approx(float(expected), abs=1e-12)
+    assert (bias[0, :, 1] == 0).all()  # an empty block
+    # what a pair scores grows with what all queries have in common by a quarter only
+    k_mean, count = block_means(k, key_mask, 32)
+    q_mean, _ = block_means(q, query_mask, 32)
+    k_mean, bias = (x.repeat_interleave(2, 1) for x in (k_mean, bias))
+    mass = pad(logits, (0, 21)).unflatten(-1, (7, 32))
+    valid = pad(key_mask, (0, 21)).view(2, 1, 7, 32)
+    mass = mass.masked_fill(~valid, -math.inf).logsumexp(-1).repeat_interleave(2, 1)
+    away = q_mean - mean.repeat_interleave(2, 1).unsqueeze(-2)
+    score = 0.25 * q_mean @ k_mean.mT + bias.unsqueeze(-2)
+    expected = 0.25 * away @ k_mean.mT + mass.unsqueeze(-2) / 4
+    there = (count > 0)[:, None, None].expand_as(score)
+    torch.testing.assert_close(score[there], expected[there], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("G", [1, 3])
