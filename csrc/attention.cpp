@@ -1,6 +1,6 @@
 // MRA attention, in the order of the data, the same for every device:
 //
-//   pool -> plan -> coarse -> fine (-> order 1)
+//   pool (-> weigh keys) -> plan -> coarse -> fine (-> order 1)
 //
 // A device gives its `Stages`; the functions here are what the dispatcher calls.
 #include <ATen/ATen.h>
@@ -70,8 +70,8 @@ BlockList exact_rows(const BlockList& rows, const Options& o) {
   return {rows.start.narrow(2, 0, nq), rows.count.narrow(2, 0, nq), rows.index};
 }
 
-// `coarse`: the pooled inputs for coarse = block.
-Planned make_plan(const Stages& stages, const PooledInputs& means,
+// `coarse`: the pooled inputs for coarse = block; `key_bias`: of Centred, or undefined.
+Planned make_plan(const Stages& stages, const PooledInputs& means, const Tensor& key_bias,
                   const std::optional<PooledInputs>& coarse, int64_t N, const Options& o) {
   const int64_t nk = o.levels.empty() ? means.key.size(2) : o.resolutions[0].nk;
   const int64_t pairs = head_capacity(o, N, nk);
@@ -79,8 +79,8 @@ Planned make_plan(const Stages& stages, const PooledInputs& means,
                     "density, blocks_per_row, block_q, block_k: got a plan of up to ", pairs,
                     " pairs of blocks for each head, expected at most ",
                     std::numeric_limits<int32_t>::max());
-  return stages.plan({means.query, means.query_count}, {means.key, means.key_count, means.beside},
-                     coarse, N, o);
+  return stages.plan({means.query, means.query_count},
+                     {means.key, means.key_count, means.beside, key_bias}, coarse, N, o);
 }
 
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of
@@ -129,16 +129,22 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   std::optional<PooledInputs> coarse_blocks, coarse_keys;
   if (o.coarse == Coarse::block) coarse_blocks = pooled;
   if (o.coarse == Coarse::row) coarse_keys = pooled;
-  std::optional<Centred> centred;  // the plan is made of plain means
-  if (weighted) {
-    centred = stages.centre(in, pooled, false, o);
+
+  // weigh keys: as the queries do, where means are not even; and what a plan makes of it
+  std::optional<Centred> centred;
+  if (weighted) centred = stages.weigh_keys(in, pooled, !has_plan, o);
+
+  // plan: which pairs of blocks are exact, by scores of plain means
+  const Tensor key_bias = centred ? centred->key_bias : Tensor();
+  const Planned planned = has_plan ? Planned{given_plan(plan), std::nullopt}
+                                   : make_plan(stages, pooled, key_bias, coarse_blocks, N, o);
+  const BlockList& rows = planned.rows;
+
+  // pool, weighted
+  if (centred) {
+    stages.centre(*centred, in, false, o);
     coarse_keys = centred->pooled;
   }
-
-  // plan: which pairs of blocks are exact
-  const Planned planned = has_plan ? Planned{given_plan(plan), std::nullopt}
-                                   : make_plan(stages, pooled, coarse_blocks, N, o);
-  const BlockList& rows = planned.rows;
 
   // coarse: the pairs that are not, unless the plan brought them along
   std::optional<CoarseState> state = planned.coarse;
@@ -195,7 +201,10 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   pooled.type = in.query.scalar_type();
 
   std::optional<Centred> centred;
-  if (o.pool != Pool::even) centred = stages.centre(in, pooled, true, o);
+  if (o.pool != Pool::even) {
+    centred = stages.weigh_keys(in, pooled, false, o);
+    stages.centre(*centred, in, true, o);
+  }
 
   // order 1
   if (has_order1(o) && centred) {
@@ -293,10 +302,11 @@ struct Operators {
       const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
       std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale,
-      at::OptionalIntArrayRef levels) {
-    Options o = check_plan(query, key, key_mask, query_mask,
-                           {blocks_per_row, density, block_q, block_k, "none", 0, selection,
-                            diagonal_blocks, first_blocks, is_causal, scale, levels});
+      at::OptionalIntArrayRef levels, std::string_view pool) {
+    Options o =
+        check_plan(query, key, key_mask, query_mask,
+                   {blocks_per_row, density, block_q, block_k, plan_coarse(pool), 0, selection,
+                    diagonal_blocks, first_blocks, is_causal, scale, levels, pool});
     o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     const Stages& stages = device_stages();
@@ -306,7 +316,9 @@ struct Operators {
     } else {
       const Inputs in = readable(Inputs{query, key, key, key_mask, query_mask});
       const PooledInputs means = stages.pool_inputs(in, o, true, true);
-      rows = make_plan(stages, means, std::nullopt, query.size(2), o).rows;
+      Tensor key_bias;
+      if (o.pool != Pool::even) key_bias = stages.weigh_keys(in, means, true, o).key_bias;
+      rows = make_plan(stages, means, key_bias, std::nullopt, query.size(2), o).rows;
     }
     return {rows.start, rows.count, rows.index};
   }

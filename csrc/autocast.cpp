@@ -22,18 +22,21 @@ c10::DispatchKeySet autocast_keys(c10::DeviceType device) {
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale,
+                                        at::OptionalIntArrayRef levels, std::string_view pool) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::plan", "")
                              .typed<decltype(plan<device>)>();
   return op.call(cast<device>(query), cast<device>(key), key_mask, query_mask, blocks_per_row,
                  density, block_q, block_k, selection, diagonal_blocks, first_blocks, is_causal,
-                 scale, levels);
+                 scale, levels, pool);
 }
 
 template <c10::DeviceType device>

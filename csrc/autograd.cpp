@@ -222,15 +222,18 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
   return op.call(input, mask, block);
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale,
+                                        at::OptionalIntArrayRef levels, std::string_view pool) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<decltype(plan)>("mra_attention::plan");
   return op.call(query, key, key_mask, query_mask, blocks_per_row, density, block_q, block_k,
-                 selection, diagonal_blocks, first_blocks, is_causal, scale, levels);
+                 selection, diagonal_blocks, first_blocks, is_causal, scale, levels, pool);
 }
 
 }  // namespace

@@ -83,13 +83,27 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
       empty({input.sym_size(0), n}, input, at::kInt)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(
-    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
-    std::optional<SymInt> blocks_per_row, std::optional<double> density, int64_t block_q,
-    int64_t block_k, std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks,
-    bool is_causal, std::optional<double> scale, at::OptionalIntArrayRef levels) {
-  const CallOptions call{blocks_per_row, density,         block_q,      block_k,   "none", 0,
-                         selection,      diagonal_blocks, first_blocks, is_causal, scale,  levels};
+std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
+                                        const OptTensor& key_mask, const OptTensor& query_mask,
+                                        std::optional<SymInt> blocks_per_row,
+                                        std::optional<double> density, int64_t block_q,
+                                        int64_t block_k, std::string_view selection,
+                                        int64_t diagonal_blocks, int64_t first_blocks,
+                                        bool is_causal, std::optional<double> scale,
+                                        at::OptionalIntArrayRef levels, std::string_view pool) {
+  const CallOptions call{blocks_per_row,
+                         density,
+                         block_q,
+                         block_k,
+                         plan_coarse(pool),
+                         0,
+                         selection,
+                         diagonal_blocks,
+                         first_blocks,
+                         is_causal,
+                         scale,
+                         levels,
+                         pool};
   const Options o = check_plan(query, key, key_mask, query_mask, call);
   return empty_plan(query, key, call, o);
 }

@@ -8,7 +8,7 @@
 // then coarser and coarser ones; coarse_share is (B, H, resolutions, N), and no moments are kept.
 //
 // pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Other means
-// than even ones are not kept.
+// than even ones are not kept; their plans are made of another score.
 TORCH_LIBRARY(mra_attention, m) {
   // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
   m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");
@@ -19,7 +19,7 @@ TORCH_LIBRARY(mra_attention, m) {
       "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? "
       "blocks_per_row, "
       "float? density, int block_q, int block_k, str selection, int diagonal_blocks, "
-      "int first_blocks, bool is_causal, float? scale, int[]? levels=None) "
+      "int first_blocks, bool is_causal, float? scale, int[]? levels=None, str pool='even') "
       "-> (Tensor row_start, Tensor row_count, Tensor row_index)");
 
   // Attention, with a given plan (all three row tensors) or one made here (none of them). The row

@@ -15,7 +15,8 @@ unselected (query block, key block) pairs. Per query head, or key head where mar
               q Sigma q)
 
 With pool "centred" and "sampled" the stage pool takes more, per key head: weights, 2 D M or
-130 D M, and weighted means of keys and values, 3 D M; 2 D M in the backward pass.
+130 D M (in the operator plan too), and weighted means of keys and values, 3 D M; 2 D M in the
+backward pass.
 
 With ``levels`` plan and coarse count the candidates and the coarse cells of every resolution, and
 order 1 once for each.
@@ -28,6 +29,8 @@ from . import _load
 from .reference import row_budgets
 
 __all__ = ["exact_pairs", "rows_of_blocks", "stage_flops"]
+
+WEIGHTS = {"even": 0, "centred": 2, "sampled": 130}  # over D M, of weighing the keys
 
 
 def rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal):
@@ -79,8 +82,7 @@ def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=(),
     block_coarse = sum(seen - taken for _, taken, seen in every)
     stages = {"pool": key_heads * 2 * D * M + (heads * D * N if forward else 0)}
     if pool != "even":
-        weights = (2 if pool == "centred" else 130) + 3
-        stages["pool"] += key_heads * D * M * (weights if forward else 2)
+        stages["pool"] += key_heads * D * M * (WEIGHTS[pool] + 3 if forward else 2)
     stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in every) if forward else 0
     if coarse == "row":
         each = (4 if forward else 10) * D * row_coarse
@@ -127,13 +129,13 @@ def _register():
 
     @register_flop_formula(ops.plan)
     def plan(query, key, key_mask, query_mask, blocks_per_row, density, bq, bk, selection,
-             diagonal_blocks, first_blocks, is_causal, scale, levels=None,
+             diagonal_blocks, first_blocks, is_causal, scale, levels=None, pool="even",
              out_shape=None):  # fmt: skip
         (B, H, N, D), (_, Hk, M, _) = query, key
         levels = _pairs(levels)
         found = rows_of_levels(N, M, bq, bk, density, blocks_per_row, is_causal, levels)
         pairs = sum(seen for _, rows in found for _, _, seen in rows)
-        return B * D * (H * N + Hk * M + 2 * H * pairs)
+        return B * D * (H * N + Hk * M * (1 + WEIGHTS[pool]) + 2 * H * pairs)
 
     @register_flop_formula(ops.forward)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,

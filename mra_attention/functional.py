@@ -122,9 +122,10 @@ def make_plan(
     """The plan that :func:`mra_attention` would make of these arguments.
 
     Selects by the scores of pairs of blocks, ``s q~_x.k~_y``: forced pairs first, then the higher
-    score, ties to the lower index. ``coarse``, ``order`` and ``pool`` are checked and don't
-    change it. Arguments, errors and ``config`` as :func:`mra_attention`. Returns a :class:`Plan`;
-    no gradient.
+    score, ties to the lower index. With a ``pool`` other than "even" what all queries agree on
+    counts less: ``s (q~_x - q^).k~_y`` plus a quarter of block y's log mass at the mean query q^.
+    ``coarse`` and ``order`` are checked and don't change it. Arguments, errors and ``config`` as
+    :func:`mra_attention`. Returns a :class:`Plan`; no gradient.
     """
     _check_tensors(query=query, key=key)
     _check_tensors(optional=True, key_mask=key_mask, query_mask=query_mask)
@@ -144,7 +145,7 @@ def make_plan(
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
-        _flat(options.levels),
+        _flat(options.levels), options.pool,
     )  # fmt: skip
     N, M = (x.shape[2] for x in given)
     return Plan(*lists, N, M, (block_q, block_k), is_causal, layout, options.levels)

@@ -111,7 +111,7 @@ class Case:
     @property
     def selection(self):
         names = ("density", "blocks_per_row", "block_size", "selection", "diagonal_blocks",
-                 "first_blocks", "is_causal", "scale", "layout", "levels")  # fmt: skip
+                 "first_blocks", "is_causal", "scale", "layout", "levels", "pool")  # fmt: skip
         return {n: self.options[n] for n in names if n in self.options}
 
     @property

@@ -28,6 +28,11 @@ struct CallOptions {
   std::string_view pool = "even";
 };
 
+// The `coarse` of a plan, which has none: what a pool other than even needs beside it.
+inline std::string_view plan_coarse(std::string_view pool) {
+  return pool == "even" ? "none" : "row";
+}
+
 // Whether a call must give a budget (density or blocks_per_row).
 enum class Budget {
   required,  // exactly one of the two: a plan is made here

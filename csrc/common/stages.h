@@ -1,6 +1,6 @@
 // The stages of MRA attention, one table of functions per device.
 //
-//   pool -> plan -> coarse -> fine (-> order 1)
+//   pool (-> weigh keys) -> plan -> coarse -> fine (-> order 1)
 //
 // csrc/attention.cpp runs them in that order and is the same for every device; csrc/cpu and
 // csrc/cuda each fill one `Stages`. Everything here is already checked: see common/checks.h.
@@ -67,6 +67,8 @@ struct Pooled {
   Tensor count;  // [B, n] int32, contiguous
   // CUDA: what was launched last writes neither of them, and a plan may run beside it.
   bool beside = false;
+  // Of keys, where defined: what a plan adds to the scores of each block, [B, Hk, n] acc.
+  Tensor bias{};
 };
 
 // Lists of blocks. As rows: for each query block its key blocks; as columns: for each key block
@@ -129,6 +131,7 @@ struct PooledInputs {
 struct Centred {
   PooledInputs pooled;  // key, value, key_count, query_count, weights and what comes with them
   Tensor centre;        // [B, Hk, D]: the mean valid query of the group
+  Tensor key_bias{};    // [B, Hk, nk], where asked for: Pooled.bias, beta_y of docs/algorithm.md
   // With order 1, C and Sigma: [B, Hk, 2, D, D], on CUDA as moments are kept.
   Tensor moments{};
   Tensor slope{};  // CUDA, set by centred_delta: gamma_i u_i . dO_i, [B, H, N]
@@ -281,13 +284,15 @@ struct Stages {
   // it doesn't serve. May be null.
   std::optional<HeadResult> (*forward_head)(const Inputs&, const Options&) = nullptr;
 
-  // Options.pool other than even; null where a device has none. `centre` makes weights, means and
-  // moments from the means and counts of queries, and, unless the call is of a backward pass and
-  // centred_delta makes them, variance and row_bias. The others are order 1: the term, added to
-  // result.out in place; coarse_delta as in Order1Grads; and the gradients but those through the
-  // logits, added in place. The last is null where fine_backward does it.
-  Centred (*centre)(const Inputs&, const PooledInputs& plain, bool backward,
-                    const Options&) = nullptr;
+  // Options.pool other than even; null where a device has none. `weigh_keys` makes the centre and
+  // the weights from the means and counts of queries, and the bias of a plan where asked for.
+  // `centre` adds means and moments and, unless the call is of a backward pass and centred_delta
+  // makes them, variance and row_bias. The others are order 1: the term, added to result.out in
+  // place; coarse_delta as in Order1Grads; and the gradients but those through the logits, added in
+  // place. The last is null where fine_backward does it.
+  Centred (*weigh_keys)(const Inputs&, const PooledInputs& plain, bool bias,
+                        const Options&) = nullptr;
+  void (*centre)(Centred&, const Inputs&, bool backward, const Options&) = nullptr;
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
   Tensor (*centred_delta)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                           const Inputs&, Centred&, const Options&) = nullptr;

@@ -97,7 +97,7 @@ void for_heads(const Inputs& in, const F& f) {
 Tensor pick(const Tensor& x, const Head& at) { return x.select(0, at.b).select(0, at.hk); }
 
 // log of sum_i p_ij + r / 4 p_mean,j, [nk * block]: p of r queries evenly spread among the valid
-// ones of the group, one head after another, and of the mean query.
+// ones of the group, one head after another, and of the mean query, whose logits are `mean`.
 Tensor sampled_weights(const Head& at, const Tensor& q, const Tensor& mean, const Tensor& k,
                        const Tensor& no_key) {
   const std::vector<int64_t> valid = at.valid_queries();
@@ -108,11 +108,21 @@ Tensor sampled_weights(const Head& at, const Tensor& q, const Tensor& mean, cons
     places.push_back(rank / n * at.N + valid[rank % n]);
   }
   const Tensor picked = q.index_select(0, at::tensor(places, at::kLong));
-  Tensor logits = at::mm(at::cat({picked, mean.unsqueeze(0)}).mul_(at.s), k.t());
+  Tensor logits = at::cat({at::mm(picked, k.t()).mul_(at.s), mean.unsqueeze(0)});
   if (no_key.defined()) logits.masked_fill_(no_key, kMinusInf);
   logits = at::log_softmax(logits, 1);
   logits[r].add_(std::log(std::max<double>(1, r) / 4));
   return at::logsumexp(logits, 0);
+}
+
+// What a plan adds to the scores of each block, [nk]: a quarter of the log mass that its keys have
+// for the mean query, less the mean of their logits [nk, block]; 0 for an empty block.
+Tensor score_bias(const Tensor& logits, const Tensor& no_key) {
+  if (!no_key.defined()) return at::logsumexp(logits, 1) / 4 - logits.mean(1);
+  const Tensor none = no_key.view(logits.sizes()), count = none.logical_not().sum(1);
+  const Tensor mass = at::logsumexp(logits.masked_fill(none, kMinusInf), 1) / 4;
+  const Tensor bias = mass - logits.masked_fill(none, 0).sum(1) / count;
+  return bias.masked_fill(count == 0, 0);
 }
 
 // Within-block deviations of keys and values from their weighted means, [nk * block, D], and the
@@ -151,18 +161,49 @@ struct Rows1 {
 
 }  // namespace
 
-Centred centre(const Inputs& in, const PooledInputs& plain, bool, const Options& o) {
-  const Tensor& key_count = plain.key_count;
-  const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
-  const int64_t Hk = in.key.size(1), D = in.query.size(3), nk = key_count.size(1);
+Centred weigh_keys(const Inputs& in, const PooledInputs& plain, bool bias, const Options& o) {
+  const int64_t B = in.query.size(0), N = in.query.size(2), D = in.query.size(3);
+  const int64_t Hk = in.key.size(1), nk = plain.key_count.size(1);
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
   Centred c;
   c.centre = at::empty({B, Hk, D}, options);
-  c.pooled.key = at::empty({B, Hk, nk, D}, options);
-  c.pooled.value = at::empty({B, Hk, nk, D}, options);
-  c.pooled.key_count = key_count;
+  c.pooled.key_count = plain.key_count;
   c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, options);
   c.pooled.log_mass = at::empty({B, Hk, nk}, options);
+  if (bias) c.key_bias = at::empty({B, Hk, nk}, options);
+  for_heads(in, [&](int64_t item) {
+    const Head at(in, o, item);
+    const Tensor no_key = at.no_key();
+    const int64_t n = at.valid_query.defined() ? at.valid_queries().size() : N;
+    const Tensor counts = plain.query_count.select(0, at.b).to(at.acc).view({1, -1, 1});
+    const Tensor mean = (at.view(plain.query) * counts).sum(at::IntArrayRef{0, 1}) /
+                        static_cast<double>(std::max<int64_t>(1, at.G * n));
+    pick(c.centre, at).copy_(mean);
+
+    // weights within each block, and their entropy
+    const Tensor keys = at.blocks(in.key).view({nk * at.block, D});
+    const Tensor logits = at::mv(keys, mean).mul_(at.s);
+    if (bias) pick(c.key_bias, at).copy_(score_bias(logits.view({nk, at.block}), no_key));
+    Tensor weight = o.pool == Pool::centred
+                        ? logits
+                        : sampled_weights(at, at.queries(in), logits, keys, no_key);
+    if (no_key.defined()) weight = weight.masked_fill(no_key, kMinusInf);
+    weight = at::softmax(weight.view({nk, at.block}), 1);
+    if (no_key.defined()) weight.masked_fill_(no_key.view({nk, at.block}), 0);
+    pick(c.pooled.weights, at).copy_(weight.view(-1));
+    const Tensor empty = plain.key_count.select(0, at.b) == 0;
+    pick(c.pooled.log_mass, at)
+        .copy_(at::special_entr(weight).sum(1).masked_fill_(empty, kMinusInf));
+  });
+  return c;
+}
+
+void centre(Centred& c, const Inputs& in, bool, const Options& o) {
+  const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
+  const int64_t Hk = in.key.size(1), D = in.query.size(3), nk = c.pooled.key_count.size(1);
+  const auto options = c.centre.options();
+  c.pooled.key = at::empty({B, Hk, nk, D}, options);
+  c.pooled.value = at::empty({B, Hk, nk, D}, options);
   if (has_order1(o)) {
     c.moments = at::empty({B, Hk, 2, D, D}, options);
     c.pooled.variance = at::empty({B, H, N}, options);
@@ -170,29 +211,9 @@ Centred centre(const Inputs& in, const PooledInputs& plain, bool, const Options&
   }
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
-    const Tensor q = at.queries(in), k = at.blocks(in.key), no_key = at.no_key();
-    const int64_t n = at.valid_query.defined() ? at.valid_queries().size() : N;
-    const Tensor counts = plain.query_count.select(0, at.b).to(at.acc).view({1, -1, 1});
-    const Tensor mean = (at.view(plain.query) * counts).sum(at::IntArrayRef{0, 1}) /
-                        static_cast<double>(std::max<int64_t>(1, at.G * n));
-    pick(c.centre, at).copy_(mean);
-
-    // weights within each block, and their means and entropy
-    const Tensor keys = k.view({nk * at.block, D});
-    Tensor weight = o.pool == Pool::centred ? at::mv(keys, mean).mul_(at.s)
-                                            : sampled_weights(at, q, mean, keys, no_key);
-    if (no_key.defined()) weight = weight.masked_fill(no_key, kMinusInf);
-    weight = at::softmax(weight.view({nk, at.block}), 1);
-    if (no_key.defined()) weight.masked_fill_(no_key.view({nk, at.block}), 0);
-    const auto pooled = [&](const Tensor& blocks) {
-      return at::bmm(weight.unsqueeze(1), blocks).squeeze(1);
-    };
-    pick(c.pooled.weights, at).copy_(weight.view(-1));
-    pick(c.pooled.key, at).copy_(pooled(k));
-    pick(c.pooled.value, at).copy_(pooled(at.blocks(in.value)));
-    const Tensor empty = key_count.select(0, at.b) == 0;
-    pick(c.pooled.log_mass, at)
-        .copy_(at::special_entr(weight).sum(1).masked_fill_(empty, kMinusInf));
+    const Tensor weight = pick(c.pooled.weights, at).view({nk, 1, at.block});
+    pick(c.pooled.key, at).copy_(at::bmm(weight, at.blocks(in.key)).squeeze(1));
+    pick(c.pooled.value, at).copy_(at::bmm(weight, at.blocks(in.value)).squeeze(1));
     if (!has_order1(o)) return;
 
     // moments, and what a row's variance adds to the mass
@@ -200,13 +221,12 @@ Centred centre(const Inputs& in, const PooledInputs& plain, bool, const Options&
     const Tensor left = (d.key * d.weight).t(), moments = pick(c.moments, at);
     moments[0].copy_(at::mm(left, d.value));
     moments[1].copy_(at::mm(left, d.key));
-    const Tensor from_mean = q - mean;
+    const Tensor from_mean = at.queries(in) - pick(c.centre, at);
     const Tensor t = (at::mm(from_mean, moments[1]).mul_(from_mean)).sum(1) * (at.s * at.s);
     at.view(c.pooled.variance).copy_(t.view({at.G, N}));
     // log(1 + gamma t / 2), for any t
     at.view(c.pooled.row_bias).copy_((3 - 2 / (1 + t / 4)).log_().view({at.G, N}));
   });
-  return c;
 }
 
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o) {

@@ -42,6 +42,7 @@ class RowScores {
         q_count_(query.count.contiguous()),
         k_mean_(key.mean.contiguous()),
         k_count_(key.count.contiguous()),
+        k_bias_(key.bias.defined() ? key.bias.contiguous() : key.bias),
         shape_(s),
         options_(o) {}
 
@@ -61,6 +62,10 @@ class RowScores {
     const int64_t seen = visible_blocks(options_, N, nk, x);
     const A* q = q_mean_.const_data_ptr<A>() + ((b * H + h) * nq + x) * D;
     score_row(q, k_t, ld, D, seen, static_cast<A>(options_.scale), scores);
+    if (k_bias_.defined()) {
+      const A* bias = k_bias_.const_data_ptr<A>() + (b * Hk + h / (H / Hk)) * nk;
+      for (int64_t y = 0; y < seen; ++y) scores[y] += bias[y];
+    }
     const bool global = options_.selection == Selection::global;
     const int32_t* counts = k_count_.const_data_ptr<int32_t>() + b * nk;
     const int32_t first = global ? static_cast<int32_t>(x * nk) : 0;
@@ -83,7 +88,7 @@ class RowScores {
   }
 
  private:
-  Tensor q_mean_, q_count_, k_mean_, k_count_;
+  Tensor q_mean_, q_count_, k_mean_, k_count_, k_bias_;
   Shape shape_;
   Options options_;
 };

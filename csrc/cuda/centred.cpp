@@ -31,9 +31,13 @@ void cut(WeightsParams& p, const Device& device) {
   }
 }
 
+}  // namespace
+
 // The centre, the weights of all keys, and what comes with them.
-void weigh_keys(Centred& c, const Inputs& in, const PooledInputs& plain, const Options& o) {
+Centred weigh_keys(const Inputs& in, const PooledInputs& plain, bool bias, const Options& o) {
   const Launch launch(in.query);
+  Centred c;
+  c.pooled.type = in.query.scalar_type();
   const int64_t B = in.query.size(0), Hk = in.key.size(1), D = in.query.size(3);
   const int64_t nk = ceil_div(in.key.size(2), o.block_k);
   const auto acc = in.query.options().dtype(at::kFloat);
@@ -75,6 +79,10 @@ void weigh_keys(Centred& c, const Inputs& in, const PooledInputs& plain, const O
   p.offsets = offsets.const_data_ptr<float>();
   p.weights = c.pooled.weights.mutable_data_ptr<float>();
   p.mass = c.pooled.mass.mutable_data_ptr<float>();
+  if (bias) {
+    c.key_bias = at::empty({B, Hk, nk}, acc);
+    p.key_bias = c.key_bias.mutable_data_ptr<float>();
+  }
   p.dtype = s.dtype;
   p.tf32 = at::globalContext().allowTF32CuBLAS();
   p.B = s.B;
@@ -92,7 +100,10 @@ void weigh_keys(Centred& c, const Inputs& in, const PooledInputs& plain, const O
     launch.check(sample_lse(p, launch.stream));
   }
   launch.check(key_weights(p, launch.stream));
+  return c;
 }
+
+namespace {
 
 // A launch of order1_rows with the queries less their centre.
 Order1Rows centred_rows(const Term& term, const Centred& c, const Tensor& share, RowsStep step) {
@@ -191,18 +202,15 @@ Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
 
 }  // namespace
 
-Centred centre(const Inputs& in, const PooledInputs& plain, bool backward, const Options& o) {
-  Centred c;
-  c.pooled.type = in.query.scalar_type();
-  weigh_keys(c, in, plain, o);
+void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   if (has_order1(o)) c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
   if (!c.moments.defined()) pool_weighted(c.pooled, in, o);
-  if (!has_order1(o)) return c;
+  if (!has_order1(o)) return;
 
   const Launch launch(in.query);
   const Term term(launch, in, c.pooled, o);
   if (!c.moments.defined()) c.moments = term.moments();
-  if (backward) return c;
+  if (backward) return;
   c.pooled.variance = at::empty({term.B, term.H, term.N}, term.acc());
   c.pooled.row_bias = at::empty_like(c.pooled.variance);
   launch.check(order1_rows(centred_rows(term, c, {}, RowsStep::variance), launch.stream));
@@ -211,7 +219,6 @@ Centred centre(const Inputs& in, const PooledInputs& plain, bool backward, const
     c.pooled.centre_term = at::empty({term.B, term.Hk, term.dim}, term.acc());
     launch.check(centre_products(products_of(term, c, c.pooled.centre_term), launch.stream));
   }
-  return c;
 }
 
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o) {

@@ -39,9 +39,10 @@ struct WeightsParams {
   // [B, Hk, chunks, kSampleRows]: greatest logit, and the sum of exponentials less that; log2
   // units. Null: the weights are those of the mean query alone.
   float2* parts;
-  float* weights;  // [B, Hk, nk * block_k]
-  float* mass;     // [B, Hk, nk]: exp of the entropy of a block's weights, 0 for an empty block
-  int* count;      // [B, nk] or null
+  float* weights;   // [B, Hk, nk * block_k]
+  float* mass;      // [B, Hk, nk]: exp of the entropy of a block's weights, 0 for an empty block
+  float* key_bias;  // [B, Hk, nk] or null: what a plan adds to the scores of a block
+  int* count;       // [B, nk] or null
   Dtype dtype;
   bool tf32;
   int B, Hk, M, D, nk, log2_block_k;

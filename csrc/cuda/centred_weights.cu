@@ -4,7 +4,7 @@
 //
 // over r sampled queries and their mean. Both kernels multiply sixteen keys at a time, read
 // straight into registers, with the rows of the sample, which stay in shared memory. Logits in log2
-// units.
+// units. With them comes what a plan adds to the scores of a block, from the first l_j in any case.
 #include "centred.h"
 #include "sm80/tile.cuh"
 
@@ -210,51 +210,81 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const Weight
   }
 }
 
-// Log weights of a block of keys, one a lane in turns -> weights and mass, by one warp.
-__device__ __forceinline__ void finish_block(const WeightsParams& p, const float* logits, int head,
-                                             int y) {
-  constexpr int kTurns = 4;  // up to 128 keys
+// Logits of a block of keys, one a lane in turns, -inf where there is no key; by one warp.
+struct BlockLogits {
+  static constexpr int kTurns = 4;  // up to 128 keys
+  float l[kTurns];
+  float w[kTurns];  // exp of l - top
+  float top, sum;   // greatest logit, sum of all w
+  int count;
+
+  __device__ __forceinline__ BlockLogits(const float* logits, int block)
+      : top(-INFINITY), sum(0.f), count(0) {
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int j = threadIdx.x % 32 + 32 * i;
+      l[i] = j < block ? logits[j] : -INFINITY;
+      count += __popc(__ballot_sync(kFullWarp, l[i] != -INFINITY));
+      top = fmaxf(top, l[i]);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+    }
+    if (count == 0) top = 0.f;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) sum += w[i] = exp2_approx(l[i] - top);
+    sum = add_up(sum);
+  }
+  // A quarter of the log mass less the mean logit, natural units.
+  __device__ __forceinline__ float bias() const {
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) total += l[i] != -INFINITY ? l[i] : 0.f;
+    total = add_up(total);
+    constexpr float kLn2 = 0.69314718f;
+    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - total / count);
+  }
+  static __device__ __forceinline__ float add_up(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    return x;
+  }
+};
+
+// Log weights of a block of keys -> weights and mass, and what a plan adds from the logits `mean`
+// of the mean query, by one warp.
+__device__ __forceinline__ void finish_block(const WeightsParams& p, const float* logits,
+                                             const float* mean, int head, int y) {
   const int lane = threadIdx.x % 32, block = 1 << p.log2_block_k;
-  float l[kTurns], top = -INFINITY, sum = 0.f, spread = 0.f;
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    const int j = lane + 32 * i;
-    l[i] = j < block ? logits[j] : -INFINITY;
-    count += __popc(__ballot_sync(kFullWarp, l[i] != -INFINITY));
-    top = fmaxf(top, l[i]);
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
-  if (count == 0) top = 0.f;
-  float w[kTurns];
-#pragma unroll
-  for (int i = 0; i < kTurns; ++i) sum += w[i] = exp2_approx(l[i] - top);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-  const float over = count == 0 ? 0.f : 1.f / sum, log_sum = log2f(sum);
+  const BlockLogits x(logits, block);
+  const float over = x.count == 0 ? 0.f : 1.f / x.sum, log_sum = log2f(x.sum);
   const int64_t at = int64_t{head} * p.nk + y;
+  float spread = 0.f;
 #pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
+  for (int i = 0; i < BlockLogits::kTurns; ++i) {
     const int j = lane + 32 * i;
-    w[i] *= over;
-    if (w[i] != 0.f) spread += w[i] * (log_sum - (l[i] - top));
-    if (j < block) p.weights[(at << p.log2_block_k) + j] = w[i];
+    const float w = x.w[i] * over;
+    if (w != 0.f) spread += w * (log_sum - (x.l[i] - x.top));
+    if (j < block) p.weights[(at << p.log2_block_k) + j] = w;
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) spread += __shfl_xor_sync(kFullWarp, spread, step);
+  spread = BlockLogits::add_up(spread);
+  if (p.key_bias != nullptr) {
+    const float bias = mean == logits ? x.bias() : BlockLogits(mean, block).bias();
+    if (lane == 0) p.key_bias[at] = bias;
+  }
   if (lane != 0) return;
-  p.mass[at] = count == 0 ? 0.f : exp2f(spread);
-  if (p.count != nullptr && head % p.Hk == 0) p.count[int64_t{head / p.Hk} * p.nk + y] = count;
+  p.mass[at] = x.count == 0 ? 0.f : exp2f(spread);
+  if (p.count != nullptr && head % p.Hk == 0) p.count[int64_t{head / p.Hk} * p.nk + y] = x.count;
 }
 
 // kFirst: the first tile of eight rows of the sample that counts, 0 or that of the mean alone.
 template <typename T, int DP, int kFirst>
 __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const WeightsParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float lse[kSampleRows], logits[kWarps][128];
-  using K = Keys<T, DP, kFirst == 0 ? 1 : 2>;
   constexpr bool kSampled = kFirst == 0;
+  __shared__ float lse[kSampleRows], logits[kWarps][128], mean_logits[kSampled ? kWarps : 1][128];
+  using K = Keys<T, DP, kSampled ? 1 : 2>;
   constexpr int kTiles = kSampleRows / 8 - kFirst;
   T* rows = reinterpret_cast<T*>(shared);
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
@@ -278,6 +308,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
         (sum > 0.f ? top + log2f(sum) : 0.f) + p.offsets[int64_t{head} * kSampleRows + threadIdx.x];
   }
   __syncthreads();
+  float* const mean = kSampled ? mean_logits[warp] : logits[warp];
   float less[kTiles][2];  // lse of this thread's columns
   if constexpr (kSampled) {
 #pragma unroll
@@ -306,6 +337,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (kSampled) {
+        if (t == 0) mean[16 * tile + g + 8 * half] = c[kTiles - 1][2 * half];
         float top = -INFINITY, sum = 0.f;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
@@ -330,7 +362,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
     }
     if (last) {
       __syncwarp();
-      finish_block(p, logits[warp], head, y);
+      finish_block(p, logits[warp], mean, head, y);
       __syncwarp();
     }
     y = next_y, tile = next_tile;

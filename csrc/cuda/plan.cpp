@@ -44,6 +44,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   PlanParams p = plan_params(B, H, key.mean.size(1), nq, nk, query.mean.size(3), N, options);
   p.q_mean = query.mean.const_data_ptr<float>();
   p.k_mean = key.mean.const_data_ptr<float>();
+  p.key_bias = data_of<float>(key.bias);
   p.q_count = query.count.const_data_ptr<int32_t>();
   p.k_count = key.count.const_data_ptr<int32_t>();
   p.start = rows.start.mutable_data_ptr<int32_t>();

@@ -9,6 +9,7 @@ namespace mra::cuda {
 struct PlanParams {
   const float* q_mean;     // [B, H, nq, D]
   const float* k_mean;     // [B, Hk, nk, D]
+  const float* key_bias;   // [B, Hk, nk], added to the scores of each key block; or null
   const int32_t* q_count;  // [B, nq]
   const int32_t* k_count;  // [B, nk]
   int32_t* start;          // [B, H, nq]

@@ -81,7 +81,9 @@ struct ScoreTile {
     const int row = warp % kRowWarps * kRowTile;                // first of this thread's rows
     const int col = warp / kRowWarps * (32 * kColTile) + lane;  // first of its columns
     const float* q_mean = p.q_mean + ((int64_t{b} * p.H + h) * p.nq + x0) * p.D;
-    const float* k_mean = p.k_mean + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk * p.D;
+    const int64_t first_key = (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk;
+    const float* k_mean = p.k_mean + first_key * p.D;
+    const float* key_bias = p.key_bias == nullptr ? nullptr : p.key_bias + first_key;
     const int32_t* k_count = p.k_count + int64_t{b} * p.nk;
 
     const int rows = min(kRows, p.nq - x0);
@@ -149,6 +151,11 @@ struct ScoreTile {
         load(stage + 2);
       }
       if (depth < depths - 1) continue;
+      float bias[kColTile];
+#pragma unroll
+      for (int j = 0; j < kColTile; ++j) {
+        bias[j] = key_bias != nullptr && has_key[j] ? key_bias[y0 + col + 32 * j] : 0.f;
+      }
 #pragma unroll
       for (int j = 0; j < kColTile; ++j) {
         const int y = y0 + col + 32 * j;
@@ -157,7 +164,7 @@ struct ScoreTile {
         for (int i = 0; i < kRowTile; ++i) {
           if (row + i >= rows) continue;
           const bool exists = has_key[j] && y < seen[i];
-          store(row + i, y, exists ? key_of(p.scale * acc[i][j]) : kAbsent);
+          store(row + i, y, exists ? key_of(fmaf(p.scale, acc[i][j], bias[j])) : kAbsent);
         }
       }
       done(y0);
