@@ -80,11 +80,11 @@ DENSE = (
     ("oracle", "none, oracle", candidates.true_mass, _form(Form("none"))),
     ("oracle", "row + order 1, oracle", candidates.true_mass, _form(DEFAULT)),
     ("oracle", "centred, oracle", candidates.true_mass, candidates.centred),
-    ("oracle", "centred, true column weights", candidates.mean_score, candidates.columns),
+    ("oracle", "centred, true column weights", candidates.centred_score, candidates.columns),
     ("candidate", "row + order 1, mean-query score", candidates.mean_query_score, _form(DEFAULT)),
-    ("candidate", "centred, centred score", candidates.centred_score, candidates.centred),
-    ("candidate", "centred, curved", candidates.mean_score, candidates.curved),
-    ("candidate", "centred, sampled, centred score", candidates.centred_score, candidates.sampled),
+    ("candidate", "centred, plain score", candidates.mean_score, candidates.centred),
+    ("candidate", "centred, curved", candidates.centred_score, candidates.curved),
+    ("candidate", "centred, sampled, plain score", candidates.mean_score, candidates.sampled),
 )
 
 

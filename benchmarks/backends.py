@@ -56,7 +56,8 @@ class Context:
         return self.query, self.key, self.value
 
     def plan(self, form, **changes):
-        options = self.case.selection_options | {"selection": form.selection} | changes
+        options = self.case.selection_options | {"selection": form.selection, "pool": form.pool}
+        options |= changes
         return make_plan(self.query, self.key, **options)
 
 

@@ -30,7 +30,7 @@ def true_mass(query, key, bq, bk):
 
 
 def mean_score(query, key, bq, bk):
-    """s q~_x . k~_y, (B, H, nq, nk): what the operator selects by."""
+    """s q~_x . k~_y, (B, H, nq, nk): what the operator selects by with even means."""
     return query.shape[-1] ** -0.5 * pool(query, None, bq)[0] @ pool(key, None, bk)[0].mT
 
 
@@ -44,7 +44,8 @@ def mean_query_score(query, key, bq, bk):
 
 def centred_score(query, key, bq, bk):
     """s (q~_x - q^).k~_y + z_y / 4, (B, H, nq, nk), with z_y the log mass of y at the mean query
-    q^: what all queries agree on counts less, since the centred form has it right anyway."""
+    q^: what all queries agree on counts less, since the centred form has it right anyway. What the
+    operator selects by with weighted means."""
     s, centre = query.shape[-1] ** -0.5, query.mean(2, keepdim=True)
     z = mean_query_score(centre, key, 1, bk)
     return s * (pool(query, None, bq)[0] - centre) @ pool(key, None, bk)[0].mT + z / 4

@@ -21,7 +21,7 @@ from mra_attention import mra_attention
 TOKENS = 512
 GOALS = {1 / 8: 0.97, 1 / 4: 0.985}  # mean cosine of the default form
 FORMS = (Form("none"), Form("block", 0, "global"), Form("block", 1), DEFAULT, *WEIGHTED_FORMS)
-DENSE_NAMES = ("row + order 1, oracle", "centred, curved", "centred, sampled, centred score")
+DENSE_NAMES = ("row + order 1, oracle", "centred, curved", "centred, sampled, plain score")
 
 
 def parser():

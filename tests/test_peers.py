@@ -207,10 +207,15 @@ def test_scores_by_hand():
     torch.testing.assert_close(shifted, shifted[:, :, :1].expand_as(shifted))
 
 
-def test_mean_score_plans_as_the_operator_does():
+@pytest.mark.parametrize(
+    "score, pool",
+    [("mean_score", "even"), ("centred_score", "centred"), ("centred_score", "sampled")],
+)
+def test_score_plans_as_the_operator_does(score, pool):
     q, k, _ = (t.float() for t in qkv(N=200))
-    ours = candidates.rows_of_best(candidates.mean_score(q, k, 32, 16), 200, 200, (32, 16), 1 / 4)
-    theirs = make_plan(q, k, density=1 / 4, block_size=(32, 16))
+    score = getattr(candidates, score)(q, k, 32, 16)
+    ours = candidates.rows_of_best(score, 200, 200, (32, 16), 1 / 4)
+    theirs = make_plan(q, k, density=1 / 4, block_size=(32, 16), pool=pool)
     assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
