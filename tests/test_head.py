@@ -8,7 +8,6 @@ from helpers import CUDA_DTYPES, Case, assert_same_bits, kernels_of
 import mra_attention as mra
 
 HALF = [p for p in CUDA_DTYPES if torch.float32 not in p.values]
-BF16 = [p for p in CUDA_DTYPES if torch.bfloat16 in p.values]
 SHAPE = dict(N=500, M=470, D=64)
 served = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
@@ -21,7 +20,7 @@ STATE = [
 ]
 ROW = [dict(block_size=block, coarse="row", order=0) for block in (32, 64)]
 ORDER1 = [dict(block_size=block, coarse="row", order=1) for block in (32, 64)]
-# In bfloat16 alone, where each query head has keys of its own.
+# Where each query head has keys of its own.
 CENTRED = [dict(o, pool="centred", Hk=4) for o in ORDER1]
 
 
@@ -29,10 +28,8 @@ def forms(*which):
     """device, dtype and options of the forms that have the kernel."""
     return [
         pytest.param(*p.values, o, marks=p.marks, id="-".join(map(str, (*p.values, *o.values()))))
-        for options, dtypes in ((STATE + ROW + ORDER1, HALF), (CENTRED, BF16))
-        for o in options
-        if not which or o in sum(which, [])
-        for p in dtypes
+        for o in (sum(which, []) if which else STATE + ROW + ORDER1 + CENTRED)
+        for p in HALF
     ]
 
 
@@ -53,7 +50,6 @@ def test_one_launch(device, dtype, options, D):
 @pytest.mark.parametrize(
     "options, dtype, N, D, Hk",
     [
-        (dict(order=1, pool="centred"), torch.float16, 512, 64, 4),
         (
             dict(order=0, coarse="block", selection="global", block_size=64),
             torch.bfloat16,
@@ -91,10 +87,7 @@ def test_modes(device, dtype, options, masks):
 @pytest.mark.parametrize("D", [8, 24, 32, 40, 64])
 @pytest.mark.parametrize("device, dtype", HALF)
 def test_sizes(device, dtype, D, N, M):
-    options = STATE[1:] + ROW + ORDER1
-    if dtype == torch.bfloat16:
-        options = options + CENTRED
-    for o in options:
+    for o in STATE[1:] + ROW + ORDER1 + CENTRED:
         case = dict(B=3, H=4, Hk=2, N=N, M=M, D=D, masks="key", density=0.3) | o
         Case(device, dtype, **case).check()
 
@@ -184,7 +177,7 @@ def test_far_means(device, dtype, options):
 
 
 @pytest.mark.parametrize("size", [1e-4, 3e3])
-@pytest.mark.parametrize("device, dtype, options", forms(ORDER1))
+@pytest.mark.parametrize("device, dtype, options", forms(ORDER1, CENTRED))
 def test_range_of_moments(device, dtype, options, size):
     """Moments that float16 would not hold, of keys and of values."""
     for D, masks in ((32, "none"), (64, "key")):

@@ -64,6 +64,18 @@ struct MomentScale<__half> {
   __device__ float back(bool sigma) const { return power(-(sigma ? of_sigma : of_c)); }
 };
 
+// By which power of two weights times counts of keys are multiplied where they are kept in float16:
+// their products with keys or values, at most those of a quarter of a block, fit it then.
+template <typename T>
+__device__ __forceinline__ float kept_weight(const uint32_t (&most)[2], const HeadBlocks& blocks) {
+  if constexpr (std::is_same_v<T, __half>) {
+    using Scale = MomentScale<__half>;
+    const float largest = fmaxf(Scale::value(most[0]), Scale::value(most[1]));
+    return Scale::power(min(9, Scale::exponent(0.5f * (kRun << blocks.shift) * largest)));
+  }
+  return 1.f;
+}
+
 // The largest value of a run, by a warp, to *most.
 template <typename T, int DP>
 __device__ __forceinline__ void take_most(uint32_t* most, const uint16_t (&rows)[kRun][DP],
@@ -438,7 +450,7 @@ __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const
   const int lane = threadIdx.x % 32;
   const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
   float over_n = 1.f / static_cast<float>(max(counted, 1));
-  if constexpr (kWeighted) over_n /= kept_weight<T>(blocks);
+  if constexpr (kWeighted) over_n /= kept_weight<T>(s.coarse.most[phase], blocks);
   Moments<T, kWeighted, DP, Shared, Inputs>{s, in, blocks, panel, runs, phase, over_n, out}.make(
       warp);
   barrier_arrive(&s.coarse.made);

@@ -138,13 +138,6 @@ struct HeadInputs {
   __device__ __forceinline__ HeadInputs next() const { return {s, kTurns ? (turn + 2) % 3 : 0}; }
 };
 
-// By what weights times counts are multiplied where they are kept: float16 would not hold their
-// products with keys, which are up to a quarter of a block's keys times as large.
-template <typename T>
-__device__ __forceinline__ float kept_weight(const HeadBlocks& blocks) {
-  return std::is_same_v<T, __half> ? 1.f / static_cast<float>(kRun << blocks.shift) : 1.f;
-}
-
 // The rows of a run that count, as bits: those before `rows` whose mask is not 0.
 __device__ __forceinline__ uint32_t rows_there(int rows, const uint8_t* mask) {
   const int lane = threadIdx.x % 32;

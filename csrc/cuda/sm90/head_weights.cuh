@@ -2,7 +2,7 @@
 // that they make.
 #pragma once
 
-#include "head_pool.cuh"
+#include "head_moments.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -108,7 +108,7 @@ struct RunLogits {
 // block's weights, log2 units, -inf for an empty block, and what its scores are biased by.
 template <typename T, class Shared>
 __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& blocks, int run,
-                                               float logit) {
+                                               float logit, int phase) {
   const int lane = threadIdx.x % 32;
   float weight;
   RunLogits logits(logit, weight);
@@ -127,7 +127,8 @@ __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& bloc
     const float mean = logits.plain / static_cast<float>(max(count, 1));
     s.coarse.score_bias[y] = count == 0 ? 0.f : kLn2 * (0.25f * (logits.top + log_sum) - mean);
   }
-  const float kept = weight * static_cast<float>(count) * kept_weight<T>(blocks);
+  const float kept =
+      weight * static_cast<float>(count) * kept_weight<T>(s.coarse.most[phase], blocks);
   const float next = __shfl_down_sync(kFullWarp, kept, 1);
   if (lane % 2 == 0) s.coarse.weights[(run * kRun + lane) / 2] = Mma<T>::pack(kept, next);
   return weight;
@@ -182,7 +183,7 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
   }
   float logit = logit_of_key<T>(s.run_of(in.k(), run), centre, p.fine.scale * kLog2e, panel);
   if (!(there >> lane & 1)) logit = -INFINITY;
-  const float weight = weight_of_key<T>(s, blocks, run, logit);
+  const float weight = weight_of_key<T>(s, blocks, run, logit, phase);
   typename Mma<T>::A weights[2];
   as_operands<T>(weights, weight);
   float2 k_mean = weighted_sum<T>(s.run_of(in.k(), run), there, weights, panel);
