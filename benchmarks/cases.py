@@ -204,11 +204,13 @@ def _changes(args):
         changes["picture"] = tuple(args.picture)
     if args.inputs != "normal":
         changes["inputs"] = args.inputs
-    if args.coarse or args.order or args.selection:
+    if args.coarse or args.order or args.selection or args.pool:
         forms = itertools.product(
-            args.coarse or ["row"], args.order or [1], args.selection or ["row"]
-        )
-        forms = (Form(c, o if c != "none" else 0, s) for c, o, s in forms)
+            args.coarse or ["row"], args.order or [1], args.selection or ["row"],
+            args.pool or ["even"],
+        )  # fmt: skip
+        forms = (Form(c, o if c != "none" else 0, s, p if c == "row" else "even")
+                 for c, o, s, p in forms)  # fmt: skip
         changes["forms"] = tuple(dict.fromkeys(forms))
     return changes
 

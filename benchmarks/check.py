@@ -1,7 +1,8 @@
 """Correct first: a backend's result against the float64 reference, at the measured size.
 
 A head's sampled query blocks and all of its keys are enough for the reference: the gradient that
-goes in is zero everywhere else. Causal cases are checked whole, on a short prefix.
+goes in is zero everywhere else. Causal cases are checked whole, on a short prefix; so is a head
+with weighted means, which every query has a part in.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import torch
 
 from benchmarks.backends import Prepared
+from benchmarks.cases import Unsupported
 from mra_attention import Plan, make_plan, mra_attention, reference
 from mra_attention.layout import Tiles
 
@@ -52,6 +54,9 @@ def check(context, prepared, which):
         prepared, difference = _in_blocks(case, prepared)
     inputs, grad_out, plan = prepared.inputs, context.grad_out, prepared.plan
     bq, bk = case.block_size if plan is None or plan == "all" else plan.block_size
+    weighted = form is not None and form.pool != "even"
+    if weighted and case.H != case.Hk:
+        raise Unsupported("weighted means are checked where every query head has keys of its own")
     if case.is_causal:
         group = case.H // case.Hk
         inputs = tuple(
@@ -66,10 +71,10 @@ def check(context, prepared, which):
         dense = torch.ones(nq, nk, dtype=torch.bool, device=context.device)
     else:
         if plan is None:
-            options = case.selection_options | {"selection": form.selection}
+            options = case.selection_options | {"selection": form.selection, "pool": form.pool}
             plan = make_plan(*inputs[:2], **options)
         dense = _dense(plan, batch, head)
-    some = list(range(nq)) if case.is_causal else sorted({0, nq // 2, nq - 1})
+    some = list(range(nq)) if case.is_causal or weighted else sorted({0, nq // 2, nq - 1})
     rows = torch.cat([torch.arange(x * bq, min((x + 1) * bq, N)) for x in some]).to(context.device)
     some = torch.tensor(some, device=context.device)
 
@@ -90,7 +95,7 @@ def check(context, prepared, which):
     def attend(q, k, v):
         return reference.mra_attention_reference(
             q, k, v, block_size=(bq, bk), coarse=form.coarse, order=form.order,
-            is_causal=case.is_causal, plan=part,
+            is_causal=case.is_causal, plan=part, pool=form.pool,
         )  # fmt: skip
 
     def refer(dtype):
@@ -105,7 +110,8 @@ def check(context, prepared, which):
     }
     agreement = None
     if isinstance(prepared.plan, Plan):
-        mra = mra_attention(*inputs, plan=prepared.plan, coarse=form.coarse, order=form.order)
+        options = {"coarse": form.coarse, "order": form.order, "pool": form.pool}
+        mra = mra_attention(*inputs, plan=prepared.plan, **options)
         difference = _error(prepared.forward(), mra)
     if prepared.plan is None:
         agreement = _agreement(case, form, inputs[0][batch, head], key, dense)
@@ -157,6 +163,9 @@ def _agreement(case, form, query, key, dense):
     q_mean, q_count = reference.pool(query, None, bq)
     k_mean, k_count = reference.pool(key, None, bk)
     scores = case.D**-0.5 * q_mean @ k_mean.mT
+    if form.pool != "even":
+        *_, bias = reference.centre(form.pool, case.D**-0.5, query, key, None, None, bk)
+        scores = scores + bias.unsqueeze(-2)
     budgets = reference.row_budgets(
         dense.shape, bq, bk, case.density, case.blocks_per_row, case.is_causal
     )

@@ -58,7 +58,7 @@ def mra_stages(case, form, which):
     """Operations by stage, of ``which`` alone: "backward" here is without the forward."""
     return flops.stage_flops(
         case.B, case.H, case.Hk, case.N, case.M, case.D, case.budgets(), case.block_size[1],
-        form.coarse, form.order, which,
+        form.coarse, form.order, which, pool=form.pool,
     )  # fmt: skip
 
 

@@ -107,10 +107,11 @@ def speed_parser():
     budget.add_argument("--density", type=share, help="0.0625 or 1/16")
     budget.add_argument("--blocks-per-row", type=int)
     add("--block-size", type=block_size, metavar="B or BQ,BK")
-    add("--coarse", type=listed(str, ("none", "block", "row")), help="forms to run, with --order "
-        "and --selection; without any of them those of the case")  # fmt: skip
+    add("--coarse", type=listed(str, ("none", "block", "row")), help="forms to run, with --order, "
+        "--selection and --pool; without any of them those of the case")  # fmt: skip
     add("--order", type=listed(int, (0, 1)))
     add("--selection", type=listed(str, ("row", "global")))
+    add("--pool", type=listed(str, ("even", "centred", "sampled")), help="of forms with row")
     add("--diagonal-blocks", type=int)
     add("--first-blocks", type=int)
     add("--causal", action="store_true")

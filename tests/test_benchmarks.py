@@ -153,6 +153,24 @@ def test_small_run_of_other_shapes(options, tmp_path):
     assert all(row["status"] == "ok" for row in case["rows"]), case["rows"]
 
 
+def test_weighted_means(tmp_path):
+    file = tmp_path / "x.json"
+    forms = ["--coarse", "block,row", "--pool", "even,centred,sampled"]
+    main([*SMALL, *forms, "--backend", "mra", "--json", str(file)])
+    (case,) = json.loads(file.read_text())["cases"]
+    names = ["block + order 1", *("row + order 1" + p for p in ("", ", centred", ", sampled"))]
+    assert [row["form"] for row in case["rows"]] == [n for n in names for _ in range(2)]
+    assert all(row["status"] == "ok" for row in case["rows"]), case["rows"]
+    # The check knows them: with even means in their place it fails.
+    form = Form("row", 1, pool="centred")
+    case = Case("c", 1, 2, 96, 16, dtype="fp32", block_size=(32, 32), blocks_per_row=1)
+    context = Context(case, torch.device("cpu"), seed=1)
+    good, other = prepare_mra(form, context), prepare_mra(Form("row", 1), context)
+    assert check(context, good, "backward").problem(strict=True) is None
+    wrong = dataclasses.replace(good, attend=other.attend)
+    assert "error of out" in check(context, wrong, "forward").problem(strict=True)
+
+
 def test_check_of_a_picture_compares_with_tokens_in_blocks():
     form = Form("row", 1)
     case = Case("c", 1, 2, 96, 16, dtype="fp32", block_size=(32, 32), blocks_per_row=1,
