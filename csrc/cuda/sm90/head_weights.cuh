@@ -2,7 +2,7 @@
 // that they make.
 #pragma once
 
-#include "head_moments.cuh"
+#include "head_half.cuh"
 
 namespace mra::cuda::sm90 {
 

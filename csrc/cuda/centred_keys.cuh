@@ -1,0 +1,94 @@
+// The keys and the sample of queries that centred_weights.cu multiplies, as mma.sync takes them.
+#pragma once
+
+#include "centred.h"
+#include "sm80/tile.cuh"
+
+namespace mra::cuda {
+
+// Sixteen keys as left operands. Lane t of four holds the 16 bytes t of each 64 of rows g and g +
+// 8: the inner index of the product is permuted, in both operands alike. They come in steps of
+// kMost such 64 bytes.
+template <typename T, int DP, int kMost>
+struct Keys {
+  static constexpr int kPanel = 4 * kVec<T>, kPanels = DP / kPanel;
+  static constexpr int kHold = kPanels < kMost ? kPanels : kMost, kSteps = kPanels / kHold;
+  struct Part {
+    uint4 x[kHold][2];
+  };
+
+  const T* base;
+  int64_t stride;
+  int M, D;
+  const uint8_t* mask;
+
+  __device__ __forceinline__ Keys(const WeightsParams& p, int b, int hk)
+      : base(static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h),
+        stride(p.k_strides.l),
+        M(p.M),
+        D(p.D),
+        mask(p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.M) {}
+
+  __device__ __forceinline__ bool valid(int j) const {
+    return j < M && (mask == nullptr || mask[j]);
+  }
+  // Step `step` of keys `first` to first + 15; zeros beyond the end.
+  __device__ __forceinline__ Part load(int first, int step) const {
+    Part part;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = first + g + 8 * half;
+      const T* row = base + j * stride;
+#pragma unroll
+      for (int h = 0; h < kHold; ++h) {
+        const int d = (step * kHold + h) * kPanel + t * kVec<T>;
+        part.x[h][half] = j < M && d < D ? load16(row + d) : uint4{};
+      }
+    }
+    return part;
+  }
+  // c[n] += their products with rows 8 n to 8 n + 7 of those in shared memory.
+  template <int kTiles>
+  static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const Part& part, int step,
+                                                  const T* rows, bool tf32) {
+    using Mm = Mma<T>;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const auto word = [](uint32_t x) {
+      if constexpr (sizeof(T) == 4) {
+        return __uint_as_float(x);
+      } else {
+        return x;
+      }
+    };
+#pragma unroll
+    for (int h = 0; h < kHold; ++h) {
+      const uint4 u = part.x[h][0], w = part.x[h][1];
+      const typename Mm::A first{{word(u.x), word(w.x), word(u.y), word(w.y)}};
+      const typename Mm::A second{{word(u.z), word(w.z), word(u.w), word(w.w)}};
+      const T* from = rows + g * kLd<T, DP> + (step * kHold + h) * kPanel + t * kVec<T>;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const uint4 r = *reinterpret_cast<const uint4*>(from + 8 * n * kLd<T, DP>);
+        const typename Mm::B right{{word(r.x), word(r.y), word(r.z), word(r.w)}};
+        Mm::mma(c[n], first, right, 0, tf32);
+        Mm::mma(c[n], second, right, 1, tf32);
+      }
+    }
+  }
+};
+
+// The rows of the sample from 8 kFirst on to shared memory.
+template <typename T, int DP, int kFirst>
+__device__ __forceinline__ void load_sample(const WeightsParams& p, T* rows) {
+  constexpr int kPieces = DP / kVec<T>, kRows = kSampleRows - 8 * kFirst;
+  const T* from = static_cast<const T*>(p.rows) +
+                  (int64_t{blockIdx.x / p.chunks} * kSampleRows + 8 * kFirst) * p.D;
+  for (int e = threadIdx.x; e < kRows * kPieces; e += blockDim.x) {
+    const int row = e / kPieces, d = e % kPieces * kVec<T>;
+    *reinterpret_cast<uint4*>(rows + row * kLd<T, DP> + d) =
+        d < p.D ? load16(from + row * p.D + d) : uint4{};
+  }
+}
+
+}  // namespace mra::cuda
