@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import check_budget, check_number
+from .config import POOL, check_budget, check_choice, check_number
 
 __all__ = ["Calibration", "Layer", "calibrate"]
 
@@ -49,12 +49,16 @@ class Calibration:
 
     layers: a :class:`Layer` for each module that attended. density: the smallest of ``densities``
     whose mean error over layers and heads meets ``target_error``; 1.0 when none does, None when no
-    call was seen."""
+    call was seen. pool: of the ``pools`` tried the one that needs the smallest density, of several
+    the first; None when none were asked for. others: what each of the rest has, by its name.
+    ``layers`` and ``density`` are those of ``pool``."""
 
     target_error: float
     densities: tuple[float, ...]
     layers: tuple[Layer, ...]
     density: float | None
+    pool: str | None = None
+    others: dict[str, "Calibration"] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
         if not self.layers:
@@ -75,10 +79,12 @@ class Calibration:
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
         ]
         note = f"|o - exact| / |exact|, mean over heads (worst head); target {self.target_error:g}"
-        return "\n".join([*lines, note])
+        pools = [(self.pool, self), *self.others.items()] if self.pool else []
+        found = [f"{name!r} {_share(report.density)}" for name, report in pools]
+        return "\n".join([*lines, note, *([f"by pool: {', '.join(found)}"] if found else [])])
 
 
-def calibrate(model, batch, target_error=0.1, densities=DENSITIES):
+def calibrate(model, batch, target_error=0.1, densities=DENSITIES, pools=()):
     """Measures the MRA attention of ``model`` against exact attention on a batch of real inputs.
 
     Runs the model once, in eval mode without gradients. Every call of MRA attention inside, by
@@ -93,14 +99,19 @@ def calibrate(model, batch, target_error=0.1, densities=DENSITIES):
     target_error: mean of ‖o − exact‖ / ‖exact‖ to meet, in (0, 1). What a task bears differs from
         task to task: measure its own figure with the proposal.
     densities: what to try, each in (0, 1].
+    pools: values of :attr:`MRAConfig.pool` to try each density with; empty: that of the calls. A
+        call that has even means alone (causal, with levels, or another coarse form than "row") is
+        measured with these.
 
     Returns a :class:`Calibration`; ``print`` shows it. To use its proposal::
 
         report = calibrate(model, batch)
         replace_attention(model, config.replace(density=report.density))
 
-    Takes the time of exact attention and of as many MRA forwards as there are densities, and
-    memory beyond the model's own for a few outputs. Waits for the device.
+    and ``pool=report.pool`` besides where ``pools`` were tried.
+
+    Takes the time of exact attention and of as many MRA forwards as there are densities, for each
+    of the pools, and memory beyond the model's own for a few outputs. Waits for the device.
 
     Raises TypeError or ValueError that names the argument."""
     if not isinstance(model, nn.Module):
@@ -114,44 +125,53 @@ def calibrate(model, batch, target_error=0.1, densities=DENSITIES):
     if None in densities or not densities:
         raise ValueError(f"densities: got {densities!r}, expected numbers in (0, 1]")
     densities = tuple(sorted(set(densities)))
+    pools = tuple(dict.fromkeys(pools))
+    for pool in pools:
+        check_choice("pools", pool, POOL)
     with _evaluated(model), _named(model) as names, torch.no_grad():
-        with _Measure(densities, names) as measured:
+        with _Measure(densities, pools or (None,), names) as measured:
             if isinstance(batch, dict):
                 model(**batch)
             elif isinstance(batch, (tuple, list)):
                 model(*batch)
             else:
                 model(batch)
-    layers = tuple(
-        _layer(name, calls, densities, target_error) for name, calls in measured.calls.items()
-    )
-    proposed = None
-    if layers:
-        errors = torch.stack([layer.errors.mean(-1) for layer in layers]).mean(0)
-        proposed = _smallest(densities, errors, target_error)
-    return Calibration(target_error, densities, layers, proposed)
+    reports = {
+        pool: _report(measured.calls, i, densities, target_error)
+        for i, pool in enumerate(pools or (None,))
+    }
+    best = min(reports, key=lambda pool: reports[pool].density or 1.0)
+    others = {pool: report for pool, report in reports.items() if pool != best}
+    return dataclasses.replace(reports[best], pool=best, others=others)
 
 
 class _Measure(TorchDispatchMode):
     """Sees every call of the operator, and answers with exact attention."""
 
-    def __init__(self, densities, names):
+    def __init__(self, densities, pools, names):
         super().__init__()
-        self.densities, self.names, self.calls = densities, names, {}
+        self.densities, self.pools, self.names, self.calls = densities, pools, names, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is not torch.ops.mra_attention.forward.default:
             return func(*args, **(kwargs or {}))
-        fields = [argument.name for argument in func._schema.arguments]
-        call = {**dict(zip(fields, args, strict=False)), **(kwargs or {})}
+        arguments = func._schema.arguments
+        call = {argument.name: argument.default_value for argument in arguments}
+        call |= zip((argument.name for argument in arguments), args, strict=False)
+        call |= kwargs or {}
         result = list(func(**call))
         exact, lse = _exact(call)
-        errors = [_error(result[0], exact, call["query_mask"])]
+        as_is = _error(result[0], exact, call["query_mask"])
         free = {**call, "row_start": None, "row_count": None, "row_index": None}
-        for density in self.densities:
-            out = func(**{**free, "blocks_per_row": None, "density": density})[0]
-            errors.append(_error(out, exact, call["query_mask"]))
-        self.calls.setdefault(self.names[-1], []).append((call, torch.stack(errors)))
+        even_alone = call["coarse"] != "row" or call["is_causal"] or call["levels"]
+        errors = []
+        for pool in self.pools:
+            free["pool"] = call["pool"] if pool is None or even_alone else pool
+            for density in self.densities:
+                out = func(**{**free, "blocks_per_row": None, "density": density})[0]
+                errors.append(_error(out, exact, call["query_mask"]))
+        errors = torch.stack(errors).unflatten(0, (len(self.pools), -1))
+        self.calls.setdefault(self.names[-1], []).append((call, as_is, errors))
         result[0], result[1] = result[0].copy_(exact), lse.to(result[1].dtype)
         return tuple(result)
 
@@ -192,13 +212,26 @@ def _error(out, exact, query_mask):
     return torch.where(size > 0, difference / size, 0).mean(0).cpu()
 
 
-def _layer(name, calls, densities, target_error):
+def _report(calls_of, i, densities, target_error):
+    """What the ``i``-th of the pools gives."""
+    layers = tuple(
+        _layer(name, calls, i, densities, target_error) for name, calls in calls_of.items()
+    )
+    density = None
+    if layers:
+        errors = torch.stack([layer.errors.mean(-1) for layer in layers]).mean(0)
+        density = _smallest(densities, errors, target_error)
+    return Calibration(target_error, densities, layers, density)
+
+
+def _layer(name, calls, i, densities, target_error):
     call = calls[-1][0]
-    errors = torch.stack([errors for _, errors in calls]).mean(0)
+    as_is = torch.stack([as_is for _, as_is, _ in calls]).mean(0)
+    errors = torch.stack([errors[i] for *_, errors in calls]).mean(0)
     return Layer(
         name, len(calls), call["query"].shape[2], call["key"].shape[2],
-        (call["block_q"], call["block_k"]), call["coarse"], call["order"], errors[0], errors[1:],
-        _smallest(densities, errors[1:].mean(-1), target_error),
+        (call["block_q"], call["block_k"]), call["coarse"], call["order"], as_is, errors,
+        _smallest(densities, errors.mean(-1), target_error),
     )  # fmt: skip
 
 

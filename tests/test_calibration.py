@@ -77,6 +77,41 @@ def test_the_proposal_is_the_smallest_density_that_meets_the_target():
     assert calibrate(ours, x, 1e-6, (0.1, 0.3)).density == 1.0  # none of them
 
 
+def test_pools():
+    """Each density with each of them; the first of those that need the smallest one."""
+    _, ours = encoder()
+    x = torch.randn(B, N, E, dtype=torch.float64)
+    names = ("sampled", "even", "centred")
+    alone = {}
+    for pool in names:
+        _, model = encoder()
+        model.load_state_dict(ours.state_dict())
+        replaced = [m for m in model.modules() if isinstance(m, mra.MRAMultiheadAttention)]
+        for module in replaced:
+            module.config = module.config.replace(pool=pool)
+        assert len(replaced) == 2
+        alone[pool] = calibrate(model, x, 0.2, DENSITIES)
+        assert alone[pool].pool is None and alone[pool].others == {}
+    for target in (1e-6, 0.05, 0.2, 0.9):
+        report = calibrate(ours, x, target, DENSITIES, names)
+        reports = {report.pool: report} | report.others
+        assert set(reports) == set(names)
+        densities = [reports[name].density for name in names]
+        assert report.pool == names[densities.index(min(densities))]
+        for name in names:
+            for layer, expected in zip(reports[name].layers, alone[name].layers, strict=True):
+                torch.testing.assert_close(layer.errors, expected.errors)
+        assert str(report).splitlines()[-1].startswith(f"by pool: {report.pool!r} ")
+    assert not torch.allclose(reports["even"].layers[0].errors, reports["centred"].layers[0].errors)
+
+
+def test_pools_of_calls_that_have_even_means_alone():
+    q, k, v = 2 * torch.randn(3, B, 4, N, 8, dtype=torch.float64)
+    report = calibrate(Direct(), [q, k, v], 0.1, DENSITIES, ("centred", "even"))
+    other = report.others["even"]
+    assert report.pool == "centred" and torch.equal(report.layers[0].errors, other.layers[0].errors)
+
+
 class Direct(nn.Module):
     """Attends by the function, twice, with grouped heads and causally."""
 
@@ -170,6 +205,7 @@ def test_wrong_arguments():
         ((model, {}, 0.1, ()), ValueError, r"densities: got \(\)"),
         ((model, {}, 0.1, (None,)), ValueError, r"densities: got \(None,\)"),
         ((model, {}, 0.1, (0.0,)), ValueError, "density: got 0.0"),
+        ((model, {}, 0.1, (0.5,), ("mean",)), ValueError, "pools: got 'mean'"),
     ):
         with pytest.raises(error, match=match):
             calibrate(*arguments)
