@@ -8,6 +8,7 @@ from benchmarks.backends import KINDS
 from benchmarks.cases import DTYPES, INPUTS, PASSES
 from benchmarks.environment import environment
 from benchmarks.stages import STAGES
+from mra_attention.config import COARSE, POOL, SELECTION
 
 # Paths, and what stands elsewhere.
 UNNAMED = ("--json", "--commit", "--minilm-file", "--whisper-file", "--speech", "--picture")
@@ -107,11 +108,11 @@ def speed_parser():
     budget.add_argument("--density", type=share, help="0.0625 or 1/16")
     budget.add_argument("--blocks-per-row", type=int)
     add("--block-size", type=block_size, metavar="B or BQ,BK")
-    add("--coarse", type=listed(str, ("none", "block", "row")), help="forms to run, with --order, "
+    add("--coarse", type=listed(str, COARSE), help="forms to run, with --order, "
         "--selection and --pool; without any of them those of the case")  # fmt: skip
     add("--order", type=listed(int, (0, 1)))
-    add("--selection", type=listed(str, ("row", "global")))
-    add("--pool", type=listed(str, ("even", "centred", "sampled")), help="of forms with row")
+    add("--selection", type=listed(str, SELECTION))
+    add("--pool", type=listed(str, POOL), help="of forms with row")
     add("--diagonal-blocks", type=int)
     add("--first-blocks", type=int)
     add("--causal", action="store_true")

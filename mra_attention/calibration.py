@@ -164,13 +164,14 @@ class _Measure(TorchDispatchMode):
         as_is = _error(result[0], exact, call["query_mask"])
         free = {**call, "row_start": None, "row_count": None, "row_index": None}
         even_alone = call["coarse"] != "row" or call["is_causal"] or call["levels"]
-        errors = []
-        for pool in self.pools:
-            free["pool"] = call["pool"] if pool is None or even_alone else pool
-            for density in self.densities:
-                out = func(**{**free, "blocks_per_row": None, "density": density})[0]
-                errors.append(_error(out, exact, call["query_mask"]))
-        errors = torch.stack(errors).unflatten(0, (len(self.pools), -1))
+        errors_of = {}
+        wanted = [call["pool"] if pool is None or even_alone else pool for pool in self.pools]
+        for pool in dict.fromkeys(wanted):
+            options = {**free, "blocks_per_row": None, "pool": pool}
+            outs = (func(**{**options, "density": density})[0] for density in self.densities)
+            errors = [_error(out, exact, call["query_mask"]) for out in outs]
+            errors_of[pool] = torch.stack(errors)
+        errors = torch.stack([errors_of[pool] for pool in wanted])
         self.calls.setdefault(self.names[-1], []).append((call, as_is, errors))
         result[0], result[1] = result[0].copy_(exact), lse.to(result[1].dtype)
         return tuple(result)

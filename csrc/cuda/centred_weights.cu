@@ -141,28 +141,19 @@ struct BlockLogits {
       count += __popc(__ballot_sync(kFullWarp, l[i] != -INFINITY));
       top = fmaxf(top, l[i]);
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
-    }
+    top = warp_max(top);
     if (count == 0) top = 0.f;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) sum += w[i] = exp2_approx(l[i] - top);
-    sum = add_up(sum);
+    sum = warp_sum(sum);
   }
   // A quarter of the log mass less the mean logit, natural units.
   __device__ __forceinline__ float bias() const {
     float total = 0.f;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) total += l[i] != -INFINITY ? l[i] : 0.f;
-    total = add_up(total);
-    constexpr float kLn2 = 0.69314718f;
+    total = warp_sum(total);
     return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - total / count);
-  }
-  static __device__ __forceinline__ float add_up(float x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kFullWarp, x, step);
-    return x;
   }
 };
 
@@ -182,7 +173,7 @@ __device__ __forceinline__ void finish_block(const WeightsParams& p, const float
     if (w != 0.f) spread += w * (log_sum - (x.l[i] - x.top));
     if (j < block) p.weights[(at << p.log2_block_k) + j] = w;
   }
-  spread = BlockLogits::add_up(spread);
+  spread = warp_sum(spread);
   if (p.key_bias != nullptr) {
     const float bias = mean == logits ? x.bias() : BlockLogits(mean, block).bias();
     if (lane == 0) p.key_bias[at] = bias;
