@@ -47,13 +47,15 @@ def stage_runs(context, form, which):
         density = 1 / 8
     forced = (case.diagonal_blocks, case.first_blocks, case.is_causal, None)
     budget, select = (case.blocks_per_row, density, bq, bk), (form.selection, *forced)
-    lists = ops.plan(q, k, None, None, *budget, *select)
+    weighs = {"pool": form.pool}
+    lists = ops.plan(q, k, None, None, *budget, *select, **weighs)
 
     def forward(coarse, order, rows=lists):
         given = (None, None) if rows is not None else budget[:2]
         rows = rows or (None, None, None)
+        means = weighs if coarse == "row" else {}
         return ops.forward(
-            q, k, v, None, None, *rows, *given, bq, bk, coarse, order, *select
+            q, k, v, None, None, *rows, *given, bq, bk, coarse, order, *select, **means
         )  # fmt: skip
 
     def pools(*tensors):
@@ -65,7 +67,7 @@ def stage_runs(context, form, which):
         runs = {
             "pool": lambda: pools(q, k, v),
             "pool qk": lambda: pools(q, k),
-            "plan": lambda: ops.plan(q, k, None, None, *budget, *select),
+            "plan": lambda: ops.plan(q, k, None, None, *budget, *select, **weighs),
             "fine": lambda: forward("none", 0),
             "whole": lambda: forward(form.coarse, form.order, None),
         }
@@ -78,7 +80,8 @@ def stage_runs(context, form, which):
             means = [mean if mean.dim() > 1 else None for mean in means]
             rest = (bq, bk, coarse, order, case.is_causal, None, *means)
             saved = (q, k, v, None, None, out, lse, share, *lists)
-            return lambda: ops.backward(grad, None, *saved, *rest)
+            weighted = weighs if coarse == "row" else {}
+            return lambda: ops.backward(grad, None, *saved, *rest, **weighted)
 
         runs = {"fine": backward("none", 0), "whole": backward(form.coarse, form.order)}
         runs |= {f"order {o}": backward(form.coarse, o) for o in orders}

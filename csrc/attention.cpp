@@ -315,7 +315,7 @@ struct Operators {
       rows = empty_plan(query, ceil_div(key.size(2), block_k), o);
     } else {
       const Inputs in = readable(Inputs{query, key, key, key_mask, query_mask});
-      const PooledInputs means = stages.pool_inputs(in, o, true, true);
+      PooledInputs means = stages.pool_inputs(in, o, true, true);
       Tensor key_bias;
       if (o.pool != Pool::even) key_bias = stages.weigh_keys(in, means, true, o).key_bias;
       rows = make_plan(stages, means, key_bias, std::nullopt, query.size(2), o).rows;

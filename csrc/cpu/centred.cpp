@@ -161,7 +161,7 @@ struct Rows1 {
 
 }  // namespace
 
-Centred weigh_keys(const Inputs& in, const PooledInputs& plain, bool bias, const Options& o) {
+Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o) {
   const int64_t B = in.query.size(0), N = in.query.size(2), D = in.query.size(3);
   const int64_t Hk = in.key.size(1), nk = plain.key_count.size(1);
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));

@@ -43,7 +43,7 @@ void order1(FineResult& result, const Inputs&, PooledInputs&, const Options&);
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs&, const PooledInputs&, const Options&);
 
-Centred weigh_keys(const Inputs&, const PooledInputs& plain, bool bias, const Options&);
+Centred weigh_keys(const Inputs&, PooledInputs& plain, bool bias, const Options&);
 void centre(Centred&, const Inputs&, bool backward, const Options&);
 void centred_term(FineResult& result, const Inputs&, const Centred&, const Options&);
 Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,

@@ -34,7 +34,7 @@ void cut(WeightsParams& p, const Device& device) {
 }  // namespace
 
 // The centre, the weights of all keys, and what comes with them.
-Centred weigh_keys(const Inputs& in, const PooledInputs& plain, bool bias, const Options& o) {
+Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o) {
   const Launch launch(in.query);
   Centred c;
   c.pooled.type = in.query.scalar_type();
@@ -63,9 +63,13 @@ Centred weigh_keys(const Inputs& in, const PooledInputs& plain, bool bias, const
   s.log2_block_q = log2_of(o.block_q);
   launch.check(sample_queries(s, launch.stream));
 
+  c.pooled.query_count = plain.query_count;
+  if (weighs_with_moments(in, o, launch)) {
+    c.moments = weigh_with_moments(in, o, rows, c.pooled, plain, bias ? &c.key_bias : nullptr);
+    return c;
+  }
   c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
   c.pooled.mass = at::empty({B, Hk, nk}, acc);
-  c.pooled.query_count = plain.query_count;
   c.pooled.key_count = plain.key_count;
   WeightsParams p{};
   if (!plain.key_count.defined()) {
@@ -203,7 +207,9 @@ Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
 }  // namespace
 
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
-  if (has_order1(o)) c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
+  if (has_order1(o) && !c.moments.defined()) {
+    c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
+  }
   if (!c.moments.defined()) pool_weighted(c.pooled, in, o);
   if (!has_order1(o)) return;
 

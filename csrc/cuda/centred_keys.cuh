@@ -6,6 +6,26 @@
 
 namespace mra::cuda {
 
+// c += the products of sixteen keys with eight rows: `u`, `w` and `r` are the same 16 bytes of keys
+// g and g + 8 and of row g.
+template <typename T>
+__device__ __forceinline__ void multiply_piece(float (&c)[4], uint4 u, uint4 w, uint4 r,
+                                               bool tf32) {
+  using Mm = Mma<T>;
+  const auto word = [](uint32_t x) {
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(x);
+    } else {
+      return x;
+    }
+  };
+  const typename Mm::A first{{word(u.x), word(w.x), word(u.y), word(w.y)}};
+  const typename Mm::A second{{word(u.z), word(w.z), word(u.w), word(w.w)}};
+  const typename Mm::B right{{word(r.x), word(r.y), word(r.z), word(r.w)}};
+  Mm::mma(c, first, right, 0, tf32);
+  Mm::mma(c, second, right, 1, tf32);
+}
+
 // Sixteen keys as left operands. Lane t of four holds the 16 bytes t of each 64 of rows g and g +
 // 8: the inner index of the product is permuted, in both operands alike. They come in steps of
 // kMost such 64 bytes.
@@ -52,27 +72,14 @@ struct Keys {
   template <int kTiles>
   static __device__ __forceinline__ void multiply(float (&c)[kTiles][4], const Part& part, int step,
                                                   const T* rows, bool tf32) {
-    using Mm = Mma<T>;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const auto word = [](uint32_t x) {
-      if constexpr (sizeof(T) == 4) {
-        return __uint_as_float(x);
-      } else {
-        return x;
-      }
-    };
 #pragma unroll
     for (int h = 0; h < kHold; ++h) {
-      const uint4 u = part.x[h][0], w = part.x[h][1];
-      const typename Mm::A first{{word(u.x), word(w.x), word(u.y), word(w.y)}};
-      const typename Mm::A second{{word(u.z), word(w.z), word(u.w), word(w.w)}};
       const T* from = rows + g * kLd<T, DP> + (step * kHold + h) * kPanel + t * kVec<T>;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
         const uint4 r = *reinterpret_cast<const uint4*>(from + 8 * n * kLd<T, DP>);
-        const typename Mm::B right{{word(r.x), word(r.y), word(r.z), word(r.w)}};
-        Mm::mma(c[n], first, right, 0, tf32);
-        Mm::mma(c[n], second, right, 1, tf32);
+        multiply_piece<T>(c[n], part.x[h][0], part.x[h][1], r, tf32);
       }
     }
   }

@@ -6,6 +6,7 @@
 // straight into registers, with the rows of the sample, which stay in shared memory. Logits in log2
 // units. With them comes what a plan adds to the scores of a block, from the first l_j in any case.
 #include "centred_keys.cuh"
+#include "centred_logits.cuh"
 
 namespace mra::cuda {
 namespace {
@@ -15,25 +16,6 @@ template <typename T>
 inline constexpr int kCtas = sizeof(T) == 4 ? 1 : 2;  // blocks of threads a multiprocessor
 constexpr int kMeanTile = kSampledQueries / 8;  // tile of eight rows that holds the mean query
 constexpr float kLowest = -1e30f;               // below every logit, and finite
-
-// Products -> logits: those of both parts of the mean query, the first two columns of its tile,
-// make the first one; the others of that tile are nothing. And nothing where the key does not
-// count.
-template <int kTiles>
-__device__ __forceinline__ void to_logits(float (&c)[kTiles][4], float scale,
-                                          const bool (&valid)[2]) {
-  float(&mean)[4] = c[kTiles - 1];
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] = valid[i / 2] ? c[n][i] * scale : -INFINITY;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mean[2 * half] = threadIdx.x % 4 == 0 ? mean[2 * half] + mean[2 * half + 1] : -INFINITY;
-    mean[2 * half + 1] = -INFINITY;
-  }
-}
 
 // Greatest logit and sum of exponentials of each row of the sample over a chunk of keys.
 template <typename T, int DP>
@@ -124,62 +106,35 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const Weight
   }
 }
 
-// Logits of a block of keys, one a lane in turns, -inf where there is no key; by one warp.
-struct BlockLogits {
-  static constexpr int kTurns = 4;  // up to 128 keys
-  float l[kTurns];
-  float w[kTurns];  // exp of l - top
-  float top, sum;   // greatest logit, sum of all w
-  int count;
-
-  __device__ __forceinline__ BlockLogits(const float* logits, int block)
-      : top(-INFINITY), sum(0.f), count(0) {
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      const int j = threadIdx.x % 32 + 32 * i;
-      l[i] = j < block ? logits[j] : -INFINITY;
-      count += __popc(__ballot_sync(kFullWarp, l[i] != -INFINITY));
-      top = fmaxf(top, l[i]);
-    }
-    top = warp_max(top);
-    if (count == 0) top = 0.f;
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) sum += w[i] = exp2_approx(l[i] - top);
-    sum = warp_sum(sum);
-  }
-  // A quarter of the log mass less the mean logit, natural units.
-  __device__ __forceinline__ float bias() const {
-    float total = 0.f;
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) total += l[i] != -INFINITY ? l[i] : 0.f;
-    total = warp_sum(total);
-    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - total / count);
-  }
-};
-
 // Log weights of a block of keys -> weights and mass, and what a plan adds from the logits `mean`
 // of the mean query, by one warp.
 __device__ __forceinline__ void finish_block(const WeightsParams& p, const float* logits,
                                              const float* mean, int head, int y) {
+  constexpr int kTurns = 4;  // up to 128 keys
+  using Logits = BlockLogits<kTurns, 32>;
   const int lane = threadIdx.x % 32, block = 1 << p.log2_block_k;
-  const BlockLogits x(logits, block);
-  const float over = x.count == 0 ? 0.f : 1.f / x.sum, log_sum = log2f(x.sum);
-  const int64_t at = int64_t{head} * p.nk + y;
-  float spread = 0.f;
+  const auto read = [&](const float* from) {
+    Logits::Values l;
 #pragma unroll
-  for (int i = 0; i < BlockLogits::kTurns; ++i) {
-    const int j = lane + 32 * i;
-    const float w = x.w[i] * over;
-    if (w != 0.f) spread += w * (log_sum - (x.l[i] - x.top));
-    if (j < block) p.weights[(at << p.log2_block_k) + j] = w;
-  }
-  spread = warp_sum(spread);
+    for (int i = 0; i < kTurns; ++i) {
+      l.x[i] = lane + 32 * i < block ? from[lane + 32 * i] : -INFINITY;
+    }
+    return l;
+  };
+  Logits x(read(logits));
+  const int64_t at = int64_t{head} * p.nk + y;
   if (p.key_bias != nullptr) {
-    const float bias = mean == logits ? x.bias() : BlockLogits(mean, block).bias();
+    const float bias = mean == logits ? x.bias() : Logits(read(mean)).bias();
     if (lane == 0) p.key_bias[at] = bias;
   }
+  const float mass = x.finish();
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    const int j = lane + 32 * i;
+    if (j < block) p.weights[(at << p.log2_block_k) + j] = x.w[i];
+  }
   if (lane != 0) return;
-  p.mass[at] = x.count == 0 ? 0.f : exp2f(spread);
+  p.mass[at] = mass;
   if (p.count != nullptr && head % p.Hk == 0) p.count[int64_t{head / p.Hk} * p.nk + y] = x.count;
 }
 

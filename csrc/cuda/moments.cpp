@@ -21,6 +21,10 @@ bool hopper_takes(const Tensor& key, const Launch& launch) {
          key.size(3) <= 128;
 }
 
+bool takes_keys(const Inputs& in, const Options& o, const Launch& launch) {
+  return hopper_takes(in.key, launch) && o.block_k <= 64 && in.key.size(2) <= kMostKeys;
+}
+
 }  // namespace
 #endif
 
@@ -77,8 +81,8 @@ sm90::Moments moments_of(const Inputs& in, const Options& o, PooledInputs* poole
   pooled->value = at::empty({B, Hk, nk, D}, acc);
   p.k_mean = pooled->key.mutable_data_ptr<float>();
   p.v_mean = pooled->value.mutable_data_ptr<float>();
-  if (pooled->weights.defined()) {
-    p.weights = pooled->weights.const_data_ptr<float>();
+  if (o.pool != Pool::even) {
+    p.weights = data_of<float>(pooled->weights);
   } else {
     pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
     p.key_count = pooled->key_count.mutable_data_ptr<int>();
@@ -129,19 +133,12 @@ void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, const 
   launch.check(order1_sum(s, launch.stream));
 }
 
-}  // namespace
-
-Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
-                    const Tensor& key_count, const std::function<void()>& launch_beside) {
-  const Launch launch(in.key);
-  if (o.causal || !hopper_takes(in.key, launch) || o.block_k > 64 || in.key.size(2) > kMostKeys) {
-    return {};
-  }
-  const bool half = in.key.scalar_type() == at::kHalf;
-  if (half && pooled != nullptr && pooled->weights.defined()) return {};
-  sm90::Moments p = moments_of(in, o, pooled);
+// C and Sigma by the kernel, or undefined where it doesn't do it.
+Tensor run_moments(sm90::Moments p, const Inputs& in, PooledInputs* pooled, const Tensor& key_count,
+                   const Launch& launch, const std::function<void()>& launch_beside) {
+  const bool half = in.key.scalar_type() == at::kHalf, made = p.made.sample != nullptr;
   const int dim = static_cast<int>(moments_dim(p.D));
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim), launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, made), launch.device);
   const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
   const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();
@@ -150,11 +147,56 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   if (!launch_moments(p, dim, launch)) return {};
   launch_beside();
   if (sums.defined()) {
-    const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
-    sum_chunks(p, dim, count, launch);
+    sum_chunks(p, dim, key_count, launch);
     let_plan_start(pooled, sums);
   }
   return matrices;
+}
+
+}  // namespace
+
+Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
+                    const Tensor& key_count, const std::function<void()>& launch_beside) {
+  const Launch launch(in.key);
+  if (o.causal || !takes_keys(in, o, launch)) return {};
+  const bool half = in.key.scalar_type() == at::kHalf;
+  if (half && pooled != nullptr && pooled->weights.defined()) return {};
+  const sm90::Moments p = moments_of(in, o, pooled);
+  const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
+  return run_moments(p, in, pooled, count, launch, launch_beside);
+}
+
+bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch) {
+  return o.pool == Pool::centred && has_order1(o) && in.key.scalar_type() == at::kBFloat16 &&
+         takes_keys(in, o, launch);
+}
+
+Tensor weigh_with_moments(const Inputs& in, const Options& o, const Tensor& sample,
+                          PooledInputs& pooled, PooledInputs& plain, Tensor* bias) {
+  const Launch launch(in.key);
+  const auto acc = in.key.options().dtype(at::kFloat);
+  const int64_t B = in.key.size(0), Hk = in.key.size(1), nk = ceil_div(in.key.size(2), o.block_k);
+  pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
+  pooled.mass = at::empty({B, Hk, nk}, acc);
+  sm90::Moments p = moments_of(in, o, &pooled);
+  p.made.sample = sample.const_data_ptr();
+  p.made.scale = static_cast<float>(o.scale);
+  p.made.weights = pooled.weights.mutable_data_ptr<float>();
+  p.made.mass = pooled.mass.mutable_data_ptr<float>();
+  if (bias != nullptr) {
+    *bias = at::empty({B, Hk, nk}, acc);
+    plain.key = at::empty({B, Hk, nk, in.key.size(3)}, acc);
+    p.made.key_bias = bias->mutable_data_ptr<float>();
+    p.made.k_plain = plain.key.mutable_data_ptr<float>();
+  }
+  if (!plain.key_count.defined()) {
+    plain.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+    p.key_count = plain.key_count.mutable_data_ptr<int>();
+  }
+  pooled.key_count = plain.key_count;
+  const Tensor moments = run_moments(p, in, &plain, plain.key_count, launch, [] {});
+  TORCH_INTERNAL_ASSERT(moments.defined(), "a kernel that serves order 1 refused to weigh keys");
+  return moments;
 }
 
 Tensor moments_before(const Inputs& in, const Options& o, const WalkCut& cut, PooledInputs* pooled,
@@ -177,6 +219,13 @@ Tensor moments_before(const Inputs& in, const Options& o, const WalkCut& cut, Po
 
 Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&,
                     const std::function<void()>&) {
+  return {};
+}
+
+bool weighs_with_moments(const Inputs&, const Options&, const Launch&) { return false; }
+
+Tensor weigh_with_moments(const Inputs&, const Options&, const Tensor&, PooledInputs&,
+                          PooledInputs&, Tensor*) {
   return {};
 }
 

@@ -80,7 +80,7 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
   PooledInputs pooled;
   Pools pools(in.query);
   const bool coarse = o.coarse != Coarse::none;
-  const bool even = o.pool == Pool::even;  // else coarse means, and counts, are made by centre
+  const bool even = o.pool == Pool::even;  // else coarse means, and counts, are made otherwise
   const auto add_queries = [&] {
     if (!query) return;
     pools.add(in.query, in.query_mask, o.block_q, pooled.query, &pooled.query_count, nullptr);
@@ -99,7 +99,7 @@ PooledInputs pool_blocks(const Inputs& in, const Options& o, bool query, bool ke
   if (!pooled.moments.defined() && !pooled.moments_before.defined()) {
     add_queries();
     const bool rounded = rounds_pooled(in.key, o) && even && o.levels.empty();
-    if (key || (coarse && even)) {
+    if (even ? key || coarse : key && !weighs_with_moments(in, o, Launch(in.key))) {
       pools.add(in.key, in.key_mask, o.block_k, pooled.key, &pooled.key_count,
                 rounded ? &pooled.key_rounded : nullptr);
     }

@@ -14,6 +14,7 @@ struct BlockMeans {
   void *k_rounded, *v_rounded;  // [B, Hk, nk, D] T
   int* key_count;               // [B, nk]
   int Hk, nk, D;
+  float* k_plain = nullptr;  // [B, Hk, nk, D]: of keys that weigh alike, whatever the weights are
 };
 
 // kWeighted: block means are weighted, and the keys' weights come along.
@@ -26,12 +27,19 @@ struct KeyTiles {
   uint32_t valid[kStages][2];                 // one bit a key
   uint64_t full[kStages], empty[kStages];
   float weight[kWeighted ? kStages : 1][64];  // within the block of the key
+  uint64_t weighed[kWeighted ? kStages : 1];  // where a warp makes the weights: they are there
 
   // By one thread; `warps` give a place back.
-  __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
+  __device__ void init(int warps) {
+    barrier_init_ring(full, empty, warps);
+    if constexpr (kWeighted) {
+      for (auto& barrier : weighed) barrier_init(&barrier, 1);
+    }
+  }
 
   // By one warp: `tiles` tiles from key `first` on, `step` keys apart. mask: [B, M] or null;
-  // weights: of the M keys, which come in order then.
+  // weights: of the M keys, which come in order then, unless a warp makes them here.
+  template <bool kLookUp = kWeighted>
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
                         const float* weights, int M, int b, int h, int first, int tiles,
                         int step = 64) {
@@ -44,7 +52,7 @@ struct KeyTiles {
         next[half] = j < M ? weights[j] : 0.f;
       }
     };
-    if constexpr (kWeighted) look_up(first);
+    if constexpr (kLookUp) look_up(first);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % kStages, key = first + step * tile;
@@ -56,7 +64,7 @@ struct KeyTiles {
         bits[half] = __ballot_sync(0xffffffffu, there);
       }
       if (tile >= kStages) barrier_wait(&empty[stage], tile / kStages - 1 & 1);
-      if constexpr (kWeighted) {
+      if constexpr (kLookUp) {
         weight[stage][lane] = next[0];
         weight[stage][lane + 32] = next[1];
         look_up(key + 64);
@@ -103,9 +111,9 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
 // tile at `stage`, tile `tile` of head h, whose rows lie in kBlocks blocks of keys, by one warp:
 // means to memory, centred rows to where they were, zeros for rows that don't count. Returns the
 // number that do. Weighted means with kMeans other than even; rooted: rows then also get the root
-// of their weight times the count of their block.
+// of their weight times the count of their block. kPlain: means of keys that weigh alike besides.
 enum class Means { even, weighted, rooted };
-template <int kBlocks, Means kMeans, bool kNarrow, class Tiles>
+template <int kBlocks, Means kMeans, bool kNarrow, bool kPlain = false, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
   using T = typename Tiles::T;
@@ -151,21 +159,36 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
                                          : 0xffffu << block % 2 * 16;
     const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
                                    : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
-    float mean = reduce_scatter(sum);
-    if constexpr (kNarrow) mean += __shfl_xor_sync(0xffffffffu, mean, 2);
-    if constexpr (kMeans == Means::even) mean /= static_cast<float>(max(count, 1));
+    const auto own_column = [](float(&sums)[8]) {
+      const float x = reduce_scatter(sums);
+      return kNarrow ? x + __shfl_xor_sync(0xffffffffu, x, 2) : x;
+    };
+    const float keys = static_cast<float>(max(count, 1));
+    float mean = own_column(sum);
+    if constexpr (kMeans == Means::even) mean /= keys;
     all_gather(sum, mean);
-    const int y = tile * kBlocks + block;
+    const int y = tile * kBlocks + block, column = 64 * panel + chunk * 8 + lane / 4;
+    const bool mine = y < p.nk && column < p.D && lane % 4 < kChunks;
+    const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
     if (y < p.nk) {
-      const int column = 64 * panel + chunk * 8 + lane / 4;
-      if (to != nullptr && column < p.D && lane % 4 < kChunks) {
-        const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
+      if (to != nullptr && mine) {
         to[at] = mean;
         if (rounded != nullptr) rounded[at] = from_float<T>(mean);
       }
       if (p.key_count != nullptr && h == 0 && unit == 0 && lane == 0) {
         p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;
       }
+    }
+    if (kPlain && which == 0 && p.k_plain != nullptr) {
+      float plain[8] = {};
+#pragma unroll
+      for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
+        unpack16<T>(bits[i], x);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) plain[e] += x[e];
+      }
+      const float mean_of_all = own_column(plain) / keys;
+      if (mine) p.k_plain[at] = mean_of_all;
     }
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {

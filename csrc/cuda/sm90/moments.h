@@ -7,6 +7,16 @@
 
 namespace mra::cuda::sm90 {
 
+// How keys weigh within their blocks where the kernel makes it of their logits (pool = centred).
+struct KeyWeights {
+  const void* sample;  // [B, Hk, kSampleRows, D] T: as WeightsParams.rows; null: not made
+  float scale;
+  float* weights;   // [B, Hk, nk << log2_block_k]
+  float* mass;      // [B, Hk, nk]
+  float* key_bias;  // [B, Hk, nk] or null
+  float* k_plain;   // [B, Hk, nk, D] or null: means of keys that weigh alike, for a plan
+};
+
 struct Moments {
   Dtype dtype;        // T: bf16, or f16 with sums and without weights
   const void *k, *v;  // [B, Hk, M, D] T
@@ -20,10 +30,11 @@ struct Moments {
   // [B, Hk, nk << log2_block_k], or null: of each key within its block. The means are weighted with
   // them, and the sums with them and the count of the block.
   const float* weights;
-  int chunks;      // parts of a head that are summed apart: see tile_chunks
-  int unit_tiles;  // a chunk starts at a multiple of so many tiles of 64
-  float* sums;     // [B, Hk, chunks, 2, dim, dim], or null for one chunk:
-  void* matrices;  // then [B, Hk, 2, dim, dim] bfloat16, over the number of valid keys
+  KeyWeights made;  // or so
+  int chunks;       // parts of a head that are summed apart: see tile_chunks
+  int unit_tiles;   // a chunk starts at a multiple of so many tiles of 64
+  float* sums;      // [B, Hk, chunks, 2, dim, dim], or null for one chunk:
+  void* matrices;   // then [B, Hk, 2, dim, dim] bfloat16, over the number of valid keys
 };
 
 // As many chunks as make the last wave of blocks of threads end soonest; a block costs some four
@@ -56,8 +67,10 @@ inline int unit_chunks(int heads, int rows, int unit_tiles, int resident, const 
   return (tiles + each - 1) / each;
 }
 
-// Blocks of threads that a multiprocessor holds.
-constexpr int moments_resident(int dim) { return dim <= 32 ? 3 : dim <= 64 ? 2 : 1; }
+// Blocks of threads that a multiprocessor holds. `made`: they make weights.
+constexpr int moments_resident(int dim, bool made) {
+  return dim <= 32 && !made ? 3 : dim <= 64 ? 2 : 1;
+}
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>
