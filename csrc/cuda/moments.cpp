@@ -136,9 +136,9 @@ void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, const 
 // C and Sigma by the kernel, or undefined where it doesn't do it.
 Tensor run_moments(sm90::Moments p, const Inputs& in, PooledInputs* pooled, const Tensor& key_count,
                    const Launch& launch, const std::function<void()>& launch_beside) {
-  const bool half = in.key.scalar_type() == at::kHalf, made = p.made.sample != nullptr;
+  const bool half = in.key.scalar_type() == at::kHalf;
   const int dim = static_cast<int>(moments_dim(p.D));
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, made), launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim), launch.device);
   const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
   const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();

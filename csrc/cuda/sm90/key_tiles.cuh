@@ -14,7 +14,6 @@ struct BlockMeans {
   void *k_rounded, *v_rounded;  // [B, Hk, nk, D] T
   int* key_count;               // [B, nk]
   int Hk, nk, D;
-  float* k_plain = nullptr;  // [B, Hk, nk, D]: of keys that weigh alike, whatever the weights are
 };
 
 // kWeighted: block means are weighted, and the keys' weights come along.
@@ -27,19 +26,12 @@ struct KeyTiles {
   uint32_t valid[kStages][2];                 // one bit a key
   uint64_t full[kStages], empty[kStages];
   float weight[kWeighted ? kStages : 1][64];  // within the block of the key
-  uint64_t weighed[kWeighted ? kStages : 1];  // where a warp makes the weights: they are there
 
   // By one thread; `warps` give a place back.
-  __device__ void init(int warps) {
-    barrier_init_ring(full, empty, warps);
-    if constexpr (kWeighted) {
-      for (auto& barrier : weighed) barrier_init(&barrier, 1);
-    }
-  }
+  __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
   // By one warp: `tiles` tiles from key `first` on, `step` keys apart. mask: [B, M] or null;
-  // weights: of the M keys, which come in order then, unless a warp makes them here.
-  template <bool kLookUp = kWeighted>
+  // weights: of the M keys, which come in order then.
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
                         const float* weights, int M, int b, int h, int first, int tiles,
                         int step = 64) {
@@ -52,7 +44,7 @@ struct KeyTiles {
         next[half] = j < M ? weights[j] : 0.f;
       }
     };
-    if constexpr (kLookUp) look_up(first);
+    if constexpr (kWeighted) look_up(first);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int stage = tile % kStages, key = first + step * tile;
@@ -64,7 +56,7 @@ struct KeyTiles {
         bits[half] = __ballot_sync(0xffffffffu, there);
       }
       if (tile >= kStages) barrier_wait(&empty[stage], tile / kStages - 1 & 1);
-      if constexpr (kLookUp) {
+      if constexpr (kWeighted) {
         weight[stage][lane] = next[0];
         weight[stage][lane + 32] = next[1];
         look_up(key + 64);
@@ -110,10 +102,10 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
 // Columns `unit` (32 of keys or values, or, where all from 32 on are zeros, kNarrow: 16) of the
 // tile at `stage`, tile `tile` of head h, whose rows lie in kBlocks blocks of keys, by one warp:
 // means to memory, centred rows to where they were, zeros for rows that don't count. Returns the
-// number that do. Weighted means with kMeans other than even; rooted: rows then also get the root
-// of their weight times the count of their block. kPlain: means of keys that weigh alike besides.
-enum class Means { even, weighted, rooted };
-template <int kBlocks, Means kMeans, bool kNarrow, bool kPlain = false, class Tiles>
+// number that do. Weighted means with kMeans other than
+// even.
+enum class Means { even, weighted };
+template <int kBlocks, Means kMeans, bool kNarrow, class Tiles>
 __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
                                       int h, int tile) {
   using T = typename Tiles::T;
@@ -159,19 +151,15 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
                                          : 0xffffu << block % 2 * 16;
     const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
                                    : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
-    const auto own_column = [](float(&sums)[8]) {
-      const float x = reduce_scatter(sums);
-      return kNarrow ? x + __shfl_xor_sync(0xffffffffu, x, 2) : x;
-    };
-    const float keys = static_cast<float>(max(count, 1));
-    float mean = own_column(sum);
-    if constexpr (kMeans == Means::even) mean /= keys;
+    float mean = reduce_scatter(sum);
+    if constexpr (kNarrow) mean += __shfl_xor_sync(0xffffffffu, mean, 2);
+    if constexpr (kMeans == Means::even) mean /= static_cast<float>(max(count, 1));
     all_gather(sum, mean);
-    const int y = tile * kBlocks + block, column = 64 * panel + chunk * 8 + lane / 4;
-    const bool mine = y < p.nk && column < p.D && lane % 4 < kChunks;
-    const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
+    const int y = tile * kBlocks + block;
     if (y < p.nk) {
-      if (to != nullptr && mine) {
+      const int column = 64 * panel + chunk * 8 + lane / 4;
+      if (to != nullptr && column < p.D && lane % 4 < kChunks) {
+        const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
         to[at] = mean;
         if (rounded != nullptr) rounded[at] = from_float<T>(mean);
       }
@@ -179,27 +167,11 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
         p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;
       }
     }
-    if (kPlain && which == 0 && p.k_plain != nullptr) {
-      float plain[8] = {};
-#pragma unroll
-      for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
-        unpack16<T>(bits[i], x);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) plain[e] += x[e];
-      }
-      const float mean_of_all = own_column(plain) / keys;
-      if (mine) p.k_plain[at] = mean_of_all;
-    }
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
       unpack16<T>(bits[i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
-      if constexpr (kMeans == Means::rooted) {
-        const float root = sqrtf(s.weight[stage][row + kStep * i] * static_cast<float>(count));
-#pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] *= root;
-      }
       using M = Mma<T>;
       *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
                              M::pack(x[6], x[7]));

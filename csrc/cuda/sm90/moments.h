@@ -67,10 +67,8 @@ inline int unit_chunks(int heads, int rows, int unit_tiles, int resident, const 
   return (tiles + each - 1) / each;
 }
 
-// Blocks of threads that a multiprocessor holds. `made`: they make weights.
-constexpr int moments_resident(int dim, bool made) {
-  return dim <= 32 && !made ? 3 : dim <= 64 ? 2 : 1;
-}
+// Blocks of threads that a multiprocessor holds.
+constexpr int moments_resident(int dim) { return dim <= 64 ? 2 : 1; }
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>

@@ -1,0 +1,192 @@
+// What the moments' kernel has of a tile beside its keys and values: how keys weigh within their
+// blocks, which a warp or two make, and means.
+#pragma once
+
+#include "../centred_keys.cuh"
+#include "../centred_logits.cuh"
+#include "key_tiles.cuh"
+#include "moments.h"
+#include "warp_products.cuh"
+
+namespace mra::cuda::sm90 {
+
+// Of the keys within a block: alike, given, or made here of their logits with the mean query.
+enum class Weights { even, given, made };
+
+// Tiles of 64 keys and values, in kBlocks blocks each.
+template <typename T, int DP, int kPlaces, int kBlocks, Weights kWeights>
+struct MomentsTiles {
+  static constexpr int kStages = kPlaces, kPanels = DP / 64;
+  static constexpr bool kWeighted = kWeights != Weights::even;
+  // Warps that weigh, a tile each in turns.
+  static constexpr int kWeighers = kWeights == Weights::made ? 2 : kWeighted ? 1 : 0;
+  static constexpr int kTilesOf16 = 16 / kBlocks;  // that have 16 blocks
+  KeyTiles<DP, kStages, false, T> keys;
+  // Means of keys and values, rounded, in panels of 16 blocks: those of now, and of before.
+  alignas(128) uint16_t mean[2][2][kPanels][16][64];
+  // Weights of pairs of keys: rounded, what that lost, and times the count of their block.
+  uint32_t weights[kWeighted ? kStages : 1][3][32];
+  uint64_t weighed[kWeighted ? kStages : 1];
+
+  // By all threads; `warps` multiply.
+  __device__ void init(int warps) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(mean) / 16); i += blockDim.x) {
+      reinterpret_cast<uint4*>(mean)[i] = uint4{};  // no NaN where there are no blocks
+    }
+    if (threadIdx.x == 0) {
+      keys.init(warps);
+      for (auto& barrier : weighed) barrier_init(&barrier, 1);
+      barrier_init_done();
+    }
+    __syncthreads();
+  }
+};
+
+// Keys of a block that count: block `block` of kBlocks of a tile.
+template <int kBlocks>
+__device__ __forceinline__ int count_of_block(int block, const uint32_t (&valid)[2]) {
+  if (kBlocks == 1) return __popc(valid[0]) + __popc(valid[1]);
+  if (kBlocks == 2) return __popc(block == 0 ? valid[0] : valid[1]);
+  return __popc((block < 2 ? valid[0] : valid[1]) & 0xffffu << block % 2 * 16);
+}
+
+// One of the warps that weigh: tile `own` of the chunk, and every kWeighers-th one from there.
+template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
+struct KeyWeigher {
+  static constexpr bool kMade = kWeights == Weights::made;
+  static constexpr int kPanels = DP / 64, kStages = Tiles::kStages;
+  const Moments& p;
+  Tiles& s;
+  const int head, first;  // first: tile of the head
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+  __device__ __forceinline__ KeyWeigher(const Moments& p, Tiles& s, int head, int first)
+      : p(p), s(s), head(head), first(first) {}
+
+  __device__ __forceinline__ void run(int own, int tiles) const {
+    constexpr int kWeighers = Tiles::kWeighers;
+    float given[2];  // weights of keys lane and lane + 32 of the next tile, on their way
+    uint4 query[kMade ? 2 * kPanels : 1];
+    if constexpr (kMade) {
+      load_query(query);
+    } else {
+      look_up(given, own);
+    }
+#pragma unroll 1
+    for (int tile = own; tile < tiles; tile += kWeighers) {
+      const int stage = tile % kStages;
+      barrier_wait(&s.keys.full[stage], tile / kStages & 1);
+      const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
+      float weight[2];
+      if constexpr (kMade) {
+        make_weights(weight, query, tile, stage, valid);
+      } else {
+        weight[0] = given[0], weight[1] = given[1];
+        look_up(given, tile + kWeighers);
+      }
+      place_weights(weight, stage, valid);
+      barrier_arrive(&s.weighed[stage]);
+    }
+  }
+
+  __device__ __forceinline__ int64_t weights_at() const {
+    return static_cast<int64_t>(head) * p.nk << p.log2_block_k;
+  }
+  // Key of the head that this lane has as number i of a tile's.
+  __device__ __forceinline__ int key_of(int tile, int i) const {
+    return 64 * (first + tile) + 32 * i + lane;
+  }
+  __device__ __forceinline__ void look_up(float (&given)[2], int tile) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int j = key_of(tile, i);
+      given[i] = j < p.M ? p.weights[weights_at() + j] : 0.f;
+    }
+  }
+
+  // The mean query: rounded to T in row 0, what that lost in row 1.
+  __device__ __forceinline__ void load_query(uint4 (&query)[2 * kPanels]) const {
+    const T* const sample = static_cast<const T*>(p.made.sample) +
+                            (static_cast<int64_t>(head) * kSampleRows + kSampledQueries + g) * p.D;
+#pragma unroll
+    for (int i = 0; i < 2 * kPanels; ++i) {
+      const int d = 32 * i + 8 * t;
+      query[i] = d < p.D ? load16(sample + d) : uint4{};
+    }
+  }
+
+  // Weights of keys lane and lane + 32, by the products and sums of centred_weights.cu, and what
+  // comes with them to memory.
+  __device__ __forceinline__ void make_weights(float (&weight)[2],
+                                               const uint4 (&query)[2 * kPanels], int tile,
+                                               int stage, const uint32_t (&valid)[2]) const {
+    auto& logits = reinterpret_cast<float(&)[64]>(s.weights[stage]);  // for now
+    const float scale = p.made.scale * kLog2e;
+#pragma unroll(4 / kPanels)
+    for (int row = g; row < 64; row += 16) {
+      float c[1][4] = {};
+#pragma unroll
+      for (int i = 0; i < 2 * kPanels; ++i) {
+        const auto piece = [&](int r) {
+          const int chunk = (i % 2 * 4 + t) ^ r % 8;
+          return *reinterpret_cast<const uint4*>(&s.keys.x[stage][0][i / 2][r][chunk * 8]);
+        };
+        multiply_piece<T>(c[0], piece(row), piece(row + 8), query[i], false);
+      }
+      const uint32_t bits = valid[row / 32] >> row % 32;
+      const bool counts[2] = {(bits & 1) != 0, (bits >> 8 & 1) != 0};
+      to_logits(c, scale, counts);
+      if (t == 0) {
+        logits[row] = c[0][0];
+        logits[row + 8] = c[0][2];
+      }
+    }
+    __syncwarp();
+
+    // A block of 64, two of 32, or two times two of 16 in the halves of the warp.
+    constexpr int kGroups = kBlocks == 1 ? 1 : 2, kTurns = 2 / kGroups;
+    constexpr int kLanes = kBlocks == 4 ? 16 : 32;
+    using Logits = BlockLogits<kTurns, kLanes>;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      typename Logits::Values l;
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) l.x[i] = logits[32 * (group + i) + lane];
+      Logits x(l);
+      const float bias = p.made.key_bias == nullptr ? 0.f : x.bias(), mass = x.finish();
+      const int y = (first + tile) * kBlocks + group * (32 / kLanes) + lane / kLanes;
+      if (lane % kLanes == 0 && y < p.nk) {
+        const int64_t at = static_cast<int64_t>(head) * p.nk + y;
+        p.made.mass[at] = mass;
+        if (p.made.key_bias != nullptr) p.made.key_bias[at] = bias;
+      }
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        weight[group + i] = x.w[i];
+        const int j = key_of(tile, group + i);
+        if (j < p.nk << p.log2_block_k) p.made.weights[weights_at() + j] = x.w[i];
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void place_weights(const float (&weight)[2], int stage,
+                                                const uint32_t (&valid)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float next = __shfl_down_sync(kFullWarp, weight[i], 1);
+      const int block = kBlocks == 4 ? 2 * i + lane / 16 : i;
+      const auto count = static_cast<float>(count_of_block<kBlocks>(block, valid));
+      if (lane % 2 != 0) continue;
+      const uint32_t high = Mma<T>::pack(weight[i], next);
+      const float2 kept = unpack2(high, T{});
+      uint32_t(&to)[3][32] = s.weights[stage];
+      const int at = 16 * i + lane / 2;
+      to[0][at] = high;
+      to[1][at] = Mma<T>::pack(weight[i] - kept.x, next - kept.y);
+      to[2][at] = Mma<T>::pack(weight[i] * count, next * count);
+    }
+  }
+};
+
+}  // namespace mra::cuda::sm90
