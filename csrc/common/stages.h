@@ -116,9 +116,10 @@ struct PooledInputs {
   // each key within its block, [B, Hk, nk * block_k] acc, zeros where masked; and what stands for
   // key_count, [B, Hk, nk] acc: on CUDA as it is, 0 for an empty block, on the CPU its log.
   Tensor weights{}, mass{}, log_mass{};
-  // ... and with order 1 t_i and what is added to all coarse logits of a row, [B, H, N] acc; with
-  // `moments`, also the centre times C, [B, Hk, P] (moments_dim).
-  Tensor variance{}, row_bias{}, centre_term{};
+  // ... and with order 1 t_i and what is added to all coarse logits of a row, [B, H, N] acc; or,
+  // with `moments`, what fine makes them from: the centre, [B, Hk, D] acc, and the centre times C
+  // and times Sigma, [B, Hk, 2, P] acc (moments_dim).
+  Tensor variance{}, row_bias{}, centre{}, centre_term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
   // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
   // could be that of what runs beside it.
@@ -287,10 +288,10 @@ struct Stages {
   // Options.pool other than even; null where a device has none. `weigh_keys` makes the centre and
   // the weights from the means and counts of queries, and what a plan asks for: its bias, and the
   // means and counts of keys that `plain` lacks. `centre` adds means and moments and, unless the
-  // call is of a backward pass and centred_delta makes them, variance and row_bias. The others are
-  // order 1: the term, added to result.out in place; coarse_delta as in Order1Grads; and the
-  // gradients but those through the logits, added in place. The last is null where fine_backward
-  // does it.
+  // call is of a backward pass and centred_delta makes them, variance and row_bias or what fine
+  // makes them from. The others are order 1: the term, added to result.out in place; coarse_delta
+  // as in Order1Grads; and the gradients but those through the logits, added in place. The last is
+  // null where fine_backward does it.
   Centred (*weigh_keys)(const Inputs&, PooledInputs& plain, bool bias, const Options&) = nullptr;
   void (*centre)(Centred&, const Inputs&, bool backward, const Options&) = nullptr;
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;

@@ -135,6 +135,13 @@ CentreProductsParams products_of(const Term& term, const Centred& c, const Tenso
   return p;
 }
 
+// t_i of each row, and what is added to its coarse logits.
+void row_variances(const Term& term, Centred& c) {
+  c.pooled.variance = at::empty({term.B, term.H, term.N}, term.acc());
+  c.pooled.row_bias = at::empty_like(c.pooled.variance);
+  term.launch.check(order1_rows(centred_rows(term, c, {}, RowsStep::variance), term.launch.stream));
+}
+
 // a and b of each row (RowWeightsParams), [2, B, H, N], and the shift of CentreProductsParams.
 struct RowWeights {
   Tensor weights, shift;
@@ -217,14 +224,21 @@ void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   const Term term(launch, in, c.pooled, o);
   if (!c.moments.defined()) c.moments = term.moments();
   if (backward) return;
-  c.pooled.variance = at::empty({term.B, term.H, term.N}, term.acc());
-  c.pooled.row_bias = at::empty_like(c.pooled.variance);
-  launch.check(order1_rows(centred_rows(term, c, {}, RowsStep::variance), launch.stream));
-  if (order1_on_hopper(in.key, o, launch)) {
-    c.pooled.moments = c.moments;
-    c.pooled.centre_term = at::empty({term.B, term.Hk, term.dim}, term.acc());
-    launch.check(centre_products(products_of(term, c, c.pooled.centre_term), launch.stream));
-  }
+  if (!order1_on_hopper(in.key, o, launch)) return row_variances(term, c);
+  // Fine makes variance and row_bias, from these.
+  c.pooled.moments = c.moments;
+  c.pooled.centre = c.centre;
+  c.pooled.centre_term = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+  launch.check(centre_products(products_of(term, c, c.pooled.centre_term), launch.stream));
+}
+
+Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o) {
+  const Launch launch(in.query);
+  const Term term(launch, in, pooled, o);
+  Centred c{pooled, pooled.centre};
+  c.moments = pooled.moments;
+  row_variances(term, c);
+  return c.pooled.row_bias;
 }
 
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o) {

@@ -74,7 +74,7 @@ constexpr int kRowWeightsRows = 128;  // of a part
 cudaError_t row_weights(const RowWeightsParams& params, cudaStream_t stream);
 
 // Products of vectors of each key head with its matrices C and Sigma: without `sums` the centre
-// times C; with them, where the sums of a part are x and y,
+// times either, for `dim` up to 128; with them, where the sums of a part are x and y,
 //
 //   shift[0] = -(x C^T + 2 y Sigma) / n     what every valid query of a group of n gets
 //   shift[1] = centre Sigma
@@ -83,7 +83,7 @@ struct CentreProductsParams {
   const float* centre;   // [B, Hk, D]
   const float* sums;     // [B, H, parts, 2, D] or null
   const int* count;      // [B, nq]: valid queries
-  float* result;         // [B, Hk, dim], or [B, Hk, 2, dim] with sums; zeros beyond D
+  float* result;         // [B, Hk, 2, dim]; zeros beyond D
   Dtype dtype;
   int B, H, Hk, D, dim, parts, nq;
 };

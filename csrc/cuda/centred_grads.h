@@ -1,13 +1,18 @@
-// Order 1 with weighted means in the backward pass, between fine's rows and its columns.
+// What fine runs of order 1 with weighted means.
 #pragma once
 
 #include "../common/stages.h"
 
 namespace mra::cuda {
 
-// Adds to grads.query what order 1 gives beside the logits, and fills grads.key and grads.value
-// with that and with what `shares`, the gradients of the pooled keys and values [2, B, Hk, nk, D]
-// float32, give by the weights. Reads grad_out, share, coarse_sum and centred of `back`.
+// What is added to the coarse logits of each row, [B, H, N] float32: where the kernel that attends
+// doesn't make it from `centre` and `moments` of `pooled`.
+Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o);
+
+// In the backward pass, between fine's rows and its columns. Adds to grads.query what order 1 gives
+// beside the logits, and fills grads.key and grads.value with that and with what `shares`, the
+// gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
+// grad_out, share, coarse_sum and centred of `back`.
 void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward& back,
                    const Inputs& in, const Options& o);
 

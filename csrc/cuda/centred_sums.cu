@@ -84,25 +84,27 @@ struct LaunchRowWeights {
 
 constexpr int kMaxDim = 256;
 
-// One block of threads for one key head: the centre times C.
+// One block of threads for one key head: the centre times C and times Sigma.
 template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProductsParams p) {
   __shared__ float centre[kMaxDim], sums[kThreads];
-  const S* C = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
+  const S* matrices = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
   for (int d = threadIdx.x; d < p.dim; d += kThreads) {
     centre[d] = d < p.D ? p.centre[int64_t{blockIdx.x} * p.D + d] : 0.f;
   }
   __syncthreads();
-  // A column a thread, rows in turns.
-  const int d = threadIdx.x % p.dim, turn = threadIdx.x / p.dim, turns = kThreads / p.dim;
+  // A column of a matrix a thread, rows in turns.
+  const int width = 2 * p.dim, column = threadIdx.x % width, d = column % p.dim;
+  const int turn = threadIdx.x / width, turns = kThreads / width;
+  const S* from = matrices + column / p.dim * p.dim * p.dim + d;
   float sum = 0.f;
-#pragma unroll 8
-  for (int e = turn; e < p.dim; e += turns) sum += centre[e] * to_float(C[e * p.dim + d]);
+#pragma unroll 16
+  for (int e = turn; e < p.dim; e += turns) sum += centre[e] * to_float(from[e * p.dim]);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (turn != 0) return;
-  for (int i = 1; i < turns; ++i) sum += sums[i * p.dim + d];
-  p.result[int64_t{blockIdx.x} * p.dim + d] = sum;
+  for (int i = 1; i < turns; ++i) sum += sums[i * width + column];
+  p.result[int64_t{blockIdx.x} * width + column] = sum;
 }
 
 // One block of threads for one key head: parts' sums to their totals, and these times the matrices.
@@ -166,6 +168,7 @@ cudaError_t centre_products(const CentreProductsParams& p, cudaStream_t stream) 
     using S = decltype(s);
     const int64_t items = p.sums == nullptr ? p.nq : int64_t{p.H / p.Hk} * p.parts;
     return by_length(items, [&](auto threads) {
+      if (p.sums == nullptr && 2 * p.dim > threads()) return cudaErrorInvalidValue;
       const auto kernel =
           p.sums == nullptr ? centre_term_kernel<S, threads()> : shift_kernel<S, threads()>;
       return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, p);

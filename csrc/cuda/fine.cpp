@@ -110,7 +110,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   if (!cells) p.share = data_of<float>(r.share);
   if (!levels) p.moments = const_bytes_of(moments);
   if (p.moments != nullptr && pooled) {
-    p.variance = data_of<float>(pooled->variance);
+    p.centre = data_of<float>(pooled->centre);
     p.centre_term = data_of<float>(pooled->centre_term);
   }
   // A plan that was given comes without one.
@@ -119,7 +119,15 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
     queue = at::zeros({1}, rows.index.options());
   }
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(queue));
-  launch.check(forward(p, dtype_of(in.query), launch.device, launch.stream));
+  cudaError_t error = forward(p, dtype_of(in.query), launch.device, launch.stream);
+  Tensor row_bias;
+  if (error == cudaErrorNotSupported && p.centre != nullptr) {
+    row_bias = centred_row_bias(in, *pooled, o);
+    p.row_bias = data_of<float>(row_bias);
+    p.centre = p.centre_term = nullptr;
+    error = forward(p, dtype_of(in.query), launch.device, launch.stream);
+  }
+  launch.check(error);
   r.order1 = p.moments != nullptr;
   if (cells) {
     cells_forward(p, keys.key, keys.value, r.share, levels_of(rows, keys.count, o),

@@ -64,6 +64,7 @@ cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStr
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
+  if (p.centre != nullptr) return cudaErrorNotSupported;
   p.moments = nullptr;
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);

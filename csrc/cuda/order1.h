@@ -11,6 +11,7 @@
 // With weighted means (centred.h) a query is the query less its centre, and some steps are apart:
 //
 //   forward    gram (moments)  ->  sum  ->  rows (variance)  ->  fine  ->  rows (term)
+//   on Hopper  moments  ->  centre's products  ->  fine, which makes variance and term itself
 //   backward   gram (moments)  ->  sum  ->  rows (delta)  ->  fine's rows  ->  row weights  ->
 //              rows (gradient)  ->  gram (weighted)  ->  sum  ->  keys  ->  fine's columns
 #pragma once

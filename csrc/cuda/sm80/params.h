@@ -55,15 +55,17 @@ struct ForwardParams : Problem {
   const float* state_lse;   // [B, H, lists]
   void* out;                // [B, H, rows, D] T
   Strides out_strides;
-  // [B, H, rows] or null: what is added to all pooled logits of a row, natural units
+  // [B, H, rows] or null: what is added to all pooled logits of a row, natural units; null where
+  // the kernel makes it, from `centre`
   const float* row_bias;
   float* lse;    // [B, H, rows]
   float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
   // [B, Hk, 2, DP, DP] bfloat16 or null: C and Sigma; the order-1 term is then added to `out`
   const void* moments;
-  // With moments of weighted means, else null: t_i, and the centre times C that is taken off q C.
-  const float* variance;     // [B, H, rows]
-  const float* centre_term;  // [B, Hk, DP]
+  // With moments of weighted means, else null: the centre, which is taken off every query; and its
+  // products with C and Sigma, which are taken off those of the queries.
+  const float* centre;       // [B, Hk, D]
+  const float* centre_term;  // [B, Hk, 2, matrix_dim]
 };
 
 struct BackwardParams : Problem {

@@ -58,6 +58,12 @@ struct OnlineSoftmax {
     }
     keep_pooled();
   }
+  // The same with the biases of this thread's rows, log2 units.
+  __device__ __forceinline__ void end_pooled(const float (&bias)[2]) {
+    max[0] += bias[0];
+    max[1] += bias[1];
+    keep_pooled();
+  }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll

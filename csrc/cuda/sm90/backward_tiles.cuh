@@ -97,8 +97,8 @@ struct BackwardRowsTiles {
       if (producer.lane == 0) work[place].rows = 0;
       barrier_arrive(&rows_full[place]);
     };
-    const auto fetch_last = [] {};
-    producer.template run_all<kPlaces>(p, fetch_rows, fetch_last, end);
+    const auto nothing = [] {};
+    producer.template run_all<kPlaces>(p, fetch_rows, nothing, nothing, end);
   }
 };
 

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
   // the place of the last values.
   constexpr bool kEarly = kPlaces == 1;
   const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
-  int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
+  int before = 0, turn = 0;  // places of the ring before this tile's keys; tiles of rows
   bool owes = false;         // the place of the last values
 #pragma unroll 1
   for (;; ++turn) {
@@ -54,6 +54,22 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     const ForwardWork at = s.work[slot];
     if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
+    if constexpr (kOrder1<T, DP>) {
+      // In registers that then take scores.
+      if (p.centre != nullptr) {
+        find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], s.q[slot], warp_row, ring, before, p, at,
+                                     [&](auto& x, int stage, int n) {
+                                       pin(x);
+                                       wgmma_fence();
+                                       multiply_panel<T>(x, s.q[slot],
+                                                         n == 0 ? ring.k[stage] : ring.v[stage]);
+                                       wgmma_commit();
+                                       wgmma_wait<0>();
+                                       pin(x);
+                                     });
+        ++before;
+      }
+    }
     OnlineSoftmax<T, DP> softmax;
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
                   p.D);
@@ -86,7 +102,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       barrier_arrive(&ring.k_empty[stage]);
       const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles)
-        softmax.end_pooled(of_rows(p.row_bias, p, at, warp_row), at.rows - warp_row);
+        end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, warp_row);
       return grown;
     };
     // Once the output of the tile before has left, the place that it took.
@@ -145,10 +161,10 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     }
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
-    if constexpr (std::is_same_v<T, __nv_bfloat16> && !kEarly) {
+    if constexpr (kOrder1<T, DP>) {
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p, at,
-                      [&](auto& x, const auto& first, const auto&) {
+                      s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto&) {
                         pin(x);
                         wgmma_fence();
                         multiply_matrix<T, false>(x, s.q[slot], first, sizeof(ring.k), false);
@@ -156,7 +172,6 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
                         wgmma_wait<0>();
                         pin(x);
                       });
-        before += kPanels;
       }
     }
 

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   const PanelLane lane;
   const int row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
   const bool first_lane = threadIdx.x % 32 == 0;
-  int at_tile = 0, turn = 0;  // tiles of keys so far; query blocks
+  int at_tile = 0, turn = 0;  // places of the ring so far; query blocks
 #pragma unroll 1
   for (;; ++turn) {
     const int slot = turn % 2;
@@ -46,6 +46,16 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[slot], row, lane);
+    if constexpr (kOrder1<T, DP>) {
+      if (p.centre != nullptr) {
+        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], row, ring, at_tile,
+                                              p, at, [&](auto& x, int stage, int) {
+                                                multiply_matrix<T>(x, q, ring.k[stage],
+                                                                   ring.v[stage], lane);
+                                              });
+        ++at_tile;
+      }
+    }
     OnlineSoftmax<T, kColumns> softmax;
     softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
                   p.D);
@@ -68,22 +78,20 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       }
       barrier_arrive(&ring.k_empty[stage]);
       softmax.update(c, scale);
-      if (tile + 1 == at.pooled_tiles) {
-        softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
-      }
+      if (tile + 1 == at.pooled_tiles) end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, row);
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
     }
     float share[2];
-    softmax.finish(p, at.b, at.h, at.first_row + row, at.rows - row, share);
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // Read again, as registers are full in between.
+    softmax.finish(p, at.b, at.h, at.first_row + row, s.work[slot].rows - row, share);
+    if constexpr (kOrder1<T, DP>) {
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p, at,
-                      [&](auto& x, const auto& first, const auto& second) {
+                      s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto& second) {
                         multiply_matrix<T>(x, q, first, second, lane);
                       });
-        at_tile += DP / 64;
       }
     }
     // Out through the place of the queries, of which each warp has read its own.

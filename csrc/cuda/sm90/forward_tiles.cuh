@@ -7,6 +7,10 @@
 
 namespace mra::cuda::sm90 {
 
+// Kernels that add the order-1 term. With weighted means they make row_bias too, and take none.
+template <typename T, int DP>
+inline constexpr bool kOrder1 = DP <= 128 && kDtype<T> == Dtype::bf16;
+
 struct ForwardMaps : ForwardParams, KeyMaps {
   int items;  // tiles of rows in all
   CUtensorMap q_map, out_map, moments_map;
@@ -17,7 +21,8 @@ struct ForwardMaps : ForwardParams, KeyMaps {
     const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
-    if (moments != nullptr && dtype != Dtype::bf16) return cudaErrorNotSupported;
+    const bool order1 = DP <= 128 && dtype == Dtype::bf16;
+    if (order1 ? row_bias != nullptr : moments != nullptr) return cudaErrorNotSupported;
     const bool maps =
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
@@ -48,6 +53,7 @@ struct ForwardTiles {
   KeyRing<DP, kStages, kWarps> ring;
   alignas(16) float state_mean[kPlaces][DP];
   ForwardWork work[kPlaces];
+  float2 gamma[32 * kWarps];  // with weighted means, of each thread's rows: out of its registers
   uint64_t q_full[kPlaces], q_empty[kPlaces];
   uint32_t bitmap[1];
 
@@ -61,8 +67,15 @@ struct ForwardTiles {
   // By one warp.
   __device__ void fetch_ahead(const ForwardMaps& p) {
     KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
+    const auto fetch_first = [&] {
+      if (p.centre != nullptr) producer.fetch_sigma(p.moments_map);
+    };
     const auto fetch_last = [&] {
-      if (p.moments != nullptr) producer.fetch_matrices(p.moments_map);
+      if (p.centre != nullptr) {
+        producer.fetch_c(p.moments_map);
+      } else if (p.moments != nullptr) {
+        producer.fetch_matrices(p.moments_map);
+      }
     };
     const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
       const int slot = turn % kPlaces;
@@ -94,61 +107,161 @@ struct ForwardTiles {
       if (producer.lane == 0) work[slot].rows = 0;
       barrier_arrive(&q_full[slot]);
     };
-    producer.template run_all<kPlaces>(p, fetch_rows, fetch_last, end);
+    producer.template run_all<kPlaces>(p, fetch_rows, fetch_first, fetch_last, end);
   }
 };
 
+// The centre of a tile of rows, and its products with the matrices: zeros beyond their columns.
+template <int DP>
+struct Centre {
+  int D, dim;
+  const float *from, *products;
+
+  __device__ __forceinline__ Centre(const ForwardParams& p, const ForwardWork& at)
+      : D(p.D), dim(matrix_dim<DP>(p.D)) {
+    const int64_t key_head = static_cast<int64_t>(at.b) * p.Hk + at.h / (p.H / p.Hk);
+    from = p.centre + key_head * D;
+    products = p.centre_term + key_head * 2 * dim;
+  }
+  // This thread's columns of tile `n` of eight.
+  __device__ __forceinline__ float2 itself(int n) const { return pair(from, n, D); }
+  __device__ __forceinline__ float2 times_c(int n) const { return pair(products, n, dim); }
+  __device__ __forceinline__ float2 times_sigma(int n) const {
+    return pair(products + dim, n, dim);
+  }
+
+ private:
+  static __device__ __forceinline__ float2 pair(const float* from, int n, int columns) {
+    float2 u = make_float2(0.f, 0.f);
+    const float* const at = from + 8 * n + threadIdx.x % 4 * 2;
+    if (8 * n < columns) u = __ldg(reinterpret_cast<const float2*>(at));
+    return u;
+  }
+};
+
+// This thread's columns of tile `n` of eight, of queries in its row of the eight from `row` on.
+template <typename T, int kPanels, int kRows>
+__device__ __forceinline__ float2 query_pair(const uint16_t (&q)[kPanels][kRows][64], int row,
+                                             int n) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint16_t* at = &q[n / 8][row + g][(n % 8 ^ g) * 8 + 2 * t];
+  return unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
+}
+
+// gamma of a row, from this thread's part of q Sigma q^T.
+__device__ __forceinline__ float gamma_of(const ForwardParams& p, float part) {
+  return 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(part));
+}
+
+// With weighted means: gamma of this thread's rows, g and g + 8 behind `row` of the queries `q`,
+// from Sigma in place `place` of the ring, before the keys of these rows. multiply(x, stage, n): x
+// = the rows times Sigma, kTiles tiles of eight columns of it from tile n on.
+template <typename T, int kTiles, int kColumns, int kPanels, int kRows, class Ring, class Multiply>
+__device__ __forceinline__ void find_gamma(float2& gamma, const uint16_t (&q)[kPanels][kRows][64],
+                                           int row, Ring& ring, int place, const ForwardParams& p,
+                                           const ForwardWork& at, const Multiply& multiply) {
+  const Centre<64 * kPanels> centre(p, at);
+  const int stage = place % Ring::kStages, phase = place / Ring::kStages & 1;
+  barrier_wait(&ring.k_full[stage], phase);
+  barrier_wait(&ring.v_full[stage], phase);
+  float dot[2] = {};
+#pragma unroll
+  for (int first = 0; first < kColumns / 8; first += kTiles) {
+    float x[kTiles][4];
+    float2 mean[kTiles], less[kTiles];  // on their way beside the product
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      mean[i] = centre.itself(first + i);
+      less[i] = centre.times_sigma(first + i);
+    }
+    multiply(x, stage, first);
+    if (first + kTiles == kColumns / 8) {
+      barrier_arrive(&ring.k_empty[stage]);
+      barrier_arrive(&ring.v_empty[stage]);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 u = query_pair<T>(q, row + 8 * half, first + i);
+        dot[half] = fmaf(u.x - mean[i].x, x[i][2 * half] - less[i].x, dot[half]);
+        dot[half] = fmaf(u.y - mean[i].y, x[i][2 * half + 1] - less[i].y, dot[half]);
+      }
+    }
+  }
+  gamma = make_float2(gamma_of(p, dot[0]), gamma_of(p, dot[1]));
+}
+
+// Behind the last pooled keys of a warp's 16 rows, from `row` on: with weighted means their logits
+// get log(1 + gamma t / 2) each.
+template <typename T, int DP, class Softmax>
+__device__ __forceinline__ void end_pooled(Softmax& softmax, const float2& gamma,
+                                           const ForwardParams& p, const ForwardWork& at, int row) {
+  if constexpr (!kOrder1<T, DP>) {
+    softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
+  } else if (p.centre != nullptr) {
+    softmax.end_pooled({log2_approx(3.f - 2.f * gamma.x), log2_approx(3.f - 2.f * gamma.y)});
+  } else {
+    softmax.keep_pooled();
+  }
+}
+
+// Calls f(stage) on matrices in place `place` of the ring: among its keys, its values or both.
+template <class Ring, class F>
+__device__ __forceinline__ void with_place(Ring& ring, int place, bool keys, bool values,
+                                           const F& f) {
+  const int stage = place % Ring::kStages, phase = place / Ring::kStages & 1;
+  if (keys) barrier_wait(&ring.k_full[stage], phase);
+  if (values) barrier_wait(&ring.v_full[stage], phase);
+  f(stage);
+  if (keys) barrier_arrive(&ring.k_empty[stage]);
+  if (values) barrier_arrive(&ring.v_empty[stage]);
+}
+
 // Adds the order-1 term to the output of a warp's 16 rows, from `row` of the queries `q`: Sigma and
-// C lie in the ring's next places, as KeyProducer::fetch_matrices has put them. `share`: the pooled
-// part of this thread's rows. multiply(x, first, second): x = the rows times the matrix whose
-// columns from 0 on start at `first`, those from 64 on at `second`.
+// C lie in the ring's next places, as KeyProducer::fetch_matrices has put them; with weighted means
+// C alone, and gamma is `known`. `share`: the pooled part of this thread's rows. multiply(x, first,
+// second): x = the rows times the matrix whose columns from 0 on start at `first`, those from 64 on
+// at `second`.
 template <typename T, int kTiles, int kPanels, int kRows, class Ring, class Multiply>
 __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float (&share)[2],
                                            const uint16_t (&q)[kPanels][kRows][64], int row,
-                                           Ring& ring, int place, const ForwardParams& p,
-                                           const ForwardWork& at_rows, const Multiply& multiply) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const float scale = p.scale;
-  const float* const variance = of_rows(p.variance, p, at_rows, row);
-  float x[kTiles][4];
-  // Matrix `which` in the order of the ring.
-  const auto with_matrix = [&](int which) {
-    const int i = place + (kPanels == 1 ? 0 : which), stage = i % Ring::kStages;
-    const int phase = i / Ring::kStages & 1;
-    const bool values = kPanels == 1 && which == 1;
-    if (kPanels > 1 || !values) barrier_wait(&ring.k_full[stage], phase);
-    if (kPanels > 1 || values) barrier_wait(&ring.v_full[stage], phase);
-    multiply(x, values ? ring.v[stage] : ring.k[stage], ring.v[stage]);
-    if (kPanels > 1 || which == 0) barrier_arrive(&ring.k_empty[stage]);
-    if (kPanels > 1 || which == 1) barrier_arrive(&ring.v_empty[stage]);
-  };
-  with_matrix(0);
+                                           Ring& ring, int& place, const ForwardParams& p,
+                                           const ForwardWork& at, const float2& known,
+                                           const Multiply& multiply) {
+  constexpr bool kBoth = kPanels > 1;  // of a matrix's place both halves
+  const bool centred = p.centre != nullptr;
+  float x[kTiles][4], gamma[2];
+  if (centred) {
+    gamma[0] = known.x, gamma[1] = known.y;
+  } else {
+    with_place(ring, place, true, kBoth,
+               [&](int stage) { multiply(x, ring.k[stage], ring.v[stage]); });
+    if (kBoth) ++place;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float dot = 0.f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const float2 u = query_pair<T>(q, row + 8 * half, n);
+        dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
+      }
+      gamma[half] = gamma_of(p, dot);
+    }
+  }
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float dot = 0.f;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const uint16_t* at = &q[n / 8][row + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
-      const float2 u = unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
-      dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
-    }
-    float part = scale * scale / 4 * quad_sum(dot);
-    if (variance != nullptr) {
-      part = row + g + 8 * half < at_rows.rows ? variance[g + 8 * half] / 4 : 0.f;
-    }
-    const float gamma = 1.f / (1.f + part);
-    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma * scale;
+    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma[half] * p.scale;
   }
-  with_matrix(1);
-  if (p.centre_term != nullptr) {
-    const int64_t key_head = static_cast<int64_t>(at_rows.b) * p.Hk + at_rows.h / (p.H / p.Hk);
-    const int dim = matrix_dim<64 * kPanels>(p.D);
-    const float* const less = p.centre_term + key_head * dim + 2 * t;
+  with_place(ring, place, kBoth || centred, true,
+             [&](int stage) { multiply(x, kBoth ? ring.k[stage] : ring.v[stage], ring.v[stage]); });
+  ++place;
+  if (centred) {
+    const Centre<64 * kPanels> centre(p, at);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      if (8 * n >= dim) break;
-      const float2 u = __ldg(reinterpret_cast<const float2*>(less + 8 * n));
+      const float2 u = centre.times_c(n);
       x[n][0] -= u.x, x[n][1] -= u.y, x[n][2] -= u.x, x[n][3] -= u.y;
     }
   }

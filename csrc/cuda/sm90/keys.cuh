@@ -233,36 +233,51 @@ struct KeyProducer {
     fetch(maps.k_map, maps.v_map, runs, run, first);
   }
 
-  // Two matrices of DP x DP that lie behind each other, the second one first: in the keys and the
-  // values of one place of the ring or, of 128 columns, a panel in the keys and one in the values.
+  // A pair of matrices of DP x DP, C and Sigma, Sigma first: among the keys and the values of one
+  // place of the ring or, of 128 columns, a panel among the keys and one among the values.
   __device__ void fetch_matrices(const CUtensorMap& map) {
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
-      wait_for_keys();
-      if (fetched >= kStages)
-        barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
-      const int stage = fetched % kStages, first = 2 * at.hk, matrix = first + kPanels - 1 - i;
-      barrier_expect(&s.k_full[stage], kKeys * DP * 2);
-      barrier_expect(&s.v_full[stage], kKeys * DP * 2);
-      if (lane == 0) {
-        for (int r = 0; r < DP; r += 64) {
-          if (kPanels == 1) {
-            copy_panel(s.k[stage], map, &s.k_full[stage], 0, 0, first + 1, at.b);
-            copy_panel(s.v[stage], map, &s.v_full[stage], 0, 0, first, at.b);
-          } else {
-            copy_panel(s.k[stage][r / 64], map, &s.k_full[stage], 0, r, matrix, at.b);
-            copy_panel(s.v[stage][r / 64], map, &s.v_full[stage], 64, r, matrix, at.b);
-          }
-        }
-      }
-      __syncwarp();
-      ++fetched;
-    }
+    if (kPanels == 1) return fetch_panels(map, kSigma, kC);
+    fetch_sigma(map);
+    fetch_c(map);
   }
 
-  // Until the place of the next tile's keys is free.
+  // One of them alone, where fetch_matrices puts it.
+  __device__ void fetch_sigma(const CUtensorMap& map) {
+    fetch_panels(map, kSigma, kPanels == 1 ? kNothing : kSigma);
+  }
+  __device__ void fetch_c(const CUtensorMap& map) {
+    fetch_panels(map, kPanels == 1 ? kNothing : kC, kC);
+  }
+
+  // To the next place a panel of a matrix among the keys, and one among the values. A half that
+  // gets nothing goes round all the same, so that keys and values stay in step: its barriers are
+  // passed by both sides, with no bytes to wait for.
+  static constexpr int kC = 0, kSigma = 1, kNothing = -1;
+  __device__ void fetch_panels(const CUtensorMap& map, int of_keys, int of_values) {
+    wait_for_keys();
+    wait_for_values();
+    const int stage = fetched % kStages;
+    const auto copy = [&](int matrix, int column, uint64_t* full,
+                          uint16_t(&to)[kPanels][kKeys][64]) {
+      barrier_expect(full, matrix == kNothing ? 0 : kKeys * DP * 2);
+      if (matrix == kNothing || lane != 0) return;
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i) {
+        copy_panel(to[i], map, full, column, 64 * i, 2 * at.hk + matrix, at.b);
+      }
+    };
+    copy(of_keys, 0, &s.k_full[stage], s.k[stage]);
+    copy(of_values, 64 * (kPanels - 1), &s.v_full[stage], s.v[stage]);
+    __syncwarp();
+    ++fetched;
+  }
+
+  // Until the place of the next tile's keys is free, and that of its values.
   __device__ void wait_for_keys() {
     if (fetched >= kStages) barrier_wait(&s.k_empty[fetched % kStages], fetched / kStages - 1 & 1);
+  }
+  __device__ void wait_for_values() {
+    if (fetched >= kStages) barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
   }
 
   // Lane i < copies fetches `rows` keys and values from `from` on. What the warp wrote
@@ -279,15 +294,17 @@ struct KeyProducer {
       }
     };
     copy(k, &s.k_full[stage], s.k[stage]);
-    if (fetched >= kStages) barrier_wait(&s.v_empty[stage], fetched / kStages - 1 & 1);
+    wait_for_values();
     copy(v, &s.v_full[stage], s.v[stage]);
     ++fetched;
   }
 
   // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone into one of kPlaces places,
-  // fetch_last() what comes behind its keys; end(turn) tells the consumers that no tile follows.
-  template <int kPlaces, class Items, class FetchRows, class FetchLast, class End>
-  __device__ void run_all(const Items& items, FetchRows fetch_rows, FetchLast fetch_last, End end) {
+  // fetch_first() what comes before its keys in the ring, fetch_last() what comes behind them;
+  // end(turn) tells the consumers that no tile follows.
+  template <int kPlaces, class Items, class FetchRows, class FetchFirst, class FetchLast, class End>
+  __device__ void run_all(const Items& items, FetchRows fetch_rows, FetchFirst fetch_first,
+                          FetchLast fetch_last, End end) {
     WorkQueue queue(items);
     mark_selected(at, 0);
     fetch_rows(at, 0);
@@ -303,6 +320,7 @@ struct KeyProducer {
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
       // round, as then the consumers have left the tile before.
       const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
+      fetch_first();
 #pragma unroll 1
       for (int tile = 0;; ++tile) {
         if (tile == early && more) {

@@ -35,6 +35,12 @@ struct MomentsTraits {
   static constexpr int kMany = kWeights == Weights::made ? 224 : 240;
 };
 
+// x / count, rounded as a division is but for overflow, without its branches.
+__device__ __forceinline__ float divided(float x, float count) {
+  const float inverse = __frcp_rn(count), quotient = x * inverse;
+  return fmaf(fmaf(-quotient, count, x), inverse, quotient);
+}
+
 // What the warps that multiply do with a tile before: each has 16 columns.
 template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
 struct TileColumns {
@@ -117,7 +123,7 @@ struct TileColumns {
     const int64_t at = (static_cast<int64_t>(head) * p.nk + y) * p.D;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (!kWeighted) mean[half] /= count;
+      if constexpr (!kWeighted) mean[half] = divided(mean[half], count);
       kept[half] = Mma<T>::pack(mean[half], 0.f) & 0xffffu;
       if (t >= kBlocks) continue;
       const int chunk = 2 * warp + half, d = 64 * group + 8 * chunk + g;
@@ -189,7 +195,7 @@ struct TileColumns {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int d = 64 * group + 16 * warp + 8 * half + g;
-      if (d < p.D) p.made.k_plain[at + d] = sums[half] / count;
+      if (d < p.D) p.made.k_plain[at + d] = divided(sums[half], count);
     }
   }
   __device__ __forceinline__ void keep_values(int tile, int stage,

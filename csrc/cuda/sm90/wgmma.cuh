@@ -156,6 +156,18 @@ __device__ __forceinline__ void multiply_matrix(float (&c)[8 * kPanels][4],
   }
 }
 
+// c = A B: B 64 columns of such a matrix, one panel.
+template <typename T, int kPanels>
+__device__ __forceinline__ void multiply_panel(float (&c)[8][4],
+                                               const uint16_t (&a)[kPanels][64][64],
+                                               const uint16_t (&b)[kPanels][64][64]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kPanels; ++i) {
+    Wgmma<T, 64>::template multiply<false, true>(c, descriptor(a[i / 4]) + 2 * (i % 4),
+                                                 descriptor(b) + 128 * i, i > 0);
+  }
+}
+
 // c = A^T B or, with `add`, c += A^T B over 64 rows: A one panel of columns, B in panels.
 template <typename T, int kPanels>
 __device__ __forceinline__ void multiply_tn(float (&c)[8 * kPanels][4], const uint16_t (&a)[64][64],
