@@ -44,7 +44,7 @@ std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch
       unit < 64 || M > kMostKeys || heads > kMostKeys) {
     return std::nullopt;
   }
-  const int unit_tiles = static_cast<int>(unit / 64), resident = D <= 64 ? 2 : 1;
+  const int unit_tiles = static_cast<int>(unit / 64), resident = sm90::moments_resident(static_cast<int>(D), true);
   return WalkCut{static_cast<int>(moments_dim(D)), unit_tiles,
                  sm90::unit_chunks(static_cast<int>(heads), static_cast<int>(M), unit_tiles,
                                    resident, launch.device)};
@@ -134,11 +134,11 @@ void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, const 
 }
 
 // C and Sigma by the kernel, or undefined where it doesn't do it.
-Tensor run_moments(sm90::Moments p, const Inputs& in, PooledInputs* pooled, const Tensor& key_count,
-                   const Launch& launch, const std::function<void()>& launch_beside) {
+Tensor run_moments(sm90::Moments p, const Inputs& in, const Options& o, PooledInputs* pooled,
+                   const Tensor& key_count, const Launch& launch, const std::function<void()>& launch_beside) {
   const bool half = in.key.scalar_type() == at::kHalf;
   const int dim = static_cast<int>(moments_dim(p.D));
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim), launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, o.pool == Pool::even), launch.device);
   const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
   const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();
@@ -163,7 +163,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
   if (half && pooled != nullptr && pooled->weights.defined()) return {};
   const sm90::Moments p = moments_of(in, o, pooled);
   const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
-  return run_moments(p, in, pooled, count, launch, launch_beside);
+  return run_moments(p, in, o, pooled, count, launch, launch_beside);
 }
 
 bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch) {
@@ -194,7 +194,7 @@ Tensor weigh_with_moments(const Inputs& in, const Options& o, const Tensor& samp
     p.key_count = plain.key_count.mutable_data_ptr<int>();
   }
   pooled.key_count = plain.key_count;
-  const Tensor moments = run_moments(p, in, &plain, plain.key_count, launch, [] {});
+  const Tensor moments = run_moments(p, in, o, &plain, plain.key_count, launch, [] {});
   TORCH_INTERNAL_ASSERT(moments.defined(), "a kernel that serves order 1 refused to weigh keys");
   return moments;
 }

@@ -8,15 +8,6 @@
 
 namespace mra::cuda::sm90 {
 
-// Where block means go. Null pointers: nowhere.
-struct BlockMeans {
-  float *k_mean, *v_mean;       // [B, Hk, nk, D]
-  void *k_rounded, *v_rounded;  // [B, Hk, nk, D] T
-  int* key_count;               // [B, nk]
-  int Hk, nk, D;
-};
-
-// kWeighted: block means are weighted, and the keys' weights come along.
 template <int DP, int kPlaces, bool kWeighted, typename Value = __nv_bfloat16>
 struct KeyTiles {
   using T = Value;
@@ -100,14 +91,11 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
 }
 
 // Columns `unit` (32 of keys or values, or, where all from 32 on are zeros, kNarrow: 16) of the
-// tile at `stage`, tile `tile` of head h, whose rows lie in kBlocks blocks of keys, by one warp:
-// means to memory, centred rows to where they were, zeros for rows that don't count. Returns the
-// number that do. Weighted means with kMeans other than
-// even.
-enum class Means { even, weighted };
-template <int kBlocks, Means kMeans, bool kNarrow, class Tiles>
-__device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, int unit, int b,
-                                      int h, int tile) {
+// tile at `stage`, whose rows lie in kBlocks blocks of keys, by one warp: rows less the mean of
+// their block, plain or by the tile's weights, to where they were, zeros for rows that don't count.
+// Returns the number that do.
+template <int kBlocks, bool kWeighted, bool kNarrow, class Tiles>
+__device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
   using T = typename Tiles::T;
   constexpr int kPanels = Tiles::kPanels, kChunks = kNarrow ? 2 : 4;
   constexpr int kReads = 2 * kChunks, kStep = 64 / kReads;  // reads of a lane; rows read at once
@@ -128,8 +116,6 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
   uint4 bits[kReads];
 #pragma unroll
   for (int i = 0; i < kReads; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
-  float* const to = which == 0 ? p.k_mean : p.v_mean;
-  auto* const rounded = static_cast<T*>(which == 0 ? p.k_rounded : p.v_rounded);
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     constexpr int kRows = kReads / kBlocks;  // of this lane
@@ -139,10 +125,10 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
       unpack16<T>(bits[block * kRows + i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        if constexpr (kMeans == Means::even) {
-          sum[e] += x[e];
-        } else {
+        if constexpr (kWeighted) {
           sum[e] = fmaf(s.weight[stage][row + kStep * (block * kRows + i)], x[e], sum[e]);
+        } else {
+          sum[e] += x[e];
         }
       }
     }
@@ -153,20 +139,8 @@ __device__ __forceinline__ int centre(const BlockMeans& p, Tiles& s, int stage, 
                                    : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
     float mean = reduce_scatter(sum);
     if constexpr (kNarrow) mean += __shfl_xor_sync(0xffffffffu, mean, 2);
-    if constexpr (kMeans == Means::even) mean /= static_cast<float>(max(count, 1));
+    if constexpr (!kWeighted) mean /= static_cast<float>(max(count, 1));
     all_gather(sum, mean);
-    const int y = tile * kBlocks + block;
-    if (y < p.nk) {
-      const int column = 64 * panel + chunk * 8 + lane / 4;
-      if (to != nullptr && column < p.D && lane % 4 < kChunks) {
-        const int64_t at = ((static_cast<int64_t>(b) * p.Hk + h) * p.nk + y) * p.D + column;
-        to[at] = mean;
-        if (rounded != nullptr) rounded[at] = from_float<T>(mean);
-      }
-      if (p.key_count != nullptr && h == 0 && unit == 0 && lane == 0) {
-        p.key_count[static_cast<int64_t>(b) * p.nk + y] = count;
-      }
-    }
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
       unpack16<T>(bits[i], x);

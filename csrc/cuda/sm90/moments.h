@@ -67,8 +67,8 @@ inline int unit_chunks(int heads, int rows, int unit_tiles, int resident, const 
   return (tiles + each - 1) / each;
 }
 
-// Blocks of threads that a multiprocessor holds.
-constexpr int moments_resident(int dim) { return dim <= 64 ? 2 : 1; }
+// Blocks of threads that a multiprocessor holds; `even`: without weights.
+constexpr int moments_resident(int dim, bool even) { return dim > 64 ? 1 : even ? 3 : 2; }
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>

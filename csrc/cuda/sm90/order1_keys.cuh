@@ -78,7 +78,6 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp + g;
   const bool leader = threadIdx.x % 128 == 0;
   const auto group_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
-  const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
   barrier_wait(&s.matrices_full, 0);
 #pragma unroll 1
   for (int tile = group; tile < tiles; tile += kGroups) {
@@ -87,8 +86,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     barrier_wait(&keys.full[stage], tile / kStages & 1);
 #pragma unroll 1
     for (int unit = warp; unit < keys.kUnits; unit += 4) {
-      centre<kBlocks, kWeighted ? Means::weighted : Means::even, kNarrow>(nowhere, keys, stage,
-                                                                          unit, b, h, first + tile);
+      centre<kBlocks, kWeighted, kNarrow>(keys, stage, unit);
     }
     fence_for_copies();  // products read shared memory as copies do
     group_sync();

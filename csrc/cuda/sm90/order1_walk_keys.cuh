@@ -139,7 +139,6 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
     sums.store(p.sums, chunk, matrix_dim<DP>(p.D));
     return;
   } else {
-    const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
 #pragma unroll 1
     for (int tile = 0;; ++tile) {
       const int stage = tile % 2, key_tile = last - tile;
@@ -148,8 +147,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0)
         sums.template place<T>(s.matrices, 1.f, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-      centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, threadIdx.x / 32, at.b, at.hk,
-                                          key_tile);
+      centre<kBlocks, false, false>(s.keys, stage, threadIdx.x / 32);
       fence_for_copies();
       consumer_sync<DP>();
       float dk[8][4], dv[8][4];

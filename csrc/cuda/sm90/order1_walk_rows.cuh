@@ -80,7 +80,6 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
-  const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
   WalkedPair<DP> sums;
   sums.load(p.start, kCausal ? at.key_head * p.chunks + at.chunk : at.key_head,
             matrix_dim<DP>(p.D));
@@ -195,8 +194,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
 
     const int stage = tile % 2;
     barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-    seen += centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, threadIdx.x / 32, at.b,
-                                                at.hk, at.first + tile);
+    seen += centre<kBlocks, false, false>(s.keys, stage, threadIdx.x / 32);
     fence_for_copies();
     consumer_sync<DP>();
     const auto& x = s.keys.x[stage];

@@ -130,7 +130,6 @@ __global__ void __launch_bounds__(WalkTraits<128>::kThreads, 1)
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
-  const BlockMeans nowhere{nullptr, nullptr, nullptr, nullptr, nullptr, p.Hk, 0, p.D};
   const int64_t slot =
       ((static_cast<int64_t>(sigma) * 2 + columns) * p.B * p.Hk + key_head) * p.slots +
       (kSums || kCausal ? chunk : p.slots - 1);
@@ -144,8 +143,7 @@ __global__ void __launch_bounds__(WalkTraits<128>::kThreads, 1)
     int count = 0;
 #pragma unroll 1
     for (int unit = warp; unit < 2 * panels; unit += Traits::kConsumers) {
-      count =
-          centre<kBlocks, Means::even, false>(nowhere, s.keys, stage, unit, b, hk, first + tile);
+      count = centre<kBlocks, false, false>(s.keys, stage, unit);
     }
     fence_for_copies();  // products read shared memory as copies do
     consumer_sync<128>();

@@ -1,5 +1,5 @@
-// What the moments' kernel has of a tile beside its keys and values: how keys weigh within their
-// blocks, which a warp or two make, and means.
+// What the moments' kernel has in shared memory, and the warps that say how keys weigh within their
+// blocks.
 #pragma once
 
 #include "../centred_keys.cuh"
@@ -12,18 +12,21 @@ namespace mra::cuda::sm90 {
 
 // Of the keys within a block: alike, given, or made here of their logits with the mean query.
 enum class Weights { even, given, made };
+// Warps that weigh, a tile each in turns.
+constexpr int weighers(Weights weights) {
+  return weights == Weights::made ? 2 : weights == Weights::given ? 1 : 0;
+}
 
 // Tiles of 64 keys and values, in kBlocks blocks each.
 template <typename T, int DP, int kPlaces, int kBlocks, Weights kWeights>
 struct MomentsTiles {
   static constexpr int kStages = kPlaces, kPanels = DP / 64;
   static constexpr bool kWeighted = kWeights != Weights::even;
-  // Warps that weigh, a tile each in turns.
-  static constexpr int kWeighers = kWeights == Weights::made ? 2 : kWeighted ? 1 : 0;
-  static constexpr int kTilesOf16 = 16 / kBlocks;  // that have 16 blocks
+  static constexpr int kWeighers = weighers(kWeights);
+  static constexpr int kBlocksAPanel = 16, kMeanRow = 72;  // values; no bank twice
   KeyTiles<DP, kStages, false, T> keys;
-  // Means of keys and values, rounded, in panels of 16 blocks: those of now, and of before.
-  alignas(128) uint16_t mean[2][2][kPanels][16][64];
+  // Means of keys and values, rounded, of 16 blocks of now, and of 16 of before.
+  alignas(128) uint16_t mean[2][kPanels][2 * kBlocksAPanel][kMeanRow];
   // Weights of pairs of keys: rounded, what that lost, and times the count of their block.
   uint32_t weights[kWeighted ? kStages : 1][3][32];
   uint64_t weighed[kWeighted ? kStages : 1];
