@@ -117,9 +117,9 @@ struct PooledInputs {
   // key_count, [B, Hk, nk] acc: on CUDA as it is, 0 for an empty block, on the CPU its log.
   Tensor weights{}, mass{}, log_mass{};
   // ... and with order 1 t_i and what is added to all coarse logits of a row, [B, H, N] acc; or,
-  // with `moments`, what fine makes them from: the centre, [B, Hk, D] acc, and the centre times C
-  // and times Sigma, [B, Hk, 2, P] acc (moments_dim).
-  Tensor variance{}, row_bias{}, centre{}, centre_term{};
+  // with `moments`, what fine makes them from: the centre, [B, Hk, D] acc, moments as it multiplies
+  // them (FineMoments), and the centre times these, [B, Hk, 2, P] acc (moments_dim).
+  Tensor variance{}, row_bias{}, centre{}, fine_moments{}, moment_scales{}, centre_term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
   // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
   // could be that of what runs beside it.

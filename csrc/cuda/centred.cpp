@@ -125,7 +125,7 @@ CentreProductsParams products_of(const Term& term, const Centred& c, const Tenso
   p.centre = c.centre.const_data_ptr<float>();
   p.count = c.pooled.query_count.const_data_ptr<int>();
   p.result = result.mutable_data_ptr<float>();
-  p.dtype = term.dtype;
+  p.dtype = term.dtype == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;
   p.B = term.B;
   p.H = term.H;
   p.Hk = term.Hk;
@@ -224,12 +224,18 @@ void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   const Term term(launch, in, c.pooled, o);
   if (!c.moments.defined()) c.moments = term.moments();
   if (backward) return;
-  if (!order1_on_hopper(in.key, o, launch)) return row_variances(term, c);
+  if (!order1_in_fine(in.key, o, launch)) return row_variances(term, c);
   // Fine makes variance and row_bias, from these.
+  const FineMoments multiplied = fine_moments(c.moments, in.key, launch);
   c.pooled.moments = c.moments;
+  c.pooled.fine_moments = multiplied.matrices;
+  c.pooled.moment_scales = multiplied.scales;
   c.pooled.centre = c.centre;
   c.pooled.centre_term = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
-  launch.check(centre_products(products_of(term, c, c.pooled.centre_term), launch.stream));
+  CentreProductsParams p = products_of(term, c, c.pooled.centre_term);
+  p.matrices = multiplied.matrices.const_data_ptr();
+  p.dtype = term.dtype;
+  launch.check(centre_products(p, launch.stream));
 }
 
 Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o) {

@@ -79,7 +79,7 @@ cudaError_t row_weights(const RowWeightsParams& params, cudaStream_t stream);
 //   shift[0] = -(x C^T + 2 y Sigma) / n     what every valid query of a group of n gets
 //   shift[1] = centre Sigma
 struct CentreProductsParams {
-  const void* matrices;  // [B, Hk, 2, dim, dim] bfloat16 for bfloat16, else float
+  const void* matrices;  // [B, Hk, 2, dim, dim] of dtype
   const float* centre;   // [B, Hk, D]
   const float* sums;     // [B, H, parts, 2, D] or null
   const int* count;      // [B, nq]: valid queries

@@ -174,7 +174,8 @@ cudaError_t centre_products(const CentreProductsParams& p, cudaStream_t stream) 
       return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
     });
   };
-  return p.dtype == Dtype::bf16 ? launch(__nv_bfloat16{}) : launch(float{});
+  if (p.dtype == Dtype::f32) return launch(float{});
+  return p.dtype == Dtype::f16 ? launch(__half{}) : launch(__nv_bfloat16{});
 }
 
 }  // namespace mra::cuda

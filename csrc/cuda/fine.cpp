@@ -8,6 +8,7 @@
 #include "centred_grads.h"
 #include "delta.h"
 #include "level_stages.h"
+#include "moments.h"
 #include "pool.h"
 #include "problem.h"
 
@@ -108,7 +109,16 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   p.out_strides = strides_of(r.out);
   p.lse = data_of<float>(r.lse);
   if (!cells) p.share = data_of<float>(r.share);
-  if (!levels) p.moments = const_bytes_of(moments);
+  FineMoments multiplied;
+  if (moments.defined() && order1_in_fine(in.key, o, launch)) {
+    if (pooled && pooled->fine_moments.defined()) {
+      multiplied = {pooled->fine_moments, pooled->moment_scales};
+    } else {
+      multiplied = fine_moments(moments, in.key, launch);
+    }
+    p.moments = const_bytes_of(multiplied.matrices);
+    p.moment_scales = data_of<float>(multiplied.scales);
+  }
   if (p.moments != nullptr && pooled) {
     p.centre = data_of<float>(pooled->centre);
     p.centre_term = data_of<float>(pooled->centre_term);

@@ -53,7 +53,7 @@ cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStr
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
-    if (d() > 128 || !std::is_same_v<T, __nv_bfloat16>) p.moments = nullptr;
+    if (d() > 128) p.moments = nullptr;
     const cudaError_t error = sm90::launch_forward<T, d()>(p, device, stream);
     if constexpr (d() <= 128) {
       if (error == cudaErrorNotSupported) {

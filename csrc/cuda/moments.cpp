@@ -36,6 +36,24 @@ bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch)
 #endif
 }
 
+bool order1_in_fine(const Tensor& key, const Options& o, const Launch& launch) {
+#ifdef MRA_SM90A
+  return !o.causal && o.levels.empty() && hopper_takes(key, launch);
+#else
+  return false;
+#endif
+}
+
+FineMoments fine_moments(const Tensor& moments, const Tensor& key, const Launch& launch) {
+  if (moments.scalar_type() == key.scalar_type()) return {moments, {}};
+  const FineMoments r{at::empty(moments.sizes(), key.options()),
+                      at::empty(moments.sizes().slice(0, 3), moments.options())};
+  launch.check(order1_round(moments.const_data_ptr<float>(), r.matrices.mutable_data_ptr(),
+                            r.scales.mutable_data_ptr<float>(), r.scales.numel(),
+                            static_cast<int>(moments.size(3)), launch.stream));
+  return r;
+}
+
 std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
   const int64_t D = in.key.size(3), M = in.key.size(2), heads = in.key.size(0) * in.key.size(1);
@@ -44,7 +62,8 @@ std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch
       unit < 64 || M > kMostKeys || heads > kMostKeys) {
     return std::nullopt;
   }
-  const int unit_tiles = static_cast<int>(unit / 64), resident = sm90::moments_resident(static_cast<int>(D), true);
+  const int unit_tiles = static_cast<int>(unit / 64),
+            resident = sm90::moments_resident(static_cast<int>(D), true);
   return WalkCut{static_cast<int>(moments_dim(D)), unit_tiles,
                  sm90::unit_chunks(static_cast<int>(heads), static_cast<int>(M), unit_tiles,
                                    resident, launch.device)};
@@ -135,10 +154,12 @@ void sum_chunks(const sm90::Moments& p, int dim, const Tensor& key_count, const 
 
 // C and Sigma by the kernel, or undefined where it doesn't do it.
 Tensor run_moments(sm90::Moments p, const Inputs& in, const Options& o, PooledInputs* pooled,
-                   const Tensor& key_count, const Launch& launch, const std::function<void()>& launch_beside) {
+                   const Tensor& key_count, const Launch& launch,
+                   const std::function<void()>& launch_beside) {
   const bool half = in.key.scalar_type() == at::kHalf;
   const int dim = static_cast<int>(moments_dim(p.D));
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, o.pool == Pool::even), launch.device);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, o.pool == Pool::even),
+                               launch.device);
   const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
   const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();
@@ -159,16 +180,13 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
                     const Tensor& key_count, const std::function<void()>& launch_beside) {
   const Launch launch(in.key);
   if (o.causal || !takes_keys(in, o, launch)) return {};
-  const bool half = in.key.scalar_type() == at::kHalf;
-  if (half && pooled != nullptr && pooled->weights.defined()) return {};
   const sm90::Moments p = moments_of(in, o, pooled);
   const Tensor& count = pooled != nullptr ? pooled->key_count : key_count;
   return run_moments(p, in, o, pooled, count, launch, launch_beside);
 }
 
 bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch) {
-  return o.pool == Pool::centred && has_order1(o) && in.key.scalar_type() == at::kBFloat16 &&
-         takes_keys(in, o, launch);
+  return o.pool == Pool::centred && has_order1(o) && takes_keys(in, o, launch);
 }
 
 Tensor weigh_with_moments(const Inputs& in, const Options& o, const Tensor& sample,

@@ -12,6 +12,15 @@ namespace mra::cuda {
 // Whether Hopper's kernels of order 1 serve a call with such keys.
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch);
 
+// Whether fine adds the order-1 term of a call with such keys, if its kernels on Hopper run.
+bool order1_in_fine(const Tensor& key, const Options& o, const Launch& launch);
+// Moments as that multiplies them, in the type of `key`; float16 lacks their range: there each
+// matrix times a power of two, and [B, Hk, 2] float32, what undoes it.
+struct FineMoments {
+  Tensor matrices, scales;
+};
+FineMoments fine_moments(const Tensor& moments, const Tensor& key, const Launch& launch);
+
 // Moments as kept for backward (moments_dim), or undefined where no kernel does it. Fills the key
 // part of `pooled` too unless it is null; with pooled->weights, moments and means are weighted, and
 // the counts are there already. `launch_beside` launches what may run beside the first of two

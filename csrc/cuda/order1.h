@@ -63,6 +63,11 @@ struct Order1Sum {
   float factor;          // of the second matrix
 };
 
+// `count` matrices -> float16, each times a power of two that brings its largest value to 2^14 at
+// most, and what undoes that.
+cudaError_t order1_round(const float* matrices, void* rounded, float* scales, int64_t count,
+                         int dim, cudaStream_t stream);
+
 // Products of rows with the matrices of their unit; CTA `part` of a unit takes part_rows of them.
 struct Order1Products {
   Dtype dtype;

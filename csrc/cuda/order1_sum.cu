@@ -118,6 +118,34 @@ __global__ void __launch_bounds__(128) others_kernel(const Order1Sum p) {
   }
 }
 
+// A block of threads a matrix.
+__global__ void __launch_bounds__(kThreads)
+    round_kernel(const float* matrices, __half* rounded, float* scales, int dim) {
+  __shared__ uint32_t highest[kThreads / 32];
+  const int values = dim * dim;
+  const float* const from = matrices + int64_t{blockIdx.x} * values;
+  uint32_t most = 0;
+  for (int i = 4 * threadIdx.x; i < values; i += 4 * kThreads) {
+    const uint4 x = load16(from + i);
+    most = max(max(most, x.x & 0x7fffffff), max(x.y & 0x7fffffff, x.z & 0x7fffffff));
+    most = max(most, x.w & 0x7fffffff);
+  }
+  most = __reduce_max_sync(kFullWarp, most);
+  if (threadIdx.x % 32 == 0) highest[threadIdx.x / 32] = most;
+  __syncthreads();
+  for (int w = 0; w < kThreads / 32; ++w) most = max(most, highest[w]);
+  // The largest value is less than 2^(bits - 126).
+  const int bits = static_cast<int>(most >> 23);
+  const int power = most == 0 || bits == 255 ? 0 : min(14 - (bits - 126), 126);
+  const float scale = __uint_as_float((127 + power) << 23);
+  if (threadIdx.x == 0) scales[blockIdx.x] = __uint_as_float((127 - power) << 23);
+  __half* const to = rounded + int64_t{blockIdx.x} * values;
+  for (int i = 4 * threadIdx.x; i < values; i += 4 * kThreads) {
+    const float4 x = *reinterpret_cast<const float4*>(from + i);
+    store4(to + i, x, scale);
+  }
+}
+
 template <typename S>
 cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
   const int64_t pair = int64_t{2} * p.dim * p.dim;
@@ -134,6 +162,12 @@ cudaError_t launch_sum(const Order1Sum& p, cudaStream_t stream) {
 cudaError_t order1_sum(const Order1Sum& p, cudaStream_t stream) {
   return p.dtype == Dtype::bf16 ? launch_sum<__nv_bfloat16>(p, stream)
                                 : launch_sum<float>(p, stream);
+}
+
+cudaError_t order1_round(const float* matrices, void* rounded, float* scales, int64_t count,
+                         int dim, cudaStream_t stream) {
+  return launch_grid(round_kernel, count, kThreads, 0, stream, matrices,
+                     static_cast<__half*>(rounded), scales, dim);
 }
 
 cudaError_t order1_sum_others(float* sums, int64_t heads, int chunks, int dim, bool behind,

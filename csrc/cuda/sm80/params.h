@@ -60,8 +60,9 @@ struct ForwardParams : Problem {
   const float* row_bias;
   float* lse;    // [B, H, rows]
   float* share;  // [B, H, rows] or null: pooled (or state's) part of the row's mass
-  // [B, Hk, 2, DP, DP] bfloat16 or null: C and Sigma; the order-1 term is then added to `out`
+  // [B, Hk, 2, DP, DP] T or null: C and Sigma; the order-1 term is then added to `out`
   const void* moments;
+  const float* moment_scales;  // [B, Hk, 2], float16 alone: what each is to be multiplied by
   // With moments of weighted means, else null: the centre, which is taken off every query; and its
   // products with C and Sigma, which are taken off those of the queries.
   const float* centre;       // [B, Hk, D]

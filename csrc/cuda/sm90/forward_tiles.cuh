@@ -9,7 +9,7 @@ namespace mra::cuda::sm90 {
 
 // Kernels that add the order-1 term. With weighted means they make row_bias too, and take none.
 template <typename T, int DP>
-inline constexpr bool kOrder1 = DP <= 128 && kDtype<T> == Dtype::bf16;
+inline constexpr bool kOrder1 = DP <= 128;
 
 struct ForwardMaps : ForwardParams, KeyMaps {
   int items;  // tiles of rows in all
@@ -21,8 +21,7 @@ struct ForwardMaps : ForwardParams, KeyMaps {
     const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
-    const bool order1 = DP <= 128 && dtype == Dtype::bf16;
-    if (order1 ? row_bias != nullptr : moments != nullptr) return cudaErrorNotSupported;
+    if (DP <= 128 ? row_bias != nullptr : moments != nullptr) return cudaErrorNotSupported;
     const bool maps =
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
@@ -148,9 +147,18 @@ __device__ __forceinline__ float2 query_pair(const uint16_t (&q)[kPanels][kRows]
   return unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
 }
 
-// gamma of a row, from this thread's part of q Sigma q^T.
-__device__ __forceinline__ float gamma_of(const ForwardParams& p, float part) {
-  return 1.f / (1.f + p.scale * p.scale / 4 * quad_sum(part));
+// What products with C (0) or Sigma (1) are to be multiplied by.
+template <typename T>
+__device__ __forceinline__ float moment_scale(const ForwardParams& p, const ForwardWork& at,
+                                              int which) {
+  if constexpr (!std::is_same_v<T, __half>) return 1.f;
+  const int64_t key_head = static_cast<int64_t>(at.b) * p.Hk + at.h / (p.H / p.Hk);
+  return __ldg(p.moment_scales + 2 * key_head + which);
+}
+
+// gamma of a row, from this thread's part of q Sigma q^T, which is to be multiplied by `scale`.
+__device__ __forceinline__ float gamma_of(const ForwardParams& p, float part, float scale) {
+  return 1.f / (1.f + p.scale * p.scale / 4 * scale * quad_sum(part));
 }
 
 // With weighted means: gamma of this thread's rows, g and g + 8 behind `row` of the queries `q`,
@@ -189,7 +197,8 @@ __device__ __forceinline__ void find_gamma(float2& gamma, const uint16_t (&q)[kP
       }
     }
   }
-  gamma = make_float2(gamma_of(p, dot[0]), gamma_of(p, dot[1]));
+  const float scale = moment_scale<T>(p, at, 1);
+  gamma = make_float2(gamma_of(p, dot[0], scale), gamma_of(p, dot[1], scale));
 }
 
 // Behind the last pooled keys of a warp's 16 rows, from `row` on: with weighted means their logits
@@ -246,13 +255,14 @@ __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float 
         const float2 u = query_pair<T>(q, row + 8 * half, n);
         dot += u.x * x[n][2 * half] + u.y * x[n][2 * half + 1];
       }
-      gamma[half] = gamma_of(p, dot);
+      gamma[half] = gamma_of(p, dot, moment_scale<T>(p, at, 1));
     }
   }
   float factor[2];
+  const float scale = p.scale * moment_scale<T>(p, at, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma[half] * p.scale;
+    factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma[half] * scale;
   }
   with_place(ring, place, kBoth || centred, true,
              [&](int stage) { multiply(x, kBoth ? ring.k[stage] : ring.v[stage], ring.v[stage]); });

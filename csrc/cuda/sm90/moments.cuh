@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
   const int row = 64 * group + 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
   constexpr int kDim = kNarrow ? 32 : DP;
   if (kNarrow && row >= kDim) return;
+  constexpr float kUndo = kWeighted ? 64.f / kBlocks : 1.f;  // what weights lack
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
     const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
 #pragma unroll
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
 #pragma unroll
       for (int n = 0; n < 8 * kPanels; ++n) {
         if (8 * n >= kDim) break;
-        const float u = c[n][2 * half], w = c[n][2 * half + 1];
+        const float u = c[n][2 * half] * kUndo, w = c[n][2 * half + 1] * kUndo;
         if (p.sums != nullptr) {
           *reinterpret_cast<float2*>(p.sums + at + 8 * n) = make_float2(u, w);
         } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -171,18 +172,15 @@ cudaError_t launch_moments(const Moments& params, const Device& device, cudaStre
                ? launch_moments_of<T, DP, weights(), kCanBeNarrow>(params, device, stream)
                : launch_moments_of<T, DP, weights(), false>(params, device, stream);
   };
-  using Even = std::integral_constant<Weights, Weights::even>;
-  const bool made = params.made.sample != nullptr;
-  if (params.dtype == Dtype::f16) {
-    if (made || params.weights != nullptr || params.sums == nullptr) return cudaErrorNotSupported;
-    return launch(__half{}, Even{});
-  }
-  if (made) {
-    return launch(__nv_bfloat16{}, std::integral_constant<Weights, Weights::made>{});
-  }
-  return params.weights != nullptr
-             ? launch(__nv_bfloat16{}, std::integral_constant<Weights, Weights::given>{})
-             : launch(__nv_bfloat16{}, Even{});
+  const auto by_weights = [&](auto t) {
+    if (params.made.sample != nullptr) {
+      return launch(t, std::integral_constant<Weights, Weights::made>{});
+    }
+    return params.weights != nullptr ? launch(t, std::integral_constant<Weights, Weights::given>{})
+                                     : launch(t, std::integral_constant<Weights, Weights::even>{});
+  };
+  if (params.dtype == Dtype::bf16) return by_weights(__nv_bfloat16{});
+  return params.sums == nullptr ? cudaErrorNotSupported : by_weights(__half{});
 }
 
 }  // namespace mra::cuda::sm90

@@ -18,7 +18,7 @@ struct KeyWeights {
 };
 
 struct Moments {
-  Dtype dtype;        // T: bf16, or f16 with sums and without weights
+  Dtype dtype;        // T: bf16, or f16 with sums
   const void *k, *v;  // [B, Hk, M, D] T
   Strides k_strides, v_strides;
   const uint8_t* mask;  // [B, M] or null

@@ -27,7 +27,8 @@ struct MomentsTiles {
   KeyTiles<DP, kStages, false, T> keys;
   // Means of keys and values, rounded, of 16 blocks of now, and of 16 of before.
   alignas(128) uint16_t mean[2][kPanels][2 * kBlocksAPanel][kMeanRow];
-  // Weights of pairs of keys: rounded, what that lost, and times the count of their block.
+  // Weights of pairs of keys: rounded, what that lost, and times the share of their block's keys
+  // that count.
   uint32_t weights[kWeighted ? kStages : 1][3][32];
   uint64_t weighed[kWeighted ? kStages : 1];
 
@@ -179,7 +180,7 @@ struct KeyWeigher {
     for (int i = 0; i < 2; ++i) {
       const float next = __shfl_down_sync(kFullWarp, weight[i], 1);
       const int block = kBlocks == 4 ? 2 * i + lane / 16 : i;
-      const auto count = static_cast<float>(count_of_block<kBlocks>(block, valid));
+      const float count = count_of_block<kBlocks>(block, valid) * (kBlocks / 64.f);
       if (lane % 2 != 0) continue;
       const uint32_t high = Mma<T>::pack(weight[i], next);
       const float2 kept = unpack2(high, T{});
