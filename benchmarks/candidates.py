@@ -43,12 +43,12 @@ def mean_query_score(query, key, bq, bk):
 
 
 def centred_score(query, key, bq, bk):
-    """s (q~_x - q^).k~_y + z_y / 4, (B, H, nq, nk), with z_y the log mass of y at the mean query
+    """s (q~_x - q^/2).k~_y + z_y / 4, (B, H, nq, nk), with z_y the log mass of y at the mean query
     q^: what all queries agree on counts less, since the centred form has it right anyway. What the
     operator selects by with weighted means."""
     s, centre = query.shape[-1] ** -0.5, query.mean(2, keepdim=True)
     z = mean_query_score(centre, key, 1, bk)
-    return s * (pool(query, None, bq)[0] - centre) @ pool(key, None, bk)[0].mT + z / 4
+    return s * (pool(query, None, bq)[0] - centre / 2) @ pool(key, None, bk)[0].mT + z / 4
 
 
 def rows_of_best(score, N, M, block_size, density):

@@ -123,7 +123,7 @@ def make_plan(
 
     Selects by the scores of pairs of blocks, ``s q~_x.k~_y``: forced pairs first, then the higher
     score, ties to the lower index. With a ``pool`` other than "even" what all queries agree on
-    counts less: ``s (q~_x - q^).k~_y`` plus a quarter of block y's log mass at the mean query q^.
+    counts less: ``s (q~_x - q^/2).k~_y`` plus a quarter of block y's log mass at the mean query q^.
     ``coarse`` and ``order`` are checked and don't change it. Arguments, errors and ``config`` as
     :func:`mra_attention`. Returns a :class:`Plan`; no gradient.
     """

@@ -184,9 +184,10 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     sampled ``l_j = log(sum_i p_ij + r/4 p_mean,j)``, p the softmax over all keys of r queries
     (see :func:`sample`) and of the mean query.
 
-    The bias is ``1/4 logsumexp_j l_j`` less the mean of l_j, of the centred l_j for both forms: a
-    pair then scores ``s (q_mean_x - q_mean) . k_mean_y`` plus a quarter of the block's log mass at
-    the mean query. What all queries agree on counts less, as the weights have it right anyway."""
+    The bias is ``1/4 logsumexp_j l_j`` less half the mean of l_j, of the centred l_j for both
+    forms: a pair then scores ``s (q_mean_x - q_mean / 2) . k_mean_y`` plus a quarter of the block's
+    log mass at the mean query. What all queries agree on counts less, as the weights have it right
+    anyway."""
     B, _, N, D = query.shape
     Hk, M = key.shape[1:3]
     acc, G = _acc(query), query.shape[1] // Hk
@@ -212,7 +213,7 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
         weights = log_weight.softmax(-1).masked_fill(~keys_valid, 0)
         entropy = torch.special.entr(weights).sum(-1)
         mean_logit = at_mean.masked_fill(~keys_valid, 0).sum(-1) / keys_valid.sum(-1).clamp(min=1)
-        bias = at_mean.masked_fill(~keys_valid, -math.inf).logsumexp(-1) / 4 - mean_logit
+        bias = at_mean.masked_fill(~keys_valid, -math.inf).logsumexp(-1) / 4 - mean_logit / 2
         bias = bias.masked_fill(~keys_valid.any(-1), 0)
     return mean, weights, entropy, bias
 

@@ -100,14 +100,14 @@ def test_every_kernel(device, dtype, pool, N, M, options):
 @pools
 def test_by_hand(pool, selection, device):
     """Two blocks of keys, all queries the same: logits 1, and 5 and -5 in turns. The plain score is
-    the mean logit; the centred one a quarter of the log mass."""
+    the mean logit; the centred one half of it and a quarter of the log mass."""
     q, k = torch.zeros(1, 1, 64, 8), torch.zeros(1, 1, 64, 8)
     q[..., 0] = 1
     k[:, :, :32, 0] = 1
     k[:, :, 32:, 0] = torch.tensor([5.0, -5.0]).repeat(16)
     options = dict(block_size=(64, 32), blocks_per_row=1, scale=1.0, selection=selection)
     *_, bias = reference.centre(pool, 1.0, q, k, None, None, 32)
-    expected = [(1 + math.log(32)) / 4 - 1, (math.log(16) + math.log1p(math.exp(-10)) + 5) / 4]
+    expected = [(1 + math.log(32)) / 4 - 1 / 2, (math.log(16) + math.log1p(math.exp(-10)) + 5) / 4]
     torch.testing.assert_close(bias, torch.tensor([[expected]]))
     for form, block in (("even", 0), (pool, 1)):
         plan = mra.make_plan(q.to(device), k.to(device), pool=form, **options)

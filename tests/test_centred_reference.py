@@ -102,17 +102,17 @@ def test_bias_is_that_of_the_mean_query(pool):
     for b, h, y in itertools.product(range(2), range(2), range(7)):
         keys = slice(32 * y, 32 * y + 32)
         of_block = logits[b, h, keys][key_mask[b, keys]]
-        expected = of_block.logsumexp(0) / 4 - of_block.mean() if len(of_block) else 0.0
+        expected = of_block.logsumexp(0) / 4 - of_block.mean() / 2 if len(of_block) else 0.0
         assert bias[b, h, y].item() == pytest.approx(float(expected), abs=1e-12)
     assert (bias[0, :, 1] == 0).all()  # an empty block
-    # what a pair scores grows with what all queries have in common by a quarter only
+    # what a pair scores grows with what all queries have in common by three quarters only
     k_mean, count = block_means(k, key_mask, 32)
     q_mean, _ = block_means(q, query_mask, 32)
     k_mean, bias = (x.repeat_interleave(2, 1) for x in (k_mean, bias))
     mass = pad(logits, (0, 21)).unflatten(-1, (7, 32))
     valid = pad(key_mask, (0, 21)).view(2, 1, 7, 32)
     mass = mass.masked_fill(~valid, -math.inf).logsumexp(-1).repeat_interleave(2, 1)
-    away = q_mean - mean.repeat_interleave(2, 1).unsqueeze(-2)
+    away = q_mean - mean.repeat_interleave(2, 1).unsqueeze(-2) / 2
     score = 0.25 * q_mean @ k_mean.mT + bias.unsqueeze(-2)
     expected = 0.25 * away @ k_mean.mT + mass.unsqueeze(-2) / 4
     there = (count > 0)[:, None, None].expand_as(score)

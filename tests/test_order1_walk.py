@@ -75,8 +75,8 @@ def test_long_walks(device, dtype, D, B, H, Hk, N, block):
         (64, 64, True, (2, 2), (1, 0)),
         (128, (128, 32), True, (2, 2), (1, 0)),
         (64, 32, True, (0, 0), (0, 0)),
-        (64, 64, False, (0, 0), (1, 0)),
-        (128, 32, False, (0, 0), (1, 0)),
+        (64, 64, False, (0, 0), (0, 0)),
+        (128, 32, False, (0, 0), (0, 0)),
         (256, 64, True, (0, 0), (0, 0)),
     ],
 )
@@ -92,3 +92,6 @@ def test_which_calls_walk(device, dtype, D, block, is_causal, bf16, f16):
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert any("order1_walk_wide" in n for n in names) == (hopper and D > 128), names
     assert found == ((bf16 if dtype == torch.bfloat16 else f16) if hopper else (0, 0)), names
+    # without causal fine adds the term
+    alone = any("RowsStep" in n and "forward_kernel" in n for n in names)
+    assert alone == (not hopper or (is_causal and block == 32)), names

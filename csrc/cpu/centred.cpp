@@ -116,12 +116,12 @@ Tensor sampled_weights(const Head& at, const Tensor& q, const Tensor& mean, cons
 }
 
 // What a plan adds to the scores of each block, [nk]: a quarter of the log mass that its keys have
-// for the mean query, less the mean of their logits [nk, block]; 0 for an empty block.
+// for the mean query, less half the mean of their logits [nk, block]; 0 for an empty block.
 Tensor score_bias(const Tensor& logits, const Tensor& no_key) {
-  if (!no_key.defined()) return at::logsumexp(logits, 1) / 4 - logits.mean(1);
+  if (!no_key.defined()) return at::logsumexp(logits, 1) / 4 - logits.mean(1) / 2;
   const Tensor none = no_key.view(logits.sizes()), count = none.logical_not().sum(1);
   const Tensor mass = at::logsumexp(logits.masked_fill(none, kMinusInf), 1) / 4;
-  const Tensor bias = mass - logits.masked_fill(none, 0).sum(1) / count;
+  const Tensor bias = mass - logits.masked_fill(none, 0).sum(1) / (2 * count);
   return bias.masked_fill(count == 0, 0);
 }
 

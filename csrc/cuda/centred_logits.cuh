@@ -60,13 +60,13 @@ struct BlockLogits {
     return x;
   }
   // What a plan adds to a block's scores, if these are the logits of the mean query: a quarter of
-  // the log mass less the mean logit, natural units.
+  // the log mass less half the mean logit, natural units.
   __device__ __forceinline__ float bias() const {
     float plain = 0.f;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) plain += l.x[i] != -INFINITY ? l.x[i] : 0.f;
     plain = total(plain);
-    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - plain / count);
+    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - plain / (2 * count));
   }
   // w -> weights; returns exp of their entropy, 0 for an empty block.
   __device__ __forceinline__ float finish() {

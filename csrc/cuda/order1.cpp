@@ -37,12 +37,11 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
   if (!o.levels.empty()) return order1_levels(result, in, pooled, o);
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  if (o.causal && order1_walk(result, term, {})) return;
+  if (order1_walk(result, term)) return;
   // With moments that are there already, as those of coarser levels are, by the generic kernels.
   if (!pooled.moments.defined() && order1_walk_wide(result, term, pooled.moments)) return;
   const Tensor moments = term.moments();
   if (keeps_moments(o)) pooled.moments = moments;
-  if (order1_walk(result, term, moments)) return;
   Order1Rows p = term.rows(moments, result.share, RowsStep::term);
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);

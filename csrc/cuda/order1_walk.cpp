@@ -52,17 +52,6 @@ bool find_start(Tensor& start, const Term& term, const WalkCut& cut) {
   return start.defined();
 }
 
-// Without causal: float16, whose moments are float.
-std::optional<WalkCut> head_cut(const Term& term, const Tensor& moments) {
-  if (term.o.causal || !moments.defined() || term.dtype != Dtype::f16 || term.D > 128 ||
-      term.launch.device.major != 9) {
-    return std::nullopt;
-  }
-  const int resident = term.dim <= 64 ? 2 : 1;
-  return WalkCut{term.dim, 1,
-                 sm90::tile_chunks(term.B * term.Hk, term.N, resident, term.launch.device)};
-}
-
 }  // namespace
 
 sm90::WalkRows walk_params(const Term& term) {
@@ -89,11 +78,10 @@ sm90::WalkRows walk_params(const Term& term) {
   return p;
 }
 
-bool order1_walk(FineResult& result, const Term& term, const Tensor& moments) {
-  const bool causal = term.o.causal;
-  const auto cut = causal ? walk_cut(term.in, term.o, term.launch) : head_cut(term, moments);
-  Tensor start = moments;
-  if (!cut || (causal && !find_start(start, term, *cut))) return false;
+bool order1_walk(FineResult& result, const Term& term) {
+  const auto cut = walk_cut(term.in, term.o, term.launch);
+  Tensor start;
+  if (!cut || !find_start(start, term, *cut)) return false;
   const Walk walk(term, *cut);
   sm90::WalkRows p = walk.params;
   p.share = result.share.const_data_ptr<float>();
@@ -141,7 +129,7 @@ bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Ten
 
 #else
 
-bool order1_walk(FineResult&, const Term&, const Tensor&) { return false; }
+bool order1_walk(FineResult&, const Term&) { return false; }
 bool order1_walk_backward(const Tensor&, const Tensor&, const Tensor&, const Term&,
                           const Order1Grads&) {
   return false;

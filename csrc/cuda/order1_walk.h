@@ -1,5 +1,4 @@
-// Order 1 where Hopper's kernels walk the rows of a chunk: under causal, of float16 and of wide
-// heads. False where they don't serve the call: nothing that counts is written then.
+// Order 1 where Hopper's kernels walk the rows of a chunk: under causal, and of wide heads. False where they don't serve the call: nothing that counts is written then.
 #pragma once
 
 #include "order1_term.h"
@@ -10,8 +9,8 @@ namespace mra::cuda {
 // What the kernels read of a call: all but chunks, units and what belongs to a pass.
 sm90::WalkRows walk_params(const Term& term);
 
-// Adds the term to result.out. moments: without causal, those of the whole heads.
-bool order1_walk(FineResult& result, const Term& term, const Tensor& moments);
+// Adds the term to result.out.
+bool order1_walk(FineResult& result, const Term& term);
 // The same for head dims beyond 128. Leaves the moments of the whole heads in `moments` where they
 // are kept.
 bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments);

@@ -124,8 +124,8 @@ __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& bloc
   if (lane == 0 && blocks.leads(run)) {
     const int y = blocks.of_run(run);
     s.coarse.log_mass[y] = count == 0 ? -INFINITY : log_sum - logits.weighted * inverse;
-    const float mean = logits.plain / static_cast<float>(max(count, 1));
-    s.coarse.score_bias[y] = count == 0 ? 0.f : kLn2 * (0.25f * (logits.top + log_sum) - mean);
+    const float half_mean = logits.plain / static_cast<float>(max(2 * count, 1));
+    s.coarse.score_bias[y] = count == 0 ? 0.f : kLn2 * (0.25f * (logits.top + log_sum) - half_mean);
   }
   const float kept =
       weight * static_cast<float>(count) * kept_weight<T>(s.coarse.most[phase], blocks);

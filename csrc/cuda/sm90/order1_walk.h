@@ -1,12 +1,10 @@
 // Order 1 on Hopper where a block of threads walks a chunk of a key head's tiles of 64 rows with
-// moments in registers. Under causal every unit of rows (as many as the larger block) has moments
+// moments in registers. Every unit of rows (as many as the larger block) has moments
 // of its own, those of the key blocks before it: the keys of each tile are added on the way, and
 // what a chunk starts from are the sums of the other chunks, made by a pass before. See forward.h.
 //
 //   forward    moments -> sum -> rows
 //   backward   moments -> sum -> rows -> keys (sums) -> sum -> keys
-//
-// Without causal it is the forward pass of float16, whose moments need more than float16 to hold.
 #pragma once
 
 #include "../types.h"
@@ -20,7 +18,7 @@ struct WalkChunks {
   int unit_tiles;  // tiles of a unit: 1 or 2
   int chunks;      // of a head: see chunk_tiles
 
-  // [B, Hk, N, D] T, and which keys count, [B, N] or null: causal
+  // [B, Hk, N, D] T, and which keys count, [B, N] or null
   const void *k, *v;
   Strides k_strides, v_strides;
   const uint8_t* mask;
@@ -30,12 +28,12 @@ struct WalkChunks {
   // [B, H, 64 ceil(N / 64), 2]: over the number of keys before the row, a and b of order1_rows.cuh.
   float* weights;
   // [B, Hk, chunks, 2, dim, dim]: sums of the chunks before (rows) or behind (keys) each; null for
-  // one chunk. Without causal [B, Hk, 2, dim, dim]: C and Sigma.
+  // one chunk.
   const float* start;
 };
 
 struct WalkRows : WalkChunks {
-  bool causal;
+  bool causal;           // else of WalkWide alone
   const int* key_count;  // [B, nk]
   const float* share;    // [B, H, N]
   float scale;

@@ -4,8 +4,7 @@
 //   forward    out += P gamma s / n q C,    gamma = 1 / (1 + s^2 / (4 n) q Sigma q^T)
 //   backward   as order1_rows.cuh, with C / n and Sigma / n; a / n and b / n go to `weights`
 //
-// Then the keys of the tile are centred and added to C and Sigma. Without kCausal these are what
-// the whole head has, n = 1.
+// Then the keys of the tile are centred and added to C and Sigma.
 #pragma once
 
 #include "order1_walk.cuh"
@@ -30,7 +29,7 @@ struct WalkRowsShared {
   int keys_before;
 };
 
-template <typename T, int DP, int kBlocks, bool kBackward, bool kCausal>
+template <typename T, int DP, int kBlocks, bool kBackward>
 __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlocks)
     order1_walk_rows_kernel(const __grid_constant__ WalkRowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -47,15 +46,15 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   }
   __syncthreads();
   const Walk at(p, p.tiles);
-  const int blocks_before = kCausal ? min(at.first * kBlocks, p.nk) : 0;
+  const int blocks_before = min(at.first * kBlocks, p.nk);
   int seen = count_keys(p.key_count, p.nk, at.b, blocks_before, s.keys_before);
   const int warp = warp_index();
   if (warp >= Traits::kConsumers) {
     give_registers<Traits::kGiven>();
     if (warp == Traits::kConsumers) {
       // Nothing comes behind the last tile's keys.
-      const int tiles = kCausal ? at.tiles - 1 : 0;
-      s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * at.first, tiles);
+      s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * at.first,
+                   at.tiles - 1);
     } else if (warp == Traits::kConsumers + 1) {
 #pragma unroll 1
       for (int turn = 0; turn < at.tiles * at.group; ++turn) {
@@ -81,8 +80,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   WalkedPair<DP> sums;
-  sums.load(p.start, kCausal ? at.key_head * p.chunks + at.chunk : at.key_head,
-            matrix_dim<DP>(p.D));
+  sums.load(p.start, at.key_head * p.chunks + at.chunk, matrix_dim<DP>(p.D));
   int turn = 0;
   float of_x = 0.f, of_w = 0.f;  // what products with the matrices in shared memory need
 
@@ -178,19 +176,18 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
 
 #pragma unroll 1
   for (int tile = 0;; ++tile) {
-    if (kCausal ? (at.first + tile) % p.unit_tiles == 0 : tile == 0) {
+    if ((at.first + tile) % p.unit_tiles == 0) {
       float factors[2] = {1.f, 1.f};
       if constexpr (std::is_same_v<T, __half>) sums.fit(s.most, factors);
       sums.template place<T>(s.matrices, factors[0], factors[1]);
       fence_for_copies();  // products read shared memory as copies do
-      const float over_n = kCausal ? 1.f / static_cast<float>(max(seen, 1)) : 1.f;
+      const float over_n = 1.f / static_cast<float>(max(seen, 1));
       of_x = over_n / factors[0], of_w = over_n / factors[1];
     }
     consumer_sync<DP>();
 #pragma unroll 1
     for (int i = 0; i < at.group; ++i) walk(tile, at.hk * at.group + i);
     if (tile == at.tiles - 1) break;
-    if constexpr (!kCausal) continue;
 
     const int stage = tile % 2;
     barrier_wait(&s.keys.full[stage], tile / 2 & 1);
@@ -216,13 +213,9 @@ cudaError_t launch_order1_walk_rows_of(WalkRowsMaps& p, const Device& device, cu
   constexpr int kBytes = sizeof(WalkRowsShared<T, DP, kBackward>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
-  void (*kernel)(WalkRowsMaps) =
-      p.log2_block_k == 6   ? order1_walk_rows_kernel<T, DP, 1, kBackward, true>
-      : p.log2_block_k == 5 ? order1_walk_rows_kernel<T, DP, 2, kBackward, true>
-                            : order1_walk_rows_kernel<T, DP, 4, kBackward, true>;
-  if constexpr (std::is_same_v<T, __half>) {
-    if (!p.causal) kernel = order1_walk_rows_kernel<T, DP, 1, false, false>;
-  }
+  const auto kernel = p.log2_block_k == 6   ? order1_walk_rows_kernel<T, DP, 1, kBackward>
+                      : p.log2_block_k == 5 ? order1_walk_rows_kernel<T, DP, 2, kBackward>
+                                            : order1_walk_rows_kernel<T, DP, 4, kBackward>;
   return launch_grid(kernel, blocks, WalkTraits<DP>::kThreads, kBytes, stream, p);
 }
 
@@ -234,14 +227,13 @@ cudaError_t launch_order1_walk_rows(const WalkRows& params, const Device& device
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int heads) {
     return tensor_map(to, p.dtype, data, strides, p.B, heads, p.N, p.D, 64);
   };
-  const bool maps = (!p.causal || (map(&p.k_map, p.k, p.k_strides, p.Hk) &&
-                                   map(&p.v_map, p.v, p.v_strides, p.Hk))) &&
-                    map(&p.q_map, p.q, p.q_strides, p.H) &&
+  const bool maps = map(&p.k_map, p.k, p.k_strides, p.Hk) &&
+                    map(&p.v_map, p.v, p.v_strides, p.Hk) && map(&p.q_map, p.q, p.q_strides, p.H) &&
                     (backward ? map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
                                     map(&p.to_map, p.grad_q, p.grad_q_strides, p.H)
                               : map(&p.to_map, p.out, p.out_strides, p.H));
   const bool half = p.dtype == Dtype::f16;
-  if (!maps || p.dtype == Dtype::f32 || (half && backward) || (!half && !p.causal)) {
+  if (!maps || p.dtype == Dtype::f32 || (half && backward)) {
     return cudaErrorNotSupported;
   }
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
