@@ -32,7 +32,7 @@ KERNELS = {
     "cells_sum",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_rows_wide backward_columns backward_columns_short backward_columns_wide",
-    "order1": "row_weights shift order1_walk_rows order1_walk_keys order1_walk_wide",
+    "order1": "round row_weights shift order1_walk_rows order1_walk_keys order1_walk_wide",
     "whole": "forward_head reorder",
 }
 
