@@ -63,7 +63,7 @@ std::optional<WalkCut> walk_cut(const Inputs& in, const Options& o, const Launch
     return std::nullopt;
   }
   const int unit_tiles = static_cast<int>(unit / 64),
-            resident = sm90::moments_resident(static_cast<int>(D), true);
+            resident = D <= 64 ? 2 : 1;  // of the kernels that walk
   return WalkCut{static_cast<int>(moments_dim(D)), unit_tiles,
                  sm90::unit_chunks(static_cast<int>(heads), static_cast<int>(M), unit_tiles,
                                    resident, launch.device)};
