@@ -47,15 +47,17 @@ def stage_runs(context, form, which):
         density = 1 / 8
     forced = (case.diagonal_blocks, case.first_blocks, case.is_causal, None)
     budget, select = (case.blocks_per_row, density, bq, bk), (form.selection, *forced)
-    weighs = {"pool": form.pool}
-    lists = ops.plan(q, k, None, None, *budget, *select, **weighs)
+    lists = ops.plan(q, k, None, None, *budget, *select, pool=form.pool)
+
+    def pool_beside(coarse):
+        return form.pool if coarse == "row" else "even"
 
     def forward(coarse, order, rows=lists):
         given = (None, None) if rows is not None else budget[:2]
         rows = rows or (None, None, None)
-        means = weighs if coarse == "row" else {}
         return ops.forward(
-            q, k, v, None, None, *rows, *given, bq, bk, coarse, order, *select, **means
+            q, k, v, None, None, *rows, *given, bq, bk, coarse, order, *select,
+            pool=pool_beside(coarse),
         )  # fmt: skip
 
     def pools(*tensors):
@@ -67,7 +69,7 @@ def stage_runs(context, form, which):
         runs = {
             "pool": lambda: pools(q, k, v),
             "pool qk": lambda: pools(q, k),
-            "plan": lambda: ops.plan(q, k, None, None, *budget, *select, **weighs),
+            "plan": lambda: ops.plan(q, k, None, None, *budget, *select, pool=form.pool),
             "fine": lambda: forward("none", 0),
             "whole": lambda: forward(form.coarse, form.order, None),
         }
@@ -80,8 +82,7 @@ def stage_runs(context, form, which):
             means = [mean if mean.dim() > 1 else None for mean in means]
             rest = (bq, bk, coarse, order, case.is_causal, None, *means)
             saved = (q, k, v, None, None, out, lse, share, *lists)
-            weighted = weighs if coarse == "row" else {}
-            return lambda: ops.backward(grad, None, *saved, *rest, **weighted)
+            return lambda: ops.backward(grad, None, *saved, *rest, pool=pool_beside(coarse))
 
         runs = {"fine": backward("none", 0), "whole": backward(form.coarse, form.order)}
         runs |= {f"order {o}": backward(form.coarse, o) for o in orders}

@@ -1,4 +1,5 @@
-// Order 1 where Hopper's kernels walk the rows of a chunk: under causal, and of wide heads. False where they don't serve the call: nothing that counts is written then.
+// Order 1 where Hopper's kernels walk the rows of a chunk: under causal, and of wide heads. False
+// where they don't serve the call: nothing that counts is written then.
 #pragma once
 
 #include "order1_term.h"
