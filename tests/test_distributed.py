@@ -81,6 +81,8 @@ def worker(rank, W, function, folder, seed, device):
         raise
     finally:
         dist.destroy_process_group()
+    # Straight out: torch's FSDP2 over gloo may abort while the interpreter is taken down.
+    os._exit(0)
 
 
 def in_processes(function, W, folder, device):
