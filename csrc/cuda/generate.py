@@ -32,7 +32,7 @@ SM90_WIDE = {
     "backward_columns_wide": "backward_columns_wide",
     "backward_pooled": "backward_pooled",
 }
-# Of order 1, bfloat16 alone: head_dim is their one argument.
+# Of order 1: head_dim is their one argument.
 SM90_ORDER1 = {
     "moments": "Moments",
     "order1_rows": "Order1Rows",
