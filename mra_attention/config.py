@@ -38,7 +38,7 @@ class MRAConfig:
         those of ``block_size`` are exact within the budget, and a cell that isn't split is coarse
         at its own size. Selection "row". See docs/algorithm.md.
     pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
-        "centred" as the head's mean query weighs them, "sampled" as a sample of 64 of its queries
+        "centred" as the head's mean query weighs them, "sampled" as a sample of 14 of its queries
         does. The last two err less where queries agree on some keys; without levels and is_causal.
         Their weights are constants for the gradient, and selection is by the centred score: what
         all queries agree on counts less (docs/algorithm.md).

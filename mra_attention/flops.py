@@ -30,7 +30,7 @@ from .reference import row_budgets
 
 __all__ = ["exact_pairs", "rows_of_blocks", "stage_flops"]
 
-WEIGHTS = {"even": 0, "centred": 2, "sampled": 130}  # over D M, of weighing the keys
+WEIGHTS = {"even": 0, "centred": 2, "sampled": 30}  # over D M, of weighing the keys
 
 
 def rows_of_blocks(N, M, bq, bk, density, blocks_per_row, is_causal):

@@ -17,7 +17,7 @@ from .layout import tile_shape
 __all__ = ["mra_attention_reference", "patches", "pool", "centre", "plan", "coarse", "fine",
            "row_budgets"]  # fmt: skip
 
-SAMPLED_QUERIES = 64  # whose attention gives the weights of pool="sampled"
+SAMPLED_QUERIES = 14  # whose attention gives the weights of pool="sampled"
 
 
 def mra_attention_reference(

@@ -1,6 +1,6 @@
 // pool = centred and sampled: means of blocks that weigh keys as the queries do, and their order 1.
 //
-// Everything here is O(N D^2 + M D) or, for sampled, O(64 M D), so it is written with torch's own
+// Everything here is O(N D^2 + M D) or, for sampled, O(15 M D), so it is written with torch's own
 // operators, one key head with the queries of its group at a time. Weights, means and moments are
 // made again for the backward pass.
 #include <ATen/ATen.h>
@@ -19,7 +19,7 @@
 namespace mra::cpu {
 namespace {
 
-constexpr int64_t kSampledQueries = 64;
+constexpr int64_t kSampledQueries = 14;
 constexpr double kMinusInf = -std::numeric_limits<double>::infinity();
 
 // One key head with the query heads of its group.

@@ -63,30 +63,23 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
   s.log2_block_q = log2_of(o.block_q);
   launch.check(sample_queries(s, launch.stream));
 
+  WeightsParams p{};
+  const bool counted = plain.key_count.defined();
+  if (!counted) plain.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
   c.pooled.query_count = plain.query_count;
-  if (weighs_with_moments(in, o, launch)) {
-    c.moments = weigh_with_moments(in, o, rows, c.pooled, plain, bias ? &c.key_bias : nullptr);
-    return c;
-  }
+  c.pooled.key_count = plain.key_count;
   c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
   c.pooled.mass = at::empty({B, Hk, nk}, acc);
-  c.pooled.key_count = plain.key_count;
-  WeightsParams p{};
-  if (!plain.key_count.defined()) {
-    c.pooled.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
-    p.count = c.pooled.key_count.mutable_data_ptr<int>();
-  }
+  if (bias) c.key_bias = at::empty({B, Hk, nk}, acc);
   p.k = in.key.const_data_ptr();
   p.k_strides = strides_of(in.key);
   p.mask = mask_of(in.key_mask);
-  p.rows = rows.const_data_ptr();
-  p.offsets = offsets.const_data_ptr<float>();
+  p.rows = s.rows;
+  p.offsets = s.offsets;
   p.weights = c.pooled.weights.mutable_data_ptr<float>();
   p.mass = c.pooled.mass.mutable_data_ptr<float>();
-  if (bias) {
-    c.key_bias = at::empty({B, Hk, nk}, acc);
-    p.key_bias = c.key_bias.mutable_data_ptr<float>();
-  }
+  p.key_bias = data_of<float>(c.key_bias);
+  p.count = counted ? nullptr : plain.key_count.mutable_data_ptr<int>();
   p.dtype = s.dtype;
   p.tf32 = at::globalContext().allowTF32CuBLAS();
   p.B = s.B;
@@ -103,7 +96,11 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
     p.parts = reinterpret_cast<float2*>(parts.mutable_data_ptr<float>());
     launch.check(sample_lse(p, launch.stream));
   }
-  launch.check(key_weights(p, launch.stream));
+  if (weighs_with_moments(in, o, launch)) {
+    c.moments = weigh_with_moments(in, o, p, c.pooled, plain);
+  } else {
+    launch.check(key_weights(p, launch.stream));
+  }
   return c;
 }
 

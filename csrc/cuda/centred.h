@@ -8,10 +8,11 @@
 
 namespace mra::cuda {
 
-constexpr int kSampledQueries = 64;
-// Rows whose logits make the weights: the sampled queries, the mean query rounded to T, what that
-// lost, and zeros.
-constexpr int kSampleRows = kSampledQueries + 8;
+constexpr int kSampledQueries = 14;
+// Rows whose logits make the weights: the mean query rounded to T, what that lost, and the sampled
+// queries. Products take eight rows at a time.
+constexpr int kMeanRows = 2, kSampleRows = kMeanRows + kSampledQueries;
+static_assert(kSampleRows % 8 == 0);
 
 // Queries evenly spread among the valid ones of a group of heads, one head after another, and the
 // mean of all of them.

@@ -85,12 +85,12 @@ struct Keys {
   }
 };
 
-// The rows of the sample from 8 kFirst on to shared memory.
-template <typename T, int DP, int kFirst>
+// The first kRows rows of the sample to shared memory.
+template <typename T, int DP, int kRows>
 __device__ __forceinline__ void load_sample(const WeightsParams& p, T* rows) {
-  constexpr int kPieces = DP / kVec<T>, kRows = kSampleRows - 8 * kFirst;
-  const T* from = static_cast<const T*>(p.rows) +
-                  (int64_t{blockIdx.x / p.chunks} * kSampleRows + 8 * kFirst) * p.D;
+  constexpr int kPieces = DP / kVec<T>;
+  const T* from =
+      static_cast<const T*>(p.rows) + int64_t{blockIdx.x / p.chunks} * kSampleRows * p.D;
   for (int e = threadIdx.x; e < kRows * kPieces; e += blockDim.x) {
     const int row = e / kPieces, d = e % kPieces * kVec<T>;
     *reinterpret_cast<uint4*>(rows + row * kLd<T, DP> + d) =

@@ -1,17 +1,18 @@
 // Logits of keys -> how they weigh within their blocks (pool = centred and sampled). Log2 units.
 #pragma once
 
+#include "centred.h"
 #include "sm80/tile.cuh"
 
 namespace mra::cuda {
 
-// Products -> logits: those of both parts of the mean query, the first two columns of its tile,
-// make the first one; the others of that tile are nothing. And nothing where the key does not
-// count.
+constexpr float kLowest = -1e30f;  // below every logit, and finite
+
+// Products with the rows of a sample, as mma.sync leaves them, -> logits: those of both parts of
+// the mean query, the first two columns, make the first one. Nothing where the key does not count.
 template <int kTiles>
-__device__ __forceinline__ void to_logits(float (&c)[kTiles][4], float scale,
-                                          const bool (&valid)[2]) {
-  float(&mean)[4] = c[kTiles - 1];
+__device__ __forceinline__ void to_sample_logits(float (&c)[kTiles][4], float scale,
+                                                 const bool (&valid)[2]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -19,9 +20,41 @@ __device__ __forceinline__ void to_logits(float (&c)[kTiles][4], float scale,
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    mean[2 * half] = threadIdx.x % 4 == 0 ? mean[2 * half] + mean[2 * half + 1] : -INFINITY;
-    mean[2 * half + 1] = -INFINITY;
+    float &high = c[0][2 * half], &low = c[0][2 * half + 1];
+    if (threadIdx.x % 4 == 0) high += low, low = -INFINITY;
   }
+}
+
+// The lse of a row of a sample over all keys, from those of parts of them (WeightsParams), and what
+// goes with it.
+__device__ __forceinline__ float lse_of_row(const float2* parts, const float* offsets, int head,
+                                            int chunks, int row) {
+  parts += int64_t{head} * chunks * kSampleRows + row;
+  float top = kLowest, sum = 0.f;
+  for (int c = 0; c < chunks; ++c) top = fmaxf(top, parts[c * kSampleRows].x);
+  for (int c = 0; c < chunks; ++c) {
+    const float2 part = parts[c * kSampleRows];
+    sum += part.y * exp2_approx(part.x - top);
+  }
+  return (sum > 0.f ? top + log2f(sum) : 0.f) + offsets[int64_t{head} * kSampleRows + row];
+}
+
+// Log weight of key g (half 0) or g + 8 of a sample's logits, `less` the lse of this thread's
+// columns; the four threads that have a key's logits all get it.
+template <int kTiles>
+__device__ __forceinline__ float log_weight(const float (&c)[kTiles][4],
+                                            const float (&less)[kTiles][2], int half) {
+  float x[2 * kTiles], top = -INFINITY, sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) {
+    x[i] = c[i / 2][2 * half + i % 2] - less[i / 2][i % 2];
+    top = fmaxf(top, x[i]);
+  }
+  top = quad_max(top);
+  if (top == -INFINITY) top = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; ++i) sum += exp2_approx(x[i] - top);
+  return top + log2f(quad_sum(sum));
 }
 
 // Of a block of keys: one a lane of a group of kLanes, in turns, -inf where there is no key. The

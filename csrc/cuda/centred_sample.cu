@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
     }
   }
   if (t < kSampleRows) {
-    // A quarter of what the others weigh together.
-    const float offset = t < kSampledQueries    ? (t < r ? 0.f : INFINITY)
-                         : t == kSampledQueries ? -log2f(static_cast<float>(max(r, 1)) / 4)
-                                                : 0.f;
+    // The mean a quarter of what the others weigh together.
+    const float offset = t == 0              ? -log2f(static_cast<float>(max(r, 1)) / 4)
+                         : t < kMeanRows + r ? 0.f
+                                             : INFINITY;
     p.offsets[int64_t{blockIdx.x} * kSampleRows + t] = offset;
   }
   __syncthreads();
@@ -111,12 +111,12 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
   for (int e = t; e < kSampleRows * pieces; e += kThreads) {
     const int row = e / pieces, d = e % pieces * kVec<T>;
     T* to = static_cast<T*>(p.rows) + (int64_t{blockIdx.x} * kSampleRows + row) * p.D + d;
-    uint4 bits{};
-    if (row < kSampledQueries) {
-      if (places[row][1] >= 0) {
+    if (row >= kMeanRows) {
+      const int(&place)[2] = places[row - kMeanRows];
+      uint4 bits{};
+      if (place[1] >= 0) {
         bits = load16(static_cast<const T*>(p.q) + b * p.q_strides.b +
-                      (hk * group + places[row][0]) * p.q_strides.h +
-                      places[row][1] * p.q_strides.l + d);
+                      (hk * group + place[0]) * p.q_strides.h + place[1] * p.q_strides.l + d);
       }
       *reinterpret_cast<uint4*>(to) = bits;
       continue;
@@ -125,9 +125,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p) 
 #pragma unroll
     for (int i = 0; i < kVec<T>; ++i) {
       const float high = to_float(from_float<T>(centre[d + i]));
-      x[i] = row == kSampledQueries       ? high
-             : row == kSampledQueries + 1 ? centre[d + i] - high
-                                          : 0.f;
+      x[i] = row == 0 ? high : centre[d + i] - high;
     }
     store_values<kVec<T>>(to, x);
   }

@@ -14,15 +14,12 @@ namespace {
 constexpr int kWarps = 8;
 template <typename T>
 inline constexpr int kCtas = sizeof(T) == 4 ? 1 : 2;  // blocks of threads a multiprocessor
-constexpr int kMeanTile = kSampledQueries / 8;  // tile of eight rows that holds the mean query
-constexpr float kLowest = -1e30f;               // below every logit, and finite
-
 // Greatest logit and sum of exponentials of each row of the sample over a chunk of keys.
 template <typename T, int DP>
 __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const WeightsParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float2 found[kWarps][kSampleRows];
-  using K = Keys<T, DP, 1>;
+  using K = Keys<T, DP, 2>;
   constexpr int kTiles = kSampleRows / 8;
   T* rows = reinterpret_cast<T*>(shared);
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
@@ -34,7 +31,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const Weight
 
   int first = begin + 16 * warp;
   typename K::Part next = keys.load(first < end ? first : p.M, 0);
-  load_sample<T, DP, 0>(p, rows);
+  load_sample<T, DP, kSampleRows>(p, rows);
   __syncthreads();
 
   float top[kTiles][2], sum[kTiles][2];
@@ -54,7 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) lse_kernel(const Weight
       next = keys.load(step + 1 < K::kSteps ? first : later, (step + 1) % K::kSteps);
       K::multiply(c, part, step, rows, p.tf32);
     }
-    to_logits(c, scale, valid);
+    to_sample_logits(c, scale, valid);
     bool grown = false;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -138,14 +135,13 @@ __device__ __forceinline__ void finish_block(const WeightsParams& p, const float
   if (p.count != nullptr && head % p.Hk == 0) p.count[int64_t{head / p.Hk} * p.nk + y] = x.count;
 }
 
-// kFirst: the first tile of eight rows of the sample that counts, 0 or that of the mean alone.
-template <typename T, int DP, int kFirst>
+// Of the whole sample, or of the mean query alone.
+template <typename T, int DP, bool kSampled>
 __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const WeightsParams p) {
   extern __shared__ __align__(16) unsigned char shared[];
-  constexpr bool kSampled = kFirst == 0;
+  constexpr int kRows = kSampled ? kSampleRows : 8, kTiles = kRows / 8;
   __shared__ float lse[kSampleRows], logits[kWarps][128], mean_logits[kSampled ? kWarps : 1][128];
-  using K = Keys<T, DP, kSampled ? 1 : 2>;
-  constexpr int kTiles = kSampleRows / 8 - kFirst;
+  using K = Keys<T, DP, 2>;
   T* rows = reinterpret_cast<T*>(shared);
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x % p.chunks;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -155,17 +151,9 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
 
   int y = chunk * p.chunk_blocks + warp, tile = 0;
   typename K::Part next = keys.load(y < end ? y << p.log2_block_k : p.M, 0);
-  load_sample<T, DP, kFirst>(p, rows);
+  load_sample<T, DP, kRows>(p, rows);
   if (kSampled && threadIdx.x < kSampleRows) {
-    const float2* parts = p.parts + int64_t{head} * p.chunks * kSampleRows + threadIdx.x;
-    float top = kLowest, sum = 0.f;
-    for (int c = 0; c < p.chunks; ++c) top = fmaxf(top, parts[c * kSampleRows].x);
-    for (int c = 0; c < p.chunks; ++c) {
-      const float2 part = parts[c * kSampleRows];
-      sum += part.y * exp2_approx(part.x - top);
-    }
-    lse[threadIdx.x] =
-        (sum > 0.f ? top + log2f(sum) : 0.f) + p.offsets[int64_t{head} * kSampleRows + threadIdx.x];
+    lse[threadIdx.x] = lse_of_row(p.parts, p.offsets, head, p.chunks, threadIdx.x);
   }
   __syncthreads();
   float* const mean = kSampled ? mean_logits[warp] : logits[warp];
@@ -192,29 +180,13 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
       next = keys.load(step + 1 < K::kSteps ? first : later, (step + 1) % K::kSteps);
       K::multiply(c, part, step, rows, p.tf32);
     }
-    to_logits(c, scale, valid);
+    to_sample_logits(c, scale, valid);
     float l[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (kSampled) {
-        if (t == 0) mean[16 * tile + g + 8 * half] = c[kTiles - 1][2 * half];
-        float top = -INFINITY, sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = c[n][2 * half + e];
-            x -= less[n][e];
-            top = fmaxf(top, x);
-          }
-        }
-        top = quad_max(top);
-        if (top == -INFINITY) top = 0.f;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          sum += exp2_approx(c[n][2 * half] - top) + exp2_approx(c[n][2 * half + 1] - top);
-        }
-        l[half] = top + log2f(quad_sum(sum));
+        if (t == 0) mean[16 * tile + g + 8 * half] = c[0][2 * half];
+        l[half] = log_weight(c, less, half);
       } else {
         l[half] = c[0][2 * half];
       }
@@ -263,11 +235,10 @@ cudaError_t key_weights(const WeightsParams& p, cudaStream_t stream) {
     constexpr size_t kRow = kLd<T, dp()> * sizeof(T);
     const int64_t blocks = int64_t{p.B} * p.Hk * p.chunks;
     if (p.parts == nullptr) {
-      return launch_grid(weights_kernel<T, dp(), kMeanTile>, blocks, kWarps * 32, 8 * kRow, stream,
-                         p);
+      return launch_grid(weights_kernel<T, dp(), false>, blocks, kWarps * 32, 8 * kRow, stream, p);
     }
-    return launch_grid(weights_kernel<T, dp(), 0>, blocks, kWarps * 32, kSampleRows * kRow, stream,
-                       p);
+    return launch_grid(weights_kernel<T, dp(), true>, blocks, kWarps * 32, kSampleRows * kRow,
+                       stream, p);
   });
 }
 

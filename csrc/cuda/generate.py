@@ -48,6 +48,7 @@ SM90_HEAD = {
     "row": ("f16", "bf16"),
     "order1": ("f16", "bf16"),
     "centred": ("bf16", "f16"),
+    "sampled": ("bf16", "f16"),
 }
 
 

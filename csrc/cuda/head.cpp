@@ -30,8 +30,8 @@ std::optional<HeadForm> form_of(const Inputs& in, const Options& o, const Launch
   if (o.pool == Pool::even) return has_order1(o) ? HeadForm::order1 : HeadForm::row;
   // The mean query is that of all heads of a group.
   const bool own_keys = in.query.size(1) == in.key.size(1);
-  const bool served = o.pool == Pool::centred && has_order1(o) && own_keys;
-  return served ? std::optional(HeadForm::centred) : std::nullopt;
+  if (!has_order1(o) || !own_keys) return std::nullopt;
+  return o.pool == Pool::centred ? HeadForm::centred : HeadForm::sampled;
 }
 
 template <typename T, int DP>
@@ -44,7 +44,8 @@ cudaError_t launch_form(HeadForm form, const HeadParams& p, const Launch& launch
   }
   if (form == HeadForm::row) return run(std::integral_constant<HeadForm, HeadForm::row>{});
   if (form == HeadForm::order1) return run(std::integral_constant<HeadForm, HeadForm::order1>{});
-  return run(std::integral_constant<HeadForm, HeadForm::centred>{});
+  if (form == HeadForm::centred) return run(std::integral_constant<HeadForm, HeadForm::centred>{});
+  return run(std::integral_constant<HeadForm, HeadForm::sampled>{});
 }
 
 template <typename T>

@@ -7,8 +7,11 @@
 namespace mra::cuda {
 
 // The coarse part: none or block, whose state starts a softmax; row; row with order 1, with even
-// means or with those of pool = centred.
-enum class HeadForm { state, row, order1, centred };
+// means or with those of pool = centred or sampled.
+enum class HeadForm { state, row, order1, centred, sampled };
+constexpr bool is_weighted(HeadForm form) {
+  return form == HeadForm::centred || form == HeadForm::sampled;
+}
 
 struct HeadParams {
   ForwardParams fine;  // without lists or state, which are made on the way

@@ -1,6 +1,7 @@
 #include "moments.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <limits>
 
@@ -186,32 +187,26 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
 }
 
 bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch) {
-  return o.pool == Pool::centred && has_order1(o) && takes_keys(in, o, launch);
+  return o.pool != Pool::even && has_order1(o) && takes_keys(in, o, launch);
 }
 
-Tensor weigh_with_moments(const Inputs& in, const Options& o, const Tensor& sample,
-                          PooledInputs& pooled, PooledInputs& plain, Tensor* bias) {
+Tensor weigh_with_moments(const Inputs& in, const Options& o, const WeightsParams& weights,
+                          PooledInputs& pooled, PooledInputs& plain) {
   const Launch launch(in.key);
-  const auto acc = in.key.options().dtype(at::kFloat);
-  const int64_t B = in.key.size(0), Hk = in.key.size(1), nk = ceil_div(in.key.size(2), o.block_k);
-  pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
-  pooled.mass = at::empty({B, Hk, nk}, acc);
   sm90::Moments p = moments_of(in, o, &pooled);
-  p.made.sample = sample.const_data_ptr();
-  p.made.scale = static_cast<float>(o.scale);
-  p.made.weights = pooled.weights.mutable_data_ptr<float>();
-  p.made.mass = pooled.mass.mutable_data_ptr<float>();
-  if (bias != nullptr) {
-    *bias = at::empty({B, Hk, nk}, acc);
-    plain.key = at::empty({B, Hk, nk, in.key.size(3)}, acc);
-    p.made.key_bias = bias->mutable_data_ptr<float>();
+  p.key_count = weights.count;
+  p.made.sample = weights.rows;
+  p.made.parts = weights.parts;
+  p.made.offsets = weights.offsets;
+  p.made.parts_chunks = weights.chunks;
+  p.made.scale = weights.scale;
+  p.made.weights = weights.weights;
+  p.made.mass = weights.mass;
+  p.made.key_bias = weights.key_bias;
+  if (weights.key_bias != nullptr) {
+    plain.key = at::empty_like(pooled.key);
     p.made.k_plain = plain.key.mutable_data_ptr<float>();
   }
-  if (!plain.key_count.defined()) {
-    plain.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
-    p.key_count = plain.key_count.mutable_data_ptr<int>();
-  }
-  pooled.key_count = plain.key_count;
   const Tensor moments = run_moments(p, in, o, &plain, plain.key_count, launch, [] {});
   TORCH_INTERNAL_ASSERT(moments.defined(), "a kernel that serves order 1 refused to weigh keys");
   return moments;
@@ -242,8 +237,8 @@ Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&,
 
 bool weighs_with_moments(const Inputs&, const Options&, const Launch&) { return false; }
 
-Tensor weigh_with_moments(const Inputs&, const Options&, const Tensor&, PooledInputs&,
-                          PooledInputs&, Tensor*) {
+Tensor weigh_with_moments(const Inputs&, const Options&, const WeightsParams&, PooledInputs&,
+                          PooledInputs&) {
   return {};
 }
 

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "../common/stages.h"
+#include "centred.h"
 #include "launch.h"
 
 namespace mra::cuda {
@@ -42,14 +43,13 @@ Tensor moments_before(
     const Inputs& in, const Options& o, const WalkCut& cut, PooledInputs* pooled,
     const std::function<void()>& launch_beside = [] {});
 
-// Whether the kernel of pool_moments makes the weights of keys too (pool = centred): then pool
-// leaves the keys to weigh_keys.
+// Whether the kernel of pool_moments makes the weights of keys too (pool = centred and sampled):
+// then pool leaves the keys to weigh_keys.
 bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch);
-// That: pooled.weights, mass, means and what pool_moments returns; the plain means and counts of
-// keys to `plain` where it has none and a plan asks for them, together with `bias`, unless null.
-// sample: WeightsParams.rows.
-Tensor weigh_with_moments(const Inputs& in, const Options& o, const Tensor& sample,
-                          PooledInputs& pooled, PooledInputs& plain, Tensor* bias);
+// That: what `weights` asks for, the means of `pooled`, whose weights, mass and counts have room
+// already, and what pool_moments returns; for a plan, which asks for key_bias, plain means of keys.
+Tensor weigh_with_moments(const Inputs& in, const Options& o, const WeightsParams& weights,
+                          PooledInputs& pooled, PooledInputs& plain);
 
 // The means alone, weighted with pooled.weights: key and value, also in T where attention wants it.
 void pool_weighted(PooledInputs& pooled, const Inputs& in, const Options& o);

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     forward_head_kernel(const __grid_constant__ HeadMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = HeadShared<kRuns, DP, kForm>;
-  constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
-  constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
+  constexpr bool kWeighted = is_weighted(kForm), kRow = kForm != HeadForm::state;
+  constexpr bool kOrder1 = kWeighted || kForm == HeadForm::order1;
   constexpr bool kScaled = kOrder1 && std::is_same_v<T, __half>;
   constexpr int kRows = Shared::kRows, kCopy = kRows < 256 ? kRows : 256;
   extern __shared__ __align__(1024) char raw[];  // as panels must: no register for where it starts
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 
     // pool
     pool_run<T, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
-    if constexpr (kRow && !kCentred && !kTurns) {
+    if constexpr (kRow && !kWeighted && !kTurns) {
       pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
     }
     if constexpr (kScaled) {
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
         Kept<T>* const out = p.moments == nullptr || !at.writes_keys
                                  ? nullptr
                                  : static_cast<Kept<T>*>(p.moments) + at.key_head(f) * 2 * DP * DP;
-        make_matrices<T, kCentred, DP>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out);
+        make_matrices<T, kWeighted, DP>(s, in, blocks, (f.M + kRun - 1) / kRun, run, phase, out);
       }
     };
-    if constexpr (kCentred) {  // scores depend on weights
-      weigh_run<T, DP>(p, s, in, blocks, run, phase);
+    if constexpr (kWeighted) {  // scores depend on weights
+      weigh_run<T, kForm, DP>(p, s, in, blocks, run, phase);
       __syncthreads();
       make_moments();
     }
@@ -128,11 +128,11 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
         __syncwarp();
       }
     } else {
-      if constexpr (!kCentred && kTurns) {
+      if constexpr (!kWeighted && kTurns) {
         pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
         __syncthreads();  // all pooled keys are there
       }
-      if constexpr (!kCentred) make_moments();
+      if constexpr (!kWeighted) make_moments();
     }
 
     // fine: sixteen rows of this warp's run, and of another one

@@ -180,7 +180,7 @@ __device__ __forceinline__ uint32_t score_run(const HeadParams& p, const Shared&
     keys |= s.keys_there[lead_k + 1];
   }
   float bias = 0.f;
-  if constexpr (kForm == HeadForm::centred) bias = s.coarse.score_bias[y];
+  if constexpr (is_weighted(kForm)) bias = s.coarse.score_bias[y];
   const uint32_t key = score_key<DP>(s.q_mean[lead_q], s.k_mean[lead_k], p.plan.scale, bias);
   return queries != 0 && y < p.plan.nk && keys != 0 ? key : kAbsent;
 }

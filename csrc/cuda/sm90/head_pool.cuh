@@ -2,6 +2,7 @@
 // blocks. A run is 32 neighbouring rows, which one warp pools and attends; a block has one or two.
 #pragma once
 
+#include "../centred.h"
 #include "../head.h"
 #include "../plan_block.cuh"
 #include "../sm80/tile.cuh"
@@ -43,14 +44,16 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   // What rounding has taken from them.
   uint16_t k_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t v_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
-  uint16_t matrices[2][DP][DP];  // C, Sigma; before them, sums of second runs of blocks
+  uint16_t matrices[2][DP][DP];  // C, Sigma; before them of_second and of_sample
   uint64_t made;                 // passed once the matrices are there
   uint32_t most[2][2];           // float16, by turns: the largest key and value, bits
   float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
-  uint32_t weights[kForm == HeadForm::centred ? 16 * kRuns : 1];  // times counts, as kept, pairs
-  float4 of_run[kForm == HeadForm::centred ? kRuns : 1];          // RunLogits
-  float score_bias[kForm == HeadForm::centred ? 16 : 1];          // of a key block, natural units
-  uint32_t centre[kForm == HeadForm::centred ? DP / 2 : 1];       // the mean query, rounded, pairs
+  static constexpr bool kWeighted = is_weighted(kForm), kSampled = kForm == HeadForm::sampled;
+  uint32_t weights[kWeighted ? 16 * kRuns : 1];  // times counts, as kept, pairs
+  float4 of_run[kWeighted ? kRuns : 1];          // RunLogits of log weights
+  float4 of_run_mean[kSampled ? kRuns : 1];      // and of logits with the mean query
+  float score_bias[kWeighted ? 16 : 1];          // of a key block, natural units
+  uint32_t centre[kWeighted ? DP / 2 : 1];       // the mean query, rounded, pairs
 
   // Blocks beyond the last one.
   __device__ __forceinline__ void clear(int thread, int threads) {
@@ -63,7 +66,11 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   }
   // Sums of block x's second run: of values, and weighted ones of keys.
   __device__ __forceinline__ float* of_second(int which, int x) {
-    return reinterpret_cast<float*>(matrices) + (8 * which + x % 8) * DP;
+    return reinterpret_cast<float*>(matrices[0]) + (8 * which + x % 8) * DP;
+  }
+  // Of a run, for each row of the sample of queries: greatest logit, sum of exponentials.
+  __device__ __forceinline__ float2* of_sample(int run) {
+    return reinterpret_cast<float2*>(matrices[1]) + run * kSampleRows;
   }
 };
 template <int kRuns, int DP>

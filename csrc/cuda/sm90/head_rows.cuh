@@ -200,8 +200,8 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
                                             const HeadAt& at, const HeadBlocks& blocks, int run,
                                             int half, const Left& left, uint32_t taken, int phase) {
   const auto panel = panel_here<DP>();
-  constexpr bool kCentred = kForm == HeadForm::centred, kRow = kForm != HeadForm::state;
-  constexpr bool kOrder1 = kCentred || kForm == HeadForm::order1;
+  constexpr bool kWeighted = is_weighted(kForm), kRow = kForm != HeadForm::state;
+  constexpr bool kOrder1 = kWeighted || kForm == HeadForm::order1;
   const ForwardParams& f = p.fine;
   const int row = kRun * run + 16 * half, present = f.rows - row;
   if (present <= 0) return;
@@ -219,7 +219,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
   if constexpr (kRow) {
     softmax.start(nullptr, nullptr, DP);
-    if constexpr (!kCentred) {
+    if constexpr (!kWeighted) {
       float c[2][4], due[2];  // nothing is there yet to be due
       pooled_logits<T>(c, s.coarse, left, taken, scale, {0.f, 0.f}, panel);
       softmax.weigh(c, 1.f, due);
@@ -251,7 +251,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
 
   // Under *centred* coarse behind fine: it waits for the moments, which say how much its mass is.
-  if constexpr (kCentred) {
+  if constexpr (kWeighted) {
     typename Mma<T>::A q[DP / 16];
 #pragma unroll
     for (int i = 0; i < DP / 16; ++i) q[i] = left(i);
@@ -281,7 +281,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
     typename Mma<T>::A q[DP / 16];
 #pragma unroll
     for (int i = 0; i < DP / 16; ++i) q[i] = left(i);
-    if constexpr (kCentred) {
+    if constexpr (kWeighted) {
       take_centre<T>(q, s.coarse.centre);
     } else {
       barrier_wait(&s.coarse.made, phase);

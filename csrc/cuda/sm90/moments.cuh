@@ -30,8 +30,8 @@ struct MomentsTraits {
   static constexpr int kStages = kBlocks == 3 ? 4 : 6;
   static constexpr int kThreads = DP == 128 ? 384 : 160 + 32 * weighers(kWeights);
   // Registers of threads that fetch and weigh, and of the others, at DP = 128.
-  static constexpr int kFew = kWeights == Weights::made ? 56 : 24;
-  static constexpr int kMany = kWeights == Weights::made ? 224 : 240;
+  static constexpr int kFew = kWeights == Weights::sampled ? 96 : makes(kWeights) ? 56 : 24;
+  static constexpr int kMany = kWeights == Weights::sampled ? 208 : makes(kWeights) ? 224 : 240;
 };
 
 // kNarrow: head dims up to 32.
@@ -173,8 +173,11 @@ cudaError_t launch_moments(const Moments& params, const Device& device, cudaStre
                : launch_moments_of<T, DP, weights(), false>(params, device, stream);
   };
   const auto by_weights = [&](auto t) {
+    if (params.made.parts != nullptr) {
+      return launch(t, std::integral_constant<Weights, Weights::sampled>{});
+    }
     if (params.made.sample != nullptr) {
-      return launch(t, std::integral_constant<Weights, Weights::made>{});
+      return launch(t, std::integral_constant<Weights, Weights::centred>{});
     }
     return params.weights != nullptr ? launch(t, std::integral_constant<Weights, Weights::given>{})
                                      : launch(t, std::integral_constant<Weights, Weights::even>{});

@@ -7,9 +7,13 @@
 
 namespace mra::cuda::sm90 {
 
-// How keys weigh within their blocks where the kernel makes it of their logits (pool = centred).
+// How keys weigh within their blocks where the kernel makes it of their logits.
 struct KeyWeights {
   const void* sample;  // [B, Hk, kSampleRows, D] T: as WeightsParams.rows; null: not made
+  // As there, of `parts_chunks` parts of a head. Null: weights of the mean query alone.
+  const float2* parts;
+  const float* offsets;
+  int parts_chunks;
   float scale;
   float* weights;   // [B, Hk, nk << log2_block_k]
   float* mass;      // [B, Hk, nk]

@@ -16,7 +16,7 @@ __device__ __forceinline__ float divided(float x, float count) {
 // A warp has 16 columns of keys and of values.
 template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
 struct TileColumns {
-  static constexpr bool kWeighted = kWeights != Weights::even, kMade = kWeights == Weights::made;
+  static constexpr bool kWeighted = kWeights != Weights::even, kMade = makes(kWeights);
   static constexpr int kPanels = DP / 64;
   using A = uint32_t[4][4];      // columns as left operands, over the tile's keys
   using Right = uint32_t[4][2];  // right operands

@@ -10,11 +10,15 @@
 
 namespace mra::cuda::sm90 {
 
-// Of the keys within a block: alike, given, or made here of their logits with the mean query.
-enum class Weights { even, given, made };
+// Of the keys within a block: alike, given, or made here of their logits with the mean query or
+// with a sample of queries.
+enum class Weights { even, given, centred, sampled };
+constexpr bool makes(Weights weights) {
+  return weights == Weights::centred || weights == Weights::sampled;
+}
 // Warps that weigh, a tile each in turns.
 constexpr int weighers(Weights weights) {
-  return weights == Weights::made ? 2 : weights == Weights::given ? 1 : 0;
+  return makes(weights) ? 2 : weights == Weights::given ? 1 : 0;
 }
 
 // Tiles of 64 keys and values, in kBlocks blocks each.
@@ -29,7 +33,9 @@ struct MomentsTiles {
   alignas(128) uint16_t mean[2][kPanels][2 * kBlocksAPanel][kMeanRow];
   // Weights of pairs of keys: rounded, what that lost, and times the share of their block's keys
   // that count.
-  uint32_t weights[kWeighted ? kStages : 1][3][32];
+  static constexpr int kKinds =
+      kWeights == Weights::sampled ? 4 : 3;  // the fourth: room for logits
+  uint32_t weights[kWeighted ? kStages : 1][kKinds][32];
   uint64_t weighed[kWeighted ? kStages : 1];
 
   // By all threads; `warps` multiply.
@@ -57,8 +63,14 @@ __device__ __forceinline__ int count_of_block(int block, const uint32_t (&valid)
 // One of the warps that weigh: tile `own` of the chunk, and every kWeighers-th one from there.
 template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
 struct KeyWeigher {
-  static constexpr bool kMade = kWeights == Weights::made;
+  static constexpr bool kMade = makes(kWeights), kSampled = kWeights == Weights::sampled;
   static constexpr int kPanels = DP / 64, kStages = Tiles::kStages;
+  static constexpr int kTiles = kSampled ? kSampleRows / 8 : 1;  // of rows of the sample
+  // Those rows, as right operands, and what is taken off the logits of this thread's columns.
+  struct Sample {
+    uint4 rows[kTiles][2 * kPanels];
+    float less[kTiles][2];
+  };
   const Moments& p;
   Tiles& s;
   const int head, first;  // first: tile of the head
@@ -70,9 +82,9 @@ struct KeyWeigher {
   __device__ __forceinline__ void run(int own, int tiles) const {
     constexpr int kWeighers = Tiles::kWeighers;
     float given[2];  // weights of keys lane and lane + 32 of the next tile, on their way
-    uint4 query[kMade ? 2 * kPanels : 1];
+    Sample sample;
     if constexpr (kMade) {
-      load_query(query);
+      load_sample(sample);
     } else {
       look_up(given, own);
     }
@@ -83,7 +95,7 @@ struct KeyWeigher {
       const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
       float weight[2];
       if constexpr (kMade) {
-        make_weights(weight, query, tile, stage, valid);
+        make_weights(weight, sample, tile, stage, valid);
       } else {
         weight[0] = given[0], weight[1] = given[1];
         look_up(given, tile + kWeighers);
@@ -108,41 +120,66 @@ struct KeyWeigher {
     }
   }
 
-  // The mean query: rounded to T in row 0, what that lost in row 1.
-  __device__ __forceinline__ void load_query(uint4 (&query)[2 * kPanels]) const {
-    const T* const sample = static_cast<const T*>(p.made.sample) +
-                            (static_cast<int64_t>(head) * kSampleRows + kSampledQueries + g) * p.D;
+  __device__ __forceinline__ void load_sample(Sample& sample) const {
+    const T* const rows =
+        static_cast<const T*>(p.made.sample) + (static_cast<int64_t>(head) * kSampleRows + g) * p.D;
 #pragma unroll
-    for (int i = 0; i < 2 * kPanels; ++i) {
-      const int d = 32 * i + 8 * t;
-      query[i] = d < p.D ? load16(sample + d) : uint4{};
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2 * kPanels; ++i) {
+        const int d = 32 * i + 8 * t;
+        sample.rows[n][i] = d < p.D ? load16(rows + 8 * n * p.D + d) : uint4{};
+      }
+    }
+    if constexpr (kSampled) {
+      static_assert(kSampleRows <= 32);
+      const KeyWeights& made = p.made;
+      const float lse = lane < kSampleRows
+                            ? lse_of_row(made.parts, made.offsets, head, made.parts_chunks, lane)
+                            : 0.f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          sample.less[n][e] = __shfl_sync(kFullWarp, lse, 8 * n + 2 * t + e);
+        }
+      }
     }
   }
 
   // Weights of keys lane and lane + 32, by the products and sums of centred_weights.cu, and what
   // comes with them to memory.
-  __device__ __forceinline__ void make_weights(float (&weight)[2],
-                                               const uint4 (&query)[2 * kPanels], int tile,
+  __device__ __forceinline__ void make_weights(float (&weight)[2], const Sample& sample, int tile,
                                                int stage, const uint32_t (&valid)[2]) const {
-    auto& logits = reinterpret_cast<float(&)[64]>(s.weights[stage]);  // for now
+    // For now: log weights, and logits of the mean query if these are others.
+    auto& logits = reinterpret_cast<float(&)[kSampled ? 2 : 1][64]>(s.weights[stage]);
     const float scale = p.made.scale * kLog2e;
-#pragma unroll(4 / kPanels)
+#pragma unroll(4 / kPanels / kTiles)
     for (int row = g; row < 64; row += 16) {
-      float c[1][4] = {};
+      float c[kTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < 2 * kPanels; ++i) {
         const auto piece = [&](int r) {
           const int chunk = (i % 2 * 4 + t) ^ r % 8;
           return *reinterpret_cast<const uint4*>(&s.keys.x[stage][0][i / 2][r][chunk * 8]);
         };
-        multiply_piece<T>(c[0], piece(row), piece(row + 8), query[i], false);
+        const uint4 low = piece(row), high = piece(row + 8);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          multiply_piece<T>(c[n], low, high, sample.rows[n][i], false);
+        }
       }
       const uint32_t bits = valid[row / 32] >> row % 32;
       const bool counts[2] = {(bits & 1) != 0, (bits >> 8 & 1) != 0};
-      to_logits(c, scale, counts);
-      if (t == 0) {
-        logits[row] = c[0][0];
-        logits[row + 8] = c[0][2];
+      to_sample_logits(c, scale, counts);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float l = c[0][2 * half];
+        if constexpr (kSampled) {
+          if (t == 0) logits[1][row + 8 * half] = l;
+          l = log_weight(c, sample.less, half);
+        }
+        if (t == 0) logits[0][row + 8 * half] = l;
       }
     }
     __syncwarp();
@@ -153,11 +190,16 @@ struct KeyWeigher {
     using Logits = BlockLogits<kTurns, kLanes>;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      typename Logits::Values l;
+      const auto read = [&](const float(&from)[64]) {
+        typename Logits::Values l;
 #pragma unroll
-      for (int i = 0; i < kTurns; ++i) l.x[i] = logits[32 * (group + i) + lane];
-      Logits x(l);
-      const float bias = p.made.key_bias == nullptr ? 0.f : x.bias(), mass = x.finish();
+        for (int i = 0; i < kTurns; ++i) l.x[i] = from[32 * (group + i) + lane];
+        return Logits(l);
+      };
+      Logits x = read(logits[0]);
+      float bias = 0.f;
+      if (p.made.key_bias != nullptr) bias = kSampled ? read(logits[kSampled]).bias() : x.bias();
+      const float mass = x.finish();
       const int y = (first + tile) * kBlocks + group * (32 / kLanes) + lane / kLanes;
       if (lane % kLanes == 0 && y < p.nk) {
         const int64_t at = static_cast<int64_t>(head) * p.nk + y;
@@ -184,7 +226,7 @@ struct KeyWeigher {
       if (lane % 2 != 0) continue;
       const uint32_t high = Mma<T>::pack(weight[i], next);
       const float2 kept = unpack2(high, T{});
-      uint32_t(&to)[3][32] = s.weights[stage];
+      auto& to = s.weights[stage];
       const int at = 16 * i + lane / 2;
       to[0][at] = high;
       to[1][at] = Mma<T>::pack(weight[i] - kept.x, next - kept.y);
