@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <limits>
 #include <tuple>
+#include <utility>
 
 #include "common/budget.h"
 #include "common/checks.h"
@@ -83,6 +84,16 @@ Planned make_plan(const Stages& stages, const PooledInputs& means, const Tensor&
                      {means.key, means.key_count, means.beside, key_bias}, coarse, N, o);
 }
 
+// Moments as the operator gives them.
+Tensor kept_moments(const Tensor& made, at::ScalarType type) {
+  const int64_t D = made.size(3), P = moments_dim(D);
+  if (made.scalar_type() == moments_type(type) && D == P) return made;
+  const Tensor kept =
+      at::zeros({made.size(0), made.size(1), 2, P, P}, made.options().dtype(moments_type(type)));
+  kept.narrow(3, 0, D).narrow(4, 0, D).copy_(made);
+  return kept;
+}
+
 // The operator's results, with empty tensors for what isn't there. Backward reads the means of
 // queries for coarse = block alone.
 ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor& share,
@@ -101,11 +112,14 @@ ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor&
           acc(queries ? means.query : Tensor()),
           acc(means.key),
           acc(means.value),
-          ints(queries ? means.query_count : Tensor()),
+          ints(queries || keeps_weights(o) ? means.query_count : Tensor()),
           ints(means.key_count),
           means.moments.defined() && keeps_moments(o)
               ? means.moments
-              : at::empty({0}, out.options().dtype(moments_type(out.scalar_type())))};
+              : at::empty({0}, out.options().dtype(moments_type(out.scalar_type()))),
+          acc(means.centre),
+          acc(means.weights),
+          acc(means.mass)};
 }
 
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
@@ -162,8 +176,15 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   }
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
-  return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows,
-                        keeps_means(o) ? pooled : PooledInputs{}, o);
+  PooledInputs kept;
+  if (centred) {
+    kept = centred->pooled;
+    kept.centre = centred->centre;
+    if (has_order1(o)) kept.moments = kept_moments(centred->moments, in.query.scalar_type());
+  } else if (keeps_means(o)) {
+    kept = pooled;
+  }
+  return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows, kept, o);
 }
 
 BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const Tensor& grad_lse,
@@ -194,6 +215,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     pooled = {contiguous(means.query),       contiguous(means.key),
               contiguous(means.value),       contiguous(means.key_count),
               contiguous(means.query_count), contiguous(means.moments)};
+    pooled.weights = contiguous(means.weights);
+    pooled.mass = contiguous(means.mass);
+    pooled.centre = contiguous(means.centre);
   } else if (o.coarse != Coarse::none) {
     const bool queries = o.coarse == Coarse::block || o.pool != Pool::even;
     pooled = stages.pool_inputs(in, o, queries, false);
@@ -202,7 +226,12 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   std::optional<Centred> centred;
   if (o.pool != Pool::even) {
-    centred = stages.weigh_keys(in, pooled, false, o);
+    if (means.given()) {
+      centred = Centred{pooled, pooled.centre};
+      centred->moments = std::exchange(centred->pooled.moments, {});
+    } else {
+      centred = stages.weigh_keys(in, pooled, false, o);
+    }
     stages.centre(*centred, in, true, o);
   }
 
@@ -270,6 +299,11 @@ ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, const Opt
   if (keeps_means(o)) {
     const int64_t Hk = in.key.size(1);
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
+    if (keeps_weights(o)) {
+      means.centre = at::zeros({B, Hk, in.query.size(3)}, lse.options());
+      means.weights = at::zeros({B, Hk, nk * o.block_k}, lse.options());
+      means.mass = at::zeros({B, Hk, nk}, lse.options());
+    }
     if (keeps_moments(o)) {
       const int64_t P = moments_dim(in.query.size(3));
       means.moments =
@@ -352,10 +386,12 @@ struct Operators {
       std::string_view coarse, int64_t order, bool is_causal, std::optional<double> scale,
       const OptTensor& query_mean, const OptTensor& key_mean, const OptTensor& value_mean,
       const OptTensor& query_count, const OptTensor& key_count, const OptTensor& moments,
+      const OptTensor& query_centre, const OptTensor& key_weights, const OptTensor& block_mass,
       at::OptionalIntArrayRef levels, std::string_view pool) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
-    const MeanTensors means{query_mean, key_mean, value_mean, query_count, key_count, moments};
+    const MeanTensors means{query_mean, key_mean,     value_mean,  query_count, key_count,
+                            moments,    query_centre, key_weights, block_mass};
     Options o = check_backward(grad_out, grad_lse, in, out, lse, coarse_share, plan, means,
                                {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row",
                                 0, 0, is_causal, scale, levels, pool});

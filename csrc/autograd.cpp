@@ -73,7 +73,8 @@ using BackwardSignature = BackwardResult(
     const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
     const Tensor&, int64_t, int64_t, std::string_view, int64_t, bool, std::optional<double>,
     const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-    const OptTensor&, at::OptionalIntArrayRef, std::string_view);
+    const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, at::OptionalIntArrayRef,
+    std::string_view);
 
 ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Rest& r) {
@@ -93,13 +94,29 @@ class Attention : public Function<Attention> {
                                const Tensor& value, const Rest& r, ForwardResult* others) {
     *others = call_forward(query, key, value, r);
     const auto& [out, lse, share, start, count, index, q_mean, k_mean, v_mean, q_count, k_count,
-                 moments] = *others;
+                 moments, centre, weights, mass] = *others;
     const bool given = r.row_start.has_value();
     const auto saved = [](const OptTensor& x) { return x.value_or(Tensor()); };
-    ctx->save_for_backward({query, key, value, saved(r.key_mask), saved(r.query_mask), out, lse,
-                            share, given ? *r.row_start : start, given ? *r.row_count : count,
-                            given ? *r.row_index : index, q_mean, k_mean, v_mean, q_count, k_count,
-                            moments});
+    ctx->save_for_backward({query,
+                            key,
+                            value,
+                            saved(r.key_mask),
+                            saved(r.query_mask),
+                            out,
+                            lse,
+                            share,
+                            given ? *r.row_start : start,
+                            given ? *r.row_count : count,
+                            given ? *r.row_index : index,
+                            q_mean,
+                            k_mean,
+                            v_mean,
+                            q_count,
+                            k_count,
+                            moments,
+                            centre,
+                            weights,
+                            mass});
     ctx->saved_data["block_q"] = r.block_q;
     ctx->saved_data["block_k"] = r.block_k;
     ctx->saved_data["coarse"] = std::string(r.coarse);
@@ -129,6 +146,7 @@ class Attention : public Function<Attention> {
         data.at("order").toInt(), data.at("is_causal").toBool(),
         data.at("scale").toOptional<double>(), unless_empty(s[11]), unless_empty(s[12]),
         unless_empty(s[13]), unless_empty(s[14]), unless_empty(s[15]), unless_empty(s[16]),
+        unless_empty(s[17]), unless_empty(s[18]), unless_empty(s[19]),
         levels ? at::OptionalIntArrayRef(*levels) : std::nullopt, pool);
     return result;
   }
@@ -155,23 +173,22 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   return result;
 }
 
-BackwardResult call_backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
-                             const Tensor& key, const Tensor& value, const OptTensor& key_mask,
-                             const OptTensor& query_mask, const Tensor& out, const Tensor& lse,
-                             const Tensor& coarse_share, const Tensor& row_start,
-                             const Tensor& row_count, const Tensor& row_index, int64_t block_q,
-                             int64_t block_k, std::string_view coarse, int64_t order,
-                             bool is_causal, std::optional<double> scale,
-                             const OptTensor& query_mean, const OptTensor& key_mean,
-                             const OptTensor& value_mean, const OptTensor& query_count,
-                             const OptTensor& key_count, const OptTensor& moments,
-                             at::OptionalIntArrayRef levels, std::string_view pool) {
+BackwardResult call_backward(
+    const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptTensor& key_mask, const OptTensor& query_mask, const Tensor& out,
+    const Tensor& lse, const Tensor& coarse_share, const Tensor& row_start, const Tensor& row_count,
+    const Tensor& row_index, int64_t block_q, int64_t block_k, std::string_view coarse,
+    int64_t order, bool is_causal, std::optional<double> scale, const OptTensor& query_mean,
+    const OptTensor& key_mean, const OptTensor& value_mean, const OptTensor& query_count,
+    const OptTensor& key_count, const OptTensor& moments, const OptTensor& query_centre,
+    const OptTensor& key_weights, const OptTensor& block_mass, at::OptionalIntArrayRef levels,
+    std::string_view pool) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<BackwardSignature>("mra_attention::backward");
   return op.call(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
                  is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
-                 moments, levels, pool);
+                 moments, query_centre, key_weights, block_mass, levels, pool);
 }
 
 // Gives the three gradients a history that raises: without it a second derivative through them
@@ -201,13 +218,15 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::OptionalIntArrayRef levels,
-                        std::string_view pool) {
+                        const OptTensor& moments, const OptTensor& query_centre,
+                        const OptTensor& key_weights, const OptTensor& block_mass,
+                        at::OptionalIntArrayRef levels, std::string_view pool) {
   refuse_forward_mode("backward", {grad_out, query, key, value});
-  const BackwardResult result = call_backward(
-      grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse, coarse_share,
-      row_start, row_count, row_index, block_q, block_k, coarse, order, is_causal, scale,
-      query_mean, key_mean, value_mean, query_count, key_count, moments, levels, pool);
+  const BackwardResult result =
+      call_backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
+                    coarse_share, row_start, row_count, row_index, block_q, block_k, coarse, order,
+                    is_causal, scale, query_mean, key_mean, value_mean, query_count, key_count,
+                    moments, query_centre, key_weights, block_mass, levels, pool);
   if (!needs_grad({grad_out, query, key, value}) && !(grad_lse && needs_grad({*grad_lse}))) {
     return result;
   }

@@ -141,6 +141,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
     return there ? empty({B, heads, n, D}, query, acc) : empty({0}, query, acc);
   };
   const bool keys = keeps_means(o), queries = o.coarse == Coarse::block;
+  const bool weighted = keeps_weights(o);
+  const auto floats = [&](SymInt n) {
+    return weighted ? empty({B, Hk, n}, query, acc) : empty({0}, query, acc);
+  };
   const auto none = [&] { return empty({0}, query, at::kInt); };
   const auto moments = [&] {
     const auto dtype = moments_type(query.scalar_type());
@@ -158,9 +162,12 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
           means(queries, H, nq),
           means(keys, Hk, nk),
           means(keys, Hk, nk),
-          ints(queries, nq),
+          ints(queries || weighted, nq),
           ints(keys, nk),
-          moments()};
+          moments(),
+          floats(D),
+          floats(nk * o.block_k),
+          floats(nk)};
 }
 
 BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& query,
@@ -172,11 +179,13 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                         std::optional<double> scale, const OptTensor& query_mean,
                         const OptTensor& key_mean, const OptTensor& value_mean,
                         const OptTensor& query_count, const OptTensor& key_count,
-                        const OptTensor& moments, at::OptionalIntArrayRef levels,
-                        std::string_view pool) {
+                        const OptTensor& moments, const OptTensor& query_centre,
+                        const OptTensor& key_weights, const OptTensor& block_mass,
+                        at::OptionalIntArrayRef levels, std::string_view pool) {
   check_backward(grad_out, grad_lse, {query, key, value, key_mask, query_mask}, out, lse,
                  coarse_share, {row_start, row_count, row_index},
-                 {query_mean, key_mean, value_mean, query_count, key_count, moments},
+                 {query_mean, key_mean, value_mean, query_count, key_count, moments, query_centre,
+                  key_weights, block_mass},
                  {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
                   is_causal, scale, levels, pool});
   const auto like = [](const Tensor& x) {

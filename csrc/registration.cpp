@@ -7,8 +7,10 @@
 // lists, means and counts hold the blocks of all resolutions, those of block_q and block_k first,
 // then coarser and coarser ones; coarse_share is (B, H, resolutions, N), and no moments are kept.
 //
-// pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Other means
-// than even ones are not kept; their plans are made of another score.
+// pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Plans of other
+// means than even ones are made of another score. With them come query_centre (B, Hk, D), the mean
+// query of each key head, key_weights (B, Hk, nk * block_k), the weight of each key within its
+// block, and block_mass (B, Hk, nk), what stands for counts, on the CPU its logarithm.
 TORCH_LIBRARY(mra_attention, m) {
   // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
   m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");
@@ -34,16 +36,18 @@ TORCH_LIBRARY(mra_attention, m) {
       "str pool='even') "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
       "Tensor row_index, Tensor query_mean, Tensor key_mean, Tensor value_mean, "
-      "Tensor query_count, Tensor key_count, Tensor moments)");
+      "Tensor query_count, Tensor key_count, Tensor moments, Tensor query_centre, "
+      "Tensor key_weights, Tensor block_mass)");
 
-  // Means, counts and moments that are left out are made again.
+  // What forward kept and is left out is made again.
   m.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor? key_mask, Tensor? query_mask, Tensor out, Tensor lse, Tensor coarse_share, "
       "Tensor row_start, Tensor row_count, Tensor row_index, int block_q, int block_k, str coarse, "
       "int order, bool is_causal, float? scale, Tensor? query_mean=None, Tensor? key_mean=None, "
       "Tensor? value_mean=None, Tensor? query_count=None, Tensor? key_count=None, "
-      "Tensor? moments=None, int[]? levels=None, str pool='even') "
+      "Tensor? moments=None, Tensor? query_centre=None, Tensor? key_weights=None, "
+      "Tensor? block_mass=None, int[]? levels=None, str pool='even') "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 
   // Rows in another order: results (B, H, P, D) with [..., p, :] = input[..., index[p], :], zeros

@@ -149,8 +149,8 @@ def _register():
     def backward(grad_out, grad_lse, query, key, value, key_mask, query_mask, out, lse,
                  coarse_share, row_start, row_count, row_index, bq, bk, coarse, order, is_causal,
                  *rest, levels=None, pool="even", out_shape=None):  # fmt: skip
-        # behind scale and six tensors that forward kept
-        levels, pool = (*rest[7:], *(levels, pool)[len(rest[7:]) :])
+        # behind scale and nine tensors that forward kept
+        levels, pool = (*rest[10:], *(levels, pool)[len(rest[10:]) :])
         return _total(query, key, row_index, None, None, bq, bk, coarse, order, is_causal, levels,
                       pool, "backward")  # fmt: skip
 

@@ -48,7 +48,11 @@ def cases():
         for block in (32, 64)
         for coarse, order in (("none", 0), ("block", 0), ("row", 0), ("row", 1))
     ]
-    heads += [(block, dict(order=1, pool="centred", Hk=4)) for block in (32, 64)]
+    heads += [
+        (block, dict(order=1, pool=pool, Hk=4))
+        for pool in ("centred", "sampled")
+        for block in (32, 64)
+    ]
     for N, D, (block, options) in itertools.product([100, 250, 512], [32, 64], heads):
         for dtype, masks in (
             (torch.bfloat16, "both"),

@@ -80,14 +80,15 @@ def test_hopper_kernels_compile_without_spills():
         return source.stem, done.returncode, done.stdout + done.stderr
 
     sources = sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
-    assert len(sources) == 72
+    assert len(sources) == 76
     with ThreadPoolExecutor(2) as pool:
         for name, code, log in pool.map(compile, sources):
             assert code == 0, log
             assert "serialized" not in log, log
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
             # Outside of the loops over keys: where the rest of the registers is worth more.
-            most = {"moments": 8, "forward_head_order1": 24, "forward_head_centred": 64}
+            most = {"moments": 8, "forward_head_order1": 24, "forward_head_centred": 80}
+            most["forward_head_sampled"] = 64
             outside = max((n for start, n in most.items() if name.startswith(start)), default=0)
             assert spills and max(spills) <= outside, log
 

@@ -21,7 +21,7 @@ STATE = [
 ROW = [dict(block_size=block, coarse="row", order=0) for block in (32, 64)]
 ORDER1 = [dict(block_size=block, coarse="row", order=1) for block in (32, 64)]
 # Where each query head has keys of its own.
-CENTRED = [dict(o, pool="centred", Hk=4) for o in ORDER1]
+CENTRED = [dict(o, pool=pool, Hk=4) for pool in ("centred", "sampled") for o in ORDER1]
 
 
 def forms(*which):
@@ -58,7 +58,7 @@ def test_one_launch(device, dtype, options, D):
             4,
         ),
         (dict(order=1, pool="centred"), torch.bfloat16, 512, 64, 2),
-        (dict(order=1, pool="sampled"), torch.bfloat16, 512, 64, 4),
+        (dict(order=1, pool="sampled"), torch.bfloat16, 512, 64, 2),
         (dict(order=0, selection="global"), torch.bfloat16, 512, 64, 4),
         (dict(order=0, block_size=(64, 32)), torch.bfloat16, 512, 64, 4),
         (dict(order=0), torch.bfloat16, 513, 64, 4),

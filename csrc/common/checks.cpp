@@ -132,15 +132,17 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
                  c10::ScalarType acc) {
   const bool queries = means.query || means.query_count;
   const bool keys = means.key || means.value || means.key_count;
-  if (!queries && !keys && !means.moments) return;
-  TORCH_CHECK_VALUE(o.pool == Pool::even,
-                    "query_mean, key_mean, value_mean: got some, expected none: "
-                    "forward keeps them for pool 'even' alone");
+  const bool weights = means.centre || means.weights || means.mass;
+  if (!queries && !keys && !weights && !means.moments) return;
+  TORCH_CHECK_VALUE(keeps_weights(o) || !weights,
+                    "query_centre, key_weights, block_mass: got some, expected none: forward keeps "
+                    "them for pool 'centred' and 'sampled' alone");
   TORCH_CHECK_VALUE(
       means.key && means.value && means.key_count &&
-          (o.coarse != Coarse::block || (means.query && means.query_count)),
-      "query_mean, key_mean, value_mean, query_count, key_count: got only some of them, expected "
-      "all that forward gave or none");
+          (o.coarse != Coarse::block || (means.query && means.query_count)) &&
+          (!keeps_weights(o) || (means.query_count && means.centre && means.weights && means.mass)),
+      "query_mean, key_mean, value_mean, query_count, key_count, query_centre, key_weights, "
+      "block_mass: got only some of them, expected all that forward gave or none");
   const SymInt B = in.query.sym_size(0), D = in.query.sym_size(3);
   const auto check = [&](const char* name, const OptTensor& mean, const char* count_name,
                          const OptTensor& count, const Tensor& x, int64_t block) {
@@ -151,6 +153,15 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
   check("query_mean", means.query, "query_count", means.query_count, in.query, o.block_q);
   check("key_mean", means.key, "key_count", means.key_count, in.key, o.block_k);
   check("value_mean", means.value, "key_count", std::nullopt, in.value, o.block_k);
+  if (weights) {
+    const SymInt nk = all_blocks(in.key.sym_size(2), o.block_k, o);
+    const auto check_floats = [&](const char* name, const OptTensor& x, const SymInt& n) {
+      check_shape(name, *x, std::vector<SymInt>{B, in.key.sym_size(1), n}, acc, in.query);
+    };
+    check_floats("query_centre", means.centre, D);
+    check_floats("key_weights", means.weights, nk * o.block_k);
+    check_floats("block_mass", means.mass, nk);
+  }
   if (!means.moments) return;
   TORCH_CHECK_VALUE(
       keeps_moments(o),

@@ -13,9 +13,10 @@ struct PlanTensors {
   bool given() const { return row_start.has_value(); }
 };
 
-// Means and counts of blocks, and moments, that forward kept: those that the form needs, or none.
+// What forward kept: means and counts of blocks, moments, and of weighted means their centre,
+// weights and mass. Those that the form needs, or none.
 struct MeanTensors {
-  OptTensor query, key, value, query_count, key_count, moments;
+  OptTensor query, key, value, query_count, key_count, moments, centre, weights, mass;
   bool given() const { return key.has_value(); }
 };
 

@@ -115,7 +115,7 @@ struct PooledInputs {
   // Where Options.pool is not even: key and value are weighted means, and these are the weight of
   // each key within its block, [B, Hk, nk * block_k] acc, zeros where masked; and what stands for
   // key_count, [B, Hk, nk] acc: on CUDA as it is, 0 for an empty block, on the CPU its log.
-  Tensor weights{}, mass{}, log_mass{};
+  Tensor weights{}, mass{};
   // ... and with order 1 t_i and what is added to all coarse logits of a row, [B, H, N] acc; or,
   // with `moments`, what fine makes them from: the centre, [B, Hk, D] acc, moments as it multiplies
   // them (FineMoments), and the centre times these, [B, Hk, 2, P] acc (moments_dim).
@@ -145,9 +145,10 @@ struct Planned {
 };
 
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
-// what backward reads again: query_mean, key_mean, value_mean, query_count, key_count, moments.
+// what backward reads again: query_mean, key_mean, value_mean, query_count, key_count, moments,
+// query_centre, key_weights, block_mass.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                 Tensor, Tensor, Tensor, Tensor>;
+                                 Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // What the operator backward returns: the gradients of query, key and value.
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -174,11 +175,11 @@ struct Grads {
 // True where the order-1 term exists: order = 1 and a coarse part to correct.
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
 
-// Whether means, and with them moments, are kept for backward. Weighted ones are made again. Under
-// causal every block of queries has moments of its own. With levels those of block_k are kept.
-inline bool keeps_means(const Options& o) {
-  return o.coarse != Coarse::none && o.pool == Pool::even;
-}
+// Whether means, and with them moments, are kept for backward. Under causal every block of queries
+// has moments of its own. With levels those of block_k are kept.
+inline bool keeps_means(const Options& o) { return o.coarse != Coarse::none; }
+// What is kept beside weighted means: the centre, the weights and the mass.
+inline bool keeps_weights(const Options& o) { return o.pool != Pool::even; }
 inline bool keeps_moments(const Options& o) { return has_order1(o) && keeps_means(o) && !o.causal; }
 // Kept moments: [B, Hk, 2, P, P], the C and the Sigma of each key head, zeros beyond D; bfloat16
 // for bfloat16, else acc.

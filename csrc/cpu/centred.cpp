@@ -1,8 +1,8 @@
 // pool = centred and sampled: means of blocks that weigh keys as the queries do, and their order 1.
 //
 // Everything here is O(N D^2 + M D) or, for sampled, O(15 M D), so it is written with torch's own
-// operators, one key head with the queries of its group at a time. Weights, means and moments are
-// made again for the backward pass.
+// operators, one key head with the queries of its group at a time. Moments are made again for
+// the backward pass, in acc.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -167,9 +167,10 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
   Centred c;
   c.centre = at::empty({B, Hk, D}, options);
+  c.pooled.query_count = plain.query_count;
   c.pooled.key_count = plain.key_count;
   c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, options);
-  c.pooled.log_mass = at::empty({B, Hk, nk}, options);
+  c.pooled.mass = at::empty({B, Hk, nk}, options);
   if (bias) c.key_bias = at::empty({B, Hk, nk}, options);
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
@@ -192,8 +193,7 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
     if (no_key.defined()) weight.masked_fill_(no_key.view({nk, at.block}), 0);
     pick(c.pooled.weights, at).copy_(weight.view(-1));
     const Tensor empty = plain.key_count.select(0, at.b) == 0;
-    pick(c.pooled.log_mass, at)
-        .copy_(at::special_entr(weight).sum(1).masked_fill_(empty, kMinusInf));
+    pick(c.pooled.mass, at).copy_(at::special_entr(weight).sum(1).masked_fill_(empty, kMinusInf));
   });
   return c;
 }
@@ -202,8 +202,11 @@ void centre(Centred& c, const Inputs& in, bool, const Options& o) {
   const int64_t B = in.query.size(0), H = in.query.size(1), N = in.query.size(2);
   const int64_t Hk = in.key.size(1), D = in.query.size(3), nk = c.pooled.key_count.size(1);
   const auto options = c.centre.options();
-  c.pooled.key = at::empty({B, Hk, nk, D}, options);
-  c.pooled.value = at::empty({B, Hk, nk, D}, options);
+  const bool means = !c.pooled.key.defined();
+  if (means) {
+    c.pooled.key = at::empty({B, Hk, nk, D}, options);
+    c.pooled.value = at::empty({B, Hk, nk, D}, options);
+  }
   if (has_order1(o)) {
     c.moments = at::empty({B, Hk, 2, D, D}, options);
     c.pooled.variance = at::empty({B, H, N}, options);
@@ -211,9 +214,11 @@ void centre(Centred& c, const Inputs& in, bool, const Options& o) {
   }
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
-    const Tensor weight = pick(c.pooled.weights, at).view({nk, 1, at.block});
-    pick(c.pooled.key, at).copy_(at::bmm(weight, at.blocks(in.key)).squeeze(1));
-    pick(c.pooled.value, at).copy_(at::bmm(weight, at.blocks(in.value)).squeeze(1));
+    if (means) {
+      const Tensor weight = pick(c.pooled.weights, at).view({nk, 1, at.block});
+      pick(c.pooled.key, at).copy_(at::bmm(weight, at.blocks(in.key)).squeeze(1));
+      pick(c.pooled.value, at).copy_(at::bmm(weight, at.blocks(in.value)).squeeze(1));
+    }
     if (!has_order1(o)) return;
 
     // moments, and what a row's variance adds to the mass

@@ -56,8 +56,8 @@ class BlockBias {
   BlockBias() = default;
   explicit BlockBias(const PooledInputs& pooled)
       : bias_(log_counts<A>(pooled.key_count)), blocks_(pooled.key_count.size(1)) {
-    if (!pooled.log_mass.defined()) return;
-    const Tensor mass = pooled.log_mass.contiguous();
+    if (!pooled.mass.defined()) return;
+    const Tensor mass = pooled.mass.contiguous();
     bias_.assign(mass.const_data_ptr<A>(), mass.const_data_ptr<A>() + mass.numel());
     heads_ = mass.size(1);
   }

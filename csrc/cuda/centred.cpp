@@ -214,7 +214,7 @@ void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   if (has_order1(o) && !c.moments.defined()) {
     c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
   }
-  if (!c.moments.defined()) pool_weighted(c.pooled, in, o);
+  if (!c.moments.defined() && !c.pooled.key.defined()) pool_weighted(c.pooled, in, o);
   if (!has_order1(o)) return;
 
   const Launch launch(in.query);

@@ -93,9 +93,12 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   // What backward reads again.
   p.coarse = o.coarse == Coarse::block;
   if (keeps_means(o)) {
-    if (p.coarse) {
-      r.pooled.query = at::empty({B, H, nq, D}, acc);
-      r.pooled.query_count = at::empty({B, nq}, ints);
+    if (p.coarse) r.pooled.query = at::empty({B, H, nq, D}, acc);
+    if (p.coarse || keeps_weights(o)) r.pooled.query_count = at::empty({B, nq}, ints);
+    if (keeps_weights(o)) {
+      r.pooled.centre = at::empty({B, Hk, D}, acc);
+      r.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
+      r.pooled.mass = at::empty({B, Hk, nk}, acc);
     }
     r.pooled.key = at::empty({B, Hk, nk, D}, acc);
     r.pooled.value = at::empty({B, Hk, nk, D}, acc);
@@ -112,6 +115,9 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   p.q_count = data_of<int>(r.pooled.query_count);
   p.k_count = data_of<int>(r.pooled.key_count);
   if (r.pooled.moments.defined()) p.moments = r.pooled.moments.mutable_data_ptr();
+  p.centre = data_of<float>(r.pooled.centre);
+  p.weights = data_of<float>(r.pooled.weights);
+  p.mass = data_of<float>(r.pooled.mass);
   const cudaError_t error = in.query.scalar_type() == at::kHalf
                                 ? launch_form<__half>(*form, p, launch)
                                 : launch_form<__nv_bfloat16>(*form, p, launch);

@@ -28,6 +28,10 @@ struct HeadParams {
   int32_t* q_count;  // [B, nq]
   int32_t* k_count;  // [B, nk]
   void* moments;     // [B, Hk, 2, P, P]: C and Sigma (moments_type of common/stages.h)
+  // Of weighted means, which k_mean and v_mean then are (PooledInputs of common/stages.h).
+  float* centre;   // [B, Hk, D]
+  float* weights;  // [B, Hk, nk * block_k]
+  float* mass;     // [B, Hk, nk]
 };
 
 namespace sm90 {

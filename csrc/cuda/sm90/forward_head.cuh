@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(f, at.item + gridDim.x);
 
     // pool
-    pool_run<T, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
+    pool_run<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
     if constexpr (kRow && !kWeighted && !kTurns) {
       pool_values<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
     }
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
       }
     };
     if constexpr (kWeighted) {  // scores depend on weights
-      weigh_run<T, kForm, DP>(p, s, in, blocks, run, phase);
+      weigh_run<T, kForm, DP>(p, s, in, at, blocks, run, phase);
       __syncthreads();
       make_moments();
     }

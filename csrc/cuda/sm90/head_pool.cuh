@@ -256,7 +256,7 @@ __device__ __forceinline__ float2 over_count(float2 sum, int count) {
 
 // pool: the sums of a run's queries and keys, and their means of the block that it leads. Second
 // runs of blocks hand their sums over in shared memory.
-template <typename T, bool kPairs, int DP, class Shared, class Inputs>
+template <typename T, HeadForm kForm, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const Inputs& in,
                                          const HeadAt& at, const HeadBlocks& blocks, int run,
                                          int phase) {
@@ -294,7 +294,9 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
   put_pair<DP>(s.q_mean[run], q_mean);
   put_pair<DP>(s.k_mean[run], k_mean);
   write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
-  if (at.writes_keys) write_mean<DP>(p, p.k_mean, at.key_head(f), p.plan.nk, x, k_mean);
+  if (!is_weighted(kForm) && at.writes_keys) {
+    write_mean<DP>(p, p.k_mean, at.key_head(f), p.plan.nk, x, k_mean);
+  }
   if (at.h == 0 && first_lane) {
     if (p.q_count != nullptr && x < p.plan.nq) p.q_count[at.b * p.plan.nq + x] = q_count;
     if (p.k_count != nullptr && x < p.plan.nk) p.k_count[at.b * p.plan.nk + x] = k_count;

@@ -114,10 +114,32 @@ __device__ __forceinline__ float2 weighted_sum(const uint16_t (&rows)[kRun][DP],
   return of_column<DP>(sum);
 }
 
+// What backward reads again of a run: the weight of key `lane`, the mass of the block that it
+// leads, and from the first one the mean query.
+template <int DP, class Shared>
+__device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& s, const HeadAt& at,
+                                             const HeadBlocks& blocks, int run,
+                                             const float (&mean)[DP / 32], float weight) {
+  const int lane = threadIdx.x % 32, x = blocks.of_run(run);
+  const int64_t head = at.key_head(p.fine);
+  if (x < p.plan.nk) {
+    p.weights[((head * p.plan.nk) << (5 + blocks.shift)) + run * kRun + lane] = weight;
+    if (lane == 0 && blocks.leads(run)) {
+      p.mass[head * p.plan.nk + x] = exp2f(s.coarse.log_mass[x]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < DP / 32; ++i) {
+    const int d = lane + 32 * i;
+    if (run == 0 && d < p.fine.D) p.centre[head * p.fine.D + d] = mean[i];
+  }
+}
+
 // The weights of a run's keys, and the pooled key and value that they make.
 template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const Inputs& in,
-                                          const HeadBlocks& blocks, int run, int phase) {
+                                          const HeadAt& at, const HeadBlocks& blocks, int run,
+                                          int phase) {
   const auto panel = panel_here<DP>();
   const int lane = threadIdx.x % 32, x = blocks.of_run(run);
   const uint32_t there = s.keys_there[run];
@@ -140,6 +162,8 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
   }
   if (!(there >> lane & 1)) logit.mean = logit.weight = -INFINITY;
   const float weight = weight_of_key<T, kSampled>(s, blocks, run, logit, phase);
+  const bool keeps = p.weights != nullptr && at.writes_keys;
+  if (keeps) keep_weights<DP>(p, s, at, blocks, run, centre, weight);
   typename Mma<T>::A weights[2];
   as_operands<T>(weights, weight);
   float2 k_mean = weighted_sum<T>(s.run_of(in.k(), run), there, weights, panel);
@@ -154,6 +178,10 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
     if (!blocks.leads(run)) return;
     v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
     k_mean = k_mean + get_pair<DP>(s.coarse.of_second(1, x));
+  }
+  if (keeps) {
+    write_mean<DP>(p, p.k_mean, at.key_head(p.fine), p.plan.nk, x, k_mean);
+    write_mean<DP>(p, p.v_mean, at.key_head(p.fine), p.plan.nk, x, v_mean);
   }
   round_pair<T>(s.coarse.k, x, k_mean);
   round_pair<T>(s.coarse.v, x, v_mean);
