@@ -24,7 +24,8 @@ STAGES = ("pool", "plan", "coarse", "fine", "order1", "whole")
 # Kernels of each stage. Coarse form "block" runs those of fine on pooled inputs: float32 in their
 # names tells. Those of order 1 are known by what they take.
 KERNELS = {
-    "pool": "pool moments round_pooled pool_level sample lse weights centre_term",
+    "pool": "pool moments round_pooled pool_level sample lse weights centre_term "
+    "key_weights_backward centre_grad add_centre_grad",
     "plan": "plan_row plan_stream plan_map global_scores global_select plan_transpose plan_level",
     "coarse": "delta_and_block_rows block_rows coarse_backward share_sums backward_pooled "
     "cells_forward cells_rows cells_columns levels_forward levels_combine levels_rows "

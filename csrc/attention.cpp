@@ -236,11 +236,11 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   }
 
   // order 1
+  if (centred) grads.centred = &*centred;
   if (has_order1(o) && centred) {
     grads.coarse_delta = stages.centred_delta(grad_out, share, grads.delta, in, *centred, o);
     grads.coarse_sum = at::empty_like(grads.delta);
     grads.share = share;
-    grads.centred = &*centred;
   } else if (has_order1(o)) {
     const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
@@ -264,10 +264,14 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   }
 
   // fine
-  const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
-  if (has_order1(o) && centred && stages.centred_grads != nullptr) {
-    stages.centred_grads(result, grad_out, share, grads.coarse_sum, in, *centred, o);
+  if (centred && stages.centred_grads != nullptr) {
+    const Tensor& mean = centred->pooled.key;
+    grads.mass_grad = at::empty(mean.sizes().slice(0, 3), mean.options());
+    grads.pooled_grads =
+        at::empty({2, mean.size(0), mean.size(1), mean.size(2), mean.size(3)}, mean.options());
   }
+  const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
+  if (centred && stages.centred_grads != nullptr) stages.centred_grads(result, grads, in, o);
   return {result.query, result.key, result.value};
 }
 

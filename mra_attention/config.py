@@ -40,8 +40,9 @@ class MRAConfig:
     pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
         "centred" as the head's mean query weighs them, "sampled" as a sample of 14 of its queries
         does. The last two err less where queries agree on some keys; without levels and is_causal.
-        Their weights are constants for the gradient, and selection is by the centred score: what
-        all queries agree on counts less (docs/algorithm.md).
+        Selection is by the centred score then: what all queries agree on counts less. The gradient
+        of "centred" is whole but for the selection, that of "sampled" takes its weights for those
+        of "centred" (docs/algorithm.md).
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """

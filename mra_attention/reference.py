@@ -178,11 +178,12 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     """What pool "centred" and "sampled" weigh keys by: the mean query of each key head
     (B, Hk, D), the weight of each key within its block (B, Hk, nk, bk), zeros where masked, the
     entropy of each block's weights (B, Hk, nk), and what selection adds to the scores of each block
-    (B, Hk, nk), 0 for an empty one. All but the first are constants for the gradient.
+    (B, Hk, nk), 0 for an empty one. The last is a constant for the gradient.
 
     Log weights: centred ``l_j = s q_mean . k_j``, the first-order exact mass at the mean query;
     sampled ``l_j = log(sum_i p_ij + r/4 p_mean,j)``, p the softmax over all keys of r queries
-    (see :func:`sample`) and of the mean query.
+    (see :func:`sample`) and of the mean query. The gradient takes the latter for the former, up to
+    a constant: what few queries are sampled should not be trained alone.
 
     The bias is ``1/4 logsumexp_j l_j`` less half the mean of l_j, of the centred l_j for both
     forms: a pair then scores ``s (q_mean_x - q_mean / 2) . k_mean_y`` plus a quarter of the block's
@@ -195,10 +196,10 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     keys_valid = _or_ones(key_mask, key, M)[:, None]
     q = query.to(acc).masked_fill(~valid[:, None, :, None], 0).reshape(B, Hk, G * N, D)
     mean = q.sum(-2) / (G * valid.sum(-1)).clamp(min=1)[:, None, None]
-    with torch.no_grad():
-        k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
-        at_mean = log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
-        if form == "sampled":
+    k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
+    at_mean = log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
+    if form == "sampled":
+        with torch.no_grad():
             at, taken = sample(valid, G)
             rows = q.gather(2, at[:, None, :, None].expand(-1, Hk, -1, D))
             a = s * torch.cat([rows, mean.unsqueeze(-2)], -2) @ k.mT
@@ -206,15 +207,19 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
             count = taken.sum(-1, keepdim=True).clamp(min=1)
             shares = torch.cat([torch.where(taken, 1.0, 0.0).to(acc), count / 4], -1).log()
             log_weight = (a + shares[:, None, :, None]).logsumexp(-2)
-        keys_valid, log_weight, at_mean = (
-            pad(x, (0, -M % bk)).unflatten(-1, (-1, bk)) for x in (keys_valid, log_weight, at_mean)
-        )
-        log_weight = log_weight.masked_fill(~keys_valid, -math.inf)
-        weights = log_weight.softmax(-1).masked_fill(~keys_valid, 0)
-        entropy = torch.special.entr(weights).sum(-1)
+        log_weight = log_weight + (at_mean - at_mean.detach())
+    keys_valid, log_weight, at_mean = (
+        pad(x, (0, -M % bk)).unflatten(-1, (-1, bk)) for x in (keys_valid, log_weight, at_mean)
+    )
+    some = keys_valid.any(-1, keepdim=True)
+    log_weight = log_weight.masked_fill(~keys_valid, -math.inf).masked_fill(~some, 0)
+    log_weight = log_weight.log_softmax(-1).masked_fill(~keys_valid, 0)
+    weights = log_weight.exp().masked_fill(~keys_valid, 0)
+    entropy = -(weights * log_weight).sum(-1)
+    with torch.no_grad():
         mean_logit = at_mean.masked_fill(~keys_valid, 0).sum(-1) / keys_valid.sum(-1).clamp(min=1)
         bias = at_mean.masked_fill(~keys_valid, -math.inf).logsumexp(-1) / 4 - mean_logit / 2
-        bias = bias.masked_fill(~keys_valid.any(-1), 0)
+        bias = bias.masked_fill(~some.squeeze(-1), 0)
     return mean, weights, entropy, bias
 
 

@@ -1,8 +1,8 @@
 """pool="centred" and "sampled": the operators against the dense reference, forward and backward.
 
-Their weights are constants for the gradient, so there is no gradcheck by finite differences: the
-reference, which detaches them, is what gradients are compared with. Plans are tested in
-test_centred_plan.py, the reference itself in test_centred_reference.py."""
+Gradients are compared with the reference's; those of "centred" with finite differences too, in
+test_gradcheck.py. Plans are tested in test_centred_plan.py, the reference itself in
+test_centred_reference.py."""
 
 import copy
 

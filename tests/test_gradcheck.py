@@ -8,19 +8,25 @@ from helpers import Case
 
 import mra_attention as mra
 
-FORMS = [("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1)]
+FORMS = [
+    (*form, "even") for form in (("none", 0), ("block", 0), ("block", 1), ("row", 0), ("row", 1))
+]
+# The gradient of "sampled" is another one's: see reference.py.
+CENTRED = [("row", 0, "centred"), ("row", 1, "centred")]
+CASES = [
+    *itertools.product(FORMS, [False, True], ["none", "both"]),
+    *itertools.product(CENTRED, [False], ["none", "both"]),
+]
 
 
-@pytest.mark.parametrize(
-    "form, is_causal, masks", list(itertools.product(FORMS, [False, True], ["none", "both"]))
-)
+@pytest.mark.parametrize("form, is_causal, masks", CASES)
 def test_gradcheck(form, is_causal, masks):
-    coarse, order = form
+    coarse, order, pool = form
     # Short last blocks, grouped heads, some blocks exact and some not.
     case = Case(
         "cpu", torch.float64, B=1, H=2, Hk=1, N=52, M=52 if is_causal else 41, D=8,
         block_size=(16, 16), blocks_per_row=1, coarse=coarse, order=order, is_causal=is_causal,
-        masks=masks, spread=0.7,
+        masks=masks, spread=0.7, pool=pool,
     )  # fmt: skip
     plan = case.plan()
     assert 0 < plan.density() < 1
@@ -28,7 +34,7 @@ def test_gradcheck(form, is_causal, masks):
     def attend(q, k, v):
         return mra.mra_attention(
             q, k, v, case.key_mask, case.query_mask, plan=plan, coarse=coarse, order=order,
-            is_causal=is_causal, return_lse=True,
+            is_causal=is_causal, return_lse=True, pool=pool,
         )  # fmt: skip
 
     out, lse = attend(case.q, case.k, case.v)

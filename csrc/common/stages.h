@@ -220,9 +220,13 @@ struct FineBackward {
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc
-  // Of order 1 with weighted means, for what Stages.centred_grads would do where it is null.
-  Tensor share{};  // [B, H, N] acc
+  // With weighted means, for what Stages.centred_grads would do where it is null.
+  Tensor share{};  // [B, H, N] acc, with order 1
   const Centred* centred = nullptr;
+  // Where defined, filled: gradients of the pooled keys and values, and of the log mass of each
+  // block, summed over the heads of a group.
+  Tensor pooled_grads{};  // [2, B, Hk, nk, D] acc
+  Tensor mass_grad{};     // [B, Hk, nk] acc
 };
 
 struct Stages {
@@ -298,9 +302,7 @@ struct Stages {
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
   Tensor (*centred_delta)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                           const Inputs&, Centred&, const Options&) = nullptr;
-  void (*centred_grads)(const Grads&, const Tensor& grad_out, const Tensor& share,
-                        const Tensor& coarse_sum, const Inputs&, const Centred&,
-                        const Options&) = nullptr;
+  void (*centred_grads)(const Grads&, const FineBackward&, const Inputs&, const Options&) = nullptr;
 };
 
 const Stages& cpu_stages();

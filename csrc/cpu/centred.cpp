@@ -255,34 +255,72 @@ Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& 
   return result;
 }
 
-void centred_grads(const Grads& grads, const Tensor& grad_out, const Tensor& share,
-                   const Tensor& coarse_sum, const Inputs& in, const Centred& c, const Options& o) {
+namespace {
+
+// Gradients of the log weights of a head's keys, [nk * block, 1], from those of the means, of the
+// log masses and, where defined, of the moments: up to what a block has in common, pi_j x_j with
+//
+//   x_j = kappa_j . dk_y + nu_j . dv_y - log pi_j da_y
+//         + c_y / n (kappa_j dC nu_j' + kappa_j dSigma kappa_j')
+Tensor log_weight_grads(const Head& at, const Centred& c, const Deviations& d,
+                        const FineBackward& back, const Tensor& dC, const Tensor& dS) {
+  const auto of_block = [&](const Tensor& x) {
+    return x.unsqueeze(1).expand({at.nk, at.block, x.size(1)}).reshape({-1, x.size(1)});
+  };
+  const Tensor pi = pick(c.pooled.weights, at);
+  const Tensor da = of_block(pick(back.mass_grad, at).unsqueeze(1)).squeeze(1);
+  Tensor x = (d.key * of_block(pick(back.pooled_grads[0], at))).sum(1) +
+             (d.value * of_block(pick(back.pooled_grads[1], at))).sum(1);
+  x = (x * pi).sub_(at::xlogy(pi, pi).mul_(da));  // pi_j x_j
+  if (dC.defined()) {
+    x += ((at::mm(d.key, dC) * d.value).sum(1) + (at::mm(d.key, dS) * d.key).sum(1)) *
+         d.weight.squeeze(1);
+  }
+  x = x.view({at.nk, at.block});
+  return (x - pi.view({at.nk, at.block}) * x.sum(1, true)).view({-1, 1});
+}
+
+}  // namespace
+
+void centred_grads(const Grads& grads, const FineBackward& back, const Inputs& in,
+                   const Options& o) {
+  const Centred& c = *back.centred;
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
-    const Rows1 r(at, in, c, share);
+    const Deviations d(at, in, c);
     const double s = at.s;
-    const Tensor g = r.there(at.rows(grad_out)), a = (r.share * r.gamma * s).unsqueeze(-1);
-    // of t, by the damping and by the factor of the mass
-    const Tensor dt = (r.share * (r.u * g).sum(1) * r.gamma * r.gamma * -0.25 +
-                       (0.75 / (1 + r.t * 0.75) - r.gamma / 4) * r.there(at.row(coarse_sum)))
-                          .mul_(s * s)
-                          .unsqueeze(-1);
-    const Tensor dC = at::mm((r.q * a).t(), g), dS = at::mm((r.q * dt).t(), r.q);
-    Tensor dq = a * at::mm(g, r.C.t()) + 2 * dt * at::mm(r.q, r.S);
+    Tensor dq = at::zeros({at.G * at.N, at.D}, c.centre.options()), dC, dS;
+    if (has_order1(o)) {
+      const Rows1 r(at, in, c, back.share);
+      const Tensor g = r.there(at.rows(back.grad_out));
+      const Tensor a = (r.share * r.gamma * s).unsqueeze(-1);
+      // of t, by the damping and by the factor of the mass
+      const Tensor dt = (r.share * (r.u * g).sum(1) * r.gamma * r.gamma * -0.25 +
+                         (0.75 / (1 + r.t * 0.75) - r.gamma / 4) * r.there(at.row(back.coarse_sum)))
+                            .mul_(s * s)
+                            .unsqueeze(-1);
+      dC = at::mm((r.q * a).t(), g);
+      dS = at::mm((r.q * dt).t(), r.q);
+      dq = a * at::mm(g, r.C.t()) + 2 * dt * at::mm(r.q, r.S);
+    }
+    // through the log weights, s q^.k_j up to what a block has in common
+    const Tensor dl = log_weight_grads(at, c, d, back, dC, dS).mul_(s);
+    Tensor dk = at::mm(dl, pick(c.centre, at).unsqueeze(0));
     // through the mean query: every valid one has its share
+    const Tensor centre = at::mm(dl.t(), d.key) - dq.sum(0);  // dl adds up to 0 in a block
     const int64_t n = at.valid_queries().size();
-    dq = (dq - dq.sum(0) / static_cast<double>(std::max<int64_t>(1, at.G * n)))
+    dq = (dq + centre / static_cast<double>(std::max<int64_t>(1, at.G * n)))
              .view({at.G, at.N, at.D});
     if (at.valid_query.defined()) {
       dq.masked_fill_(at.valid_query.logical_not().unsqueeze(-1), 0);
     }
-    const Deviations d(at, in, c);
-    const Tensor dk = (at::mm(d.value, dC.t()) + 2 * at::mm(d.key, dS)) * d.weight;
-    const Tensor dv = at::mm(d.key, dC) * d.weight;
     const auto add = [&](const Tensor& to, const Tensor& x) { to.copy_(to.to(at.acc) + x); };
-    add(at.view(grads.query), dq);
+    if (has_order1(o)) {
+      dk += (at::mm(d.value, dC.t()) + 2 * at::mm(d.key, dS)) * d.weight;
+      add(pick(grads.value, at), (at::mm(d.key, dC) * d.weight).narrow(0, 0, at.M));
+    }
     add(pick(grads.key, at), dk.narrow(0, 0, at.M));
-    add(pick(grads.value, at), dv.narrow(0, 0, at.M));
+    add(at.view(grads.query), dq);
   });
 }
 

@@ -78,6 +78,11 @@ class FineGradients {
       if (!o.levels.empty()) cells_.emplace(rows, key_count_, o);
       const auto options = pooled->key.options();
       coarse_grads_ = at::empty({2, B_ * H_, slices_, pooled_, D_}, options);
+      if (grads.mass_grad.defined()) {
+        mass_grads_ = at::empty({B_ * H_, slices_, pooled_}, options);
+        mass_grad_ = grads.mass_grad.mutable_data_ptr<A>();
+        pooled_grads_ = grads.pooled_grads.mutable_data_ptr<A>();
+      }
     }
   }
 
@@ -97,6 +102,7 @@ class FineGradients {
         for (const int64_t which : {0, 1}) {
           if (coarse_key_) std::fill_n(coarse_grad(which, head, slice, 0), pooled_ * D_, A(0));
         }
+        if (mass_grad_) std::fill_n(mass_grad(head, slice), pooled_, A(0));
         for (int64_t x = slice * nq_ / slices_; x < last; ++x) {
           row_block(head / H_, head % H_, slice, x, tiles, ids, t, grad_query);
         }
@@ -159,6 +165,11 @@ class FineGradients {
            (((which * B_ * H_ + head) * slices_ + slice) * pooled_ + y) * D_;
   }
 
+  // Gradients of the log masses of a head's blocks, from one slice of query blocks.
+  A* mass_grad(int64_t head, int64_t slice) {
+    return mass_grads_.mutable_data_ptr<A>() + (head * slices_ + slice) * pooled_;
+  }
+
   // Adds left' right, [count, D], to the gradients of the pooled keys of a segment.
   void add_coarse(int64_t which, int64_t head, int64_t slice, const Segment& s, const int32_t* ids,
                   int64_t rows, A alpha, const A* left, int64_t ld, const AccRows<T>& right,
@@ -218,6 +229,9 @@ class FineGradients {
         for (int64_t r = 0; coarse_sum_ && r < rows; ++r) {
           const A* ds = t.ds + s->column + r * ld;
           coarse_sum_[at + r] += std::accumulate(ds, ds + s->count, A(0));
+        }
+        for (int64_t r = 0; mass_grad_ && r < rows; ++r) {
+          add_row(t.ds + s->column + r * ld, s->count, mass_grad(head, slice) + s->first);
         }
       }
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
@@ -308,6 +322,15 @@ class FineGradients {
         add_scaled(t.coarse_value, coarse_grad(1, b * H_ + h, slice, y), share, D_);
       }
     }
+    if (!mass_grad_) return;
+    const int64_t block = (b * Hk_ + hk) * nk_ + y;
+    std::copy_n(t.coarse_key, D_, pooled_grads_ + block * D_);
+    std::copy_n(t.coarse_value, D_, pooled_grads_ + (B_ * Hk_ * nk_ + block) * D_);
+    A sum = 0;
+    for (int64_t h = hk * G_; h < (hk + 1) * G_; ++h) {
+      for (int64_t slice = 0; slice < slices_; ++slice) sum += mass_grad(b * H_ + h, slice)[y];
+    }
+    mass_grad_[block] = sum;
   }
 
   // With levels: the same sums for all resolutions, as what every valid row of a block of block_k
@@ -357,9 +380,11 @@ class FineGradients {
   std::vector<A> shift_;         // [B, H, N]: lse, +inf for a row without weight
   Tensor key_count_;             // [B, pooled]
   BlockBias<A> block_bias_;
-  Tensor weights_, row_bias_;  // of PooledInputs
-  A* coarse_sum_ = nullptr;    // [B, H, N] or null
-  Tensor coarse_grads_;        // [2, B * H, slices, pooled, D]
+  Tensor weights_, row_bias_;                         // of PooledInputs
+  A* coarse_sum_ = nullptr;                           // [B, H, N] or null
+  Tensor coarse_grads_;                               // [2, B * H, slices, pooled, D]
+  Tensor mass_grads_;                                 // [B * H, slices, pooled], or undefined
+  A *mass_grad_ = nullptr, *pooled_grads_ = nullptr;  // of FineBackward
 };
 
 }  // namespace

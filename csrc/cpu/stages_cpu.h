@@ -48,7 +48,6 @@ void centre(Centred&, const Inputs&, bool backward, const Options&);
 void centred_term(FineResult& result, const Inputs&, const Centred&, const Options&);
 Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                      const Inputs&, Centred&, const Options&);
-void centred_grads(const Grads&, const Tensor& grad_out, const Tensor& share,
-                   const Tensor& coarse_sum, const Inputs&, const Centred&, const Options&);
+void centred_grads(const Grads&, const FineBackward&, const Inputs&, const Options&);
 
 }  // namespace mra::cpu

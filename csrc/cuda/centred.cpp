@@ -283,4 +283,57 @@ void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward&
   order1_key_grads(term, moment_grads, shares, grads);
 }
 
+void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grads,
+                       const FineBackward& back, const Inputs& in, const Options& o) {
+  const Launch launch(in.query);
+  const Centred& c = *back.centred;
+  const Tensor key_mean = with_aligned_rows(c.pooled.key);
+  const Tensor value_mean = with_aligned_rows(c.pooled.value);
+  const Tensor sums = at::empty_like(key_mean), centre_grads = at::empty_like(c.centre);
+  KeyWeightsBackwardParams p{};
+  p.k = in.key.const_data_ptr();
+  p.v = in.value.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.v_strides = strides_of(in.value);
+  p.grad_k = grads.key.mutable_data_ptr();
+  p.grad_v = grads.value.const_data_ptr();
+  p.grad_k_strides = strides_of(grads.key);
+  p.grad_v_strides = strides_of(grads.value);
+  p.weights = c.pooled.weights.const_data_ptr<float>();
+  p.k_mean = key_mean.const_data_ptr<float>();
+  p.v_mean = value_mean.const_data_ptr<float>();
+  p.shares = shares.const_data_ptr<float>();
+  p.mass_grads = mass_grads.const_data_ptr<float>();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.sums = sums.mutable_data_ptr<float>();
+  p.moments = has_order1(o);
+  p.dtype = dtype_of(in.key);
+  p.B = static_cast<int>(in.key.size(0));
+  p.Hk = static_cast<int>(in.key.size(1));
+  p.M = static_cast<int>(in.key.size(2));
+  p.D = static_cast<int>(in.key.size(3));
+  p.nk = static_cast<int>(key_mean.size(2));
+  p.log2_block_k = log2_of(o.block_k);
+  p.parts = static_cast<int>(mass_grads.size(0));
+  p.scale = static_cast<float>(o.scale);
+  launch.check(key_weights_backward(p, launch.stream));
+
+  CentreGradParams g{};
+  g.sums = p.sums;
+  g.count = c.pooled.query_count.const_data_ptr<int>();
+  g.mask = mask_of(in.query_mask);
+  g.centre_grad = centre_grads.mutable_data_ptr<float>();
+  g.grad_q = grads.query.mutable_data_ptr();
+  g.grad_q_strides = strides_of(grads.query);
+  g.dtype = p.dtype;
+  g.B = p.B;
+  g.H = static_cast<int>(in.query.size(1));
+  g.Hk = p.Hk;
+  g.N = static_cast<int>(in.query.size(2));
+  g.D = p.D;
+  g.nq = static_cast<int>(c.pooled.query_count.size(1));
+  g.nk = p.nk;
+  launch.check(centre_grad(g, launch.stream));
+}
+
 }  // namespace mra::cuda

@@ -90,4 +90,39 @@ struct CentreProductsParams {
 };
 cudaError_t centre_products(const CentreProductsParams& params, cudaStream_t stream);
 
+// Gradients through the weights: adds to grad_k, and leaves what the centre gets of each block.
+struct KeyWeightsBackwardParams {
+  const void *k, *v;  // [B, Hk, M, D] T
+  Strides k_strides, v_strides;
+  // [B, Hk, M, D] T: with `moments` what these and `shares` give to the keys and values so far, by
+  // the weights; grad_v is not read else
+  void* grad_k;
+  const void* grad_v;
+  Strides grad_k_strides, grad_v_strides;
+  const float* weights;          // [B, Hk, nk * block_k]
+  const float *k_mean, *v_mean;  // [B, Hk, nk, D], weighted
+  const float* shares;           // [2, B, Hk, nk, D]: gradients of these
+  const float* mass_grads;       // [parts, B, Hk, nk]: of the log masses, in parts
+  const float* centre;           // [B, Hk, D]
+  float* sums;                   // [B, Hk, nk, D]
+  bool moments;
+  Dtype dtype;
+  int B, Hk, M, D, nk, log2_block_k, parts;
+  float scale;
+};
+cudaError_t key_weights_backward(const KeyWeightsBackwardParams& params, cudaStream_t stream);
+
+// The centre's gradient, summed over blocks, to all valid queries of its group.
+struct CentreGradParams {
+  const float* sums;    // [B, Hk, nk, D]
+  const int* count;     // [B, nq]: valid queries
+  const uint8_t* mask;  // [B, N] or null
+  float* centre_grad;   // [B, Hk, D]: what each query gets
+  void* grad_q;         // [B, H, N, D] T
+  Strides grad_q_strides;
+  Dtype dtype;
+  int B, H, Hk, N, D, nq, nk;
+};
+cudaError_t centre_grad(const CentreGradParams& params, cudaStream_t stream);
+
 }  // namespace mra::cuda

@@ -9,11 +9,16 @@ namespace mra::cuda {
 // doesn't make it from `centre` and `moments` of `pooled`.
 Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o);
 
-// In the backward pass, between fine's rows and its columns. Adds to grads.query what order 1 gives
-// beside the logits, and fills grads.key and grads.value with that and with what `shares`, the
-// gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
+// In the backward pass, between fine's rows and its columns: order 1. Adds to grads.query what it
+// gives beside the logits, and fills grads.key and grads.value with that and with what `shares`,
+// the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
 // grad_out, share, coarse_sum and centred of `back`.
 void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward& back,
                    const Inputs& in, const Options& o);
+
+// Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
+// grads.key. mass_grads: of pooled_shares.
+void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grads,
+                       const FineBackward& back, const Inputs& in, const Options& o);
 
 }  // namespace mra::cuda

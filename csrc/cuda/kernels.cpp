@@ -221,6 +221,7 @@ std::vector<KernelInfo> kernel_table() {
       {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},
       {"order1", "keys", "csrc/cuda/order1_keys.cu", "sm_80+", all, dims},
       {"order1", "row_weights", "csrc/cuda/centred_sums.cu", "sm_80+", all, "8..256"},
+      {"pool", "key_weights_backward", "csrc/cuda/centred_backward.cu", "sm_80+", all, "8..256"},
       {"fine", "backward_columns", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
   };
 }

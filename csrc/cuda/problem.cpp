@@ -91,7 +91,8 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
   return p;
 }
 
-Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like) {
+Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
+                     Tensor* mass_grads) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
   // One wave of what the kernel's registers allow a multiprocessor.
   const bool hopper = launch.device.major == 9, half = dtype != Dtype::f32;
@@ -104,6 +105,10 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
   const Tensor shares = at::empty({2, p.B, p.Hk, p.nk, p.D}, acc);
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
+  if (mass_grads != nullptr) {
+    *mass_grads = at::empty({p.splits, p.B, p.Hk, p.nk}, acc);
+    p.pooled_mass_grads = mass_grads->mutable_data_ptr<float>();
+  }
   launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
   launch.check(share_sums({sums.const_data_ptr<float>(), p.pooled_mass ? nullptr : p.key_count,
                            shares.mutable_data_ptr<float>(), p.splits, p.B, p.Hk, p.nk, p.D},

@@ -82,7 +82,7 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
     }
   }
 
-  float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {};
+  float dk[kWidth / 8][4] = {}, dv[kWidth / 8][4] = {}, mass_grad[2] = {};
   // Turn -1 only fetches the first tile.
   bool left = true;
 #pragma unroll 1
@@ -145,7 +145,10 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
 #pragma unroll
     for (int n = 0; n < kRows / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ds[n][i] *= s[n][i];
+      for (int i = 0; i < 4; ++i) {
+        ds[n][i] *= s[n][i];
+        if (kPooled) mass_grad[i / 2] += ds[n][i];
+      }
     }
     multiply_pn<T>(dv, s, grad_out, kLdT, column, p.tf32);
     multiply_pn<T>(dk, ds, q, kLdT, column, p.tf32);
@@ -169,6 +172,16 @@ __global__ void __maxnreg__((kColumnsRegisters<T, DP, kSixteens>))
     if (p.add) add_rows<T>(c, to, strides.l, present, column, p.D, live);
     store_rows<T>(c, to, strides.l, present, column, p.D == DP ? DP : p.D);
   };
+  if (kPooled && p.pooled_mass_grads != nullptr) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(mass_grad[half]);
+      const int r = g + 8 * half;
+      if (t != 0 || column != 0 || r >= present) continue;
+      p.pooled_mass_grads[(split * static_cast<int64_t>(p.B) * p.Hk + head) * p.nk + own + r] =
+          live[half] ? sum : 0.f;
+    }
+  }
   store(dk, p.scale, p.pooled_grad_k, p.grad_k, p.grad_k_strides, p.k_block);
   store(dv, 1.f, p.pooled_grad_v, p.grad_v, p.grad_v_strides, p.v_block);
 }

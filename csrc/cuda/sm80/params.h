@@ -98,6 +98,7 @@ struct BackwardParams : Problem {
 
   // pooled columns: partial sums [splits, B, Hk, nk, D]
   float *pooled_grad_k, *pooled_grad_v;
+  float* pooled_mass_grads;  // [splits, B, Hk, nk] or null: sums of the gradients of their logits
   int splits;
 };
 

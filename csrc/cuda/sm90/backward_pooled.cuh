@@ -163,6 +163,18 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
     finish_rows(c, factor, live, nullptr, 0, p.D);
     store_rows<float>(c, to + (head * p.nk + at.first_key + key) * p.D, p.D, at.keys - key, 0, p.D);
   };
+  const auto store_mass_grad = [&](const float(&mine)[2]) {
+    if (p.pooled_mass_grads == nullptr) return;
+    const int64_t head = (static_cast<int64_t>(at.split) * p.B + at.b) * p.Hk + at.hk;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(mine[half]);
+      const int r = key + g + 8 * half;
+      if (threadIdx.x % 4 != 0 || r >= at.keys) continue;
+      p.pooled_mass_grads[head * p.nk + at.first_key + r] = live[half] ? sum : 0.f;
+    }
+  };
+  float mass_grad[2] = {};
   barrier_wait(&s.keys_full[0], 0);
   if constexpr (kWarps == 8) {
     float sums[DP / 8][4] = {};
@@ -170,14 +182,17 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
       attend_rows_wide<T, DP, true, true>(sums, s, 0, 0, tiles, p.scale, false, 0, bias);
       store(sums, 1.f, p.pooled_grad_v);
     } else {
-      attend_rows_wide<T, DP, true, false>(sums, s, 0, 0, tiles, p.scale, false, 0, bias);
+      attend_rows_wide<T, DP, true, false>(sums, s, 0, 0, tiles, p.scale, false, 0, bias,
+                                           mass_grad);
       store(sums, p.scale, p.pooled_grad_k);
+      store_mass_grad(mass_grad);
     }
   } else {
     float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-    attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias);
+    attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias, mass_grad);
     store(dk, p.scale, p.pooled_grad_k);
     store(dv, 1.f, p.pooled_grad_v);
+    store_mass_grad(mass_grad);
   }
 #endif
 }

@@ -137,14 +137,24 @@ __device__ __forceinline__ void differentiate_rows(float (&ds)[8][4], const uint
   }
 }
 
+// Adds up what a thread has of two keys.
+__device__ __forceinline__ void add_columns(float* sum, const float (&c)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    sum[0] += c[n][0] + c[n][1];
+    sum[1] += c[n][2] + c[n][3];
+  }
+}
+
 // Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the
 // factor `scale`. Where kEarly holds the last place of rows is kept. kPooled: keys stand for 2^bias
-// keys each, and `unseen` takes away some tile by tile; else `first_key` matters under causal.
+// keys each, `unseen` takes away some tile by tile, and the gradients of the logits of a key are
+// added to mass_grad, this thread's part; else `first_key` matters under causal.
 template <typename T, int DP, bool kPooled, int kPlaces>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP, kPlaces>& s, int place, int before,
                                             int tiles, float scale, bool causal, int first_key,
-                                            const float (&bias)[2]) {
+                                            const float (&bias)[2], float* mass_grad = nullptr) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   constexpr bool kEarly = !kPooled && ColumnsShared<DP, kPlaces>::kEarly;
   const int key = 16 * warp_index() + threadIdx.x % 32 / 4;
@@ -178,6 +188,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(ds);
     if (last) barrier_arrive(&s.keys_empty[place]);
     differentiate_rows<T>(ds, a, s, stage);
+    if constexpr (kPooled) add_columns(mass_grad, ds);
     pack<T>(da, ds);
     pin(dk);
     wgmma_fence();
@@ -195,7 +206,8 @@ template <typename T, int DP, bool kPooled, bool kValues, int kPlaces>
 __device__ __forceinline__ void attend_rows_wide(float (&sums)[DP / 8][4],
                                                  ColumnsShared<DP, kPlaces>& s, int place,
                                                  int before, int tiles, float scale, bool causal,
-                                                 int first_key, const float (&bias)[2]) {
+                                                 int first_key, const float (&bias)[2],
+                                                 float* mass_grad = nullptr) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   constexpr bool kEarly = !kPooled && ColumnsShared<DP, kPlaces>::kEarly;
   const int key = 16 * (warp_index() % 4) + threadIdx.x % 32 / 4, thread = threadIdx.x % 128;
@@ -236,6 +248,7 @@ __device__ __forceinline__ void attend_rows_wide(float (&sums)[DP / 8][4],
       barrier_arrive(&s.handed.full);
     } else {
       differentiate_rows<T>(c, weights, s, stage);
+      if constexpr (kPooled) add_columns(mass_grad, c);
       pack<T>(a, c);
     }
     pin(sums);
