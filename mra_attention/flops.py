@@ -15,8 +15,8 @@ unselected (query block, key block) pairs. Per query head, or key head where mar
               q Sigma q)
 
 With pool "centred" and "sampled" the stage pool takes more, per key head: weights, 2 D M or
-130 D M (in the operator plan too), and weighted means of keys and values, 3 D M; 2 D M in the
-backward pass.
+30 D M (in the operator plan too), and weighted means of keys and values, 3 D M; in the backward
+pass 2 D M for these and 8 D M for the weights.
 
 With ``levels`` plan and coarse count the candidates and the coarse cells of every resolution, and
 order 1 once for each.
@@ -82,7 +82,7 @@ def stage_flops(B, H, Hk, N, M, D, rows, bk, coarse, order, which, coarser=(),
     block_coarse = sum(seen - taken for _, taken, seen in every)
     stages = {"pool": key_heads * 2 * D * M + (heads * D * N if forward else 0)}
     if pool != "even":
-        stages["pool"] += key_heads * D * M * (WEIGHTS[pool] + 3 if forward else 2)
+        stages["pool"] += key_heads * D * M * (WEIGHTS[pool] + 3 if forward else 10)
     stages["plan"] = heads * 2 * D * sum(seen for _, _, seen in every) if forward else 0
     if coarse == "row":
         each = (4 if forward else 10) * D * row_coarse
