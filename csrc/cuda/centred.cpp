@@ -271,8 +271,8 @@ Tensor centred_delta(const Tensor& grad_out_in, const Tensor& share, const Tenso
   return result;
 }
 
-void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward& back,
-                   const Inputs& in, const Options& o) {
+Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                     const FineBackward& back, const Inputs& in, const Options& o) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
   const Term term(launch, in, c.pooled, o);
@@ -280,16 +280,19 @@ void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward&
   const RowWeights rows(term, grad_out, back);
   Tensor moment_grads = rows_at_once(term, grad_out, c, rows, grads);
   if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
-  order1_key_grads(term, moment_grads, shares, grads);
+  WeightGrads through{shares, mass_grad, c.centre};
+  order1_key_grads(term, moment_grads, &through, grads);
+  return through.centre_grads;
 }
 
-void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grads,
-                       const FineBackward& back, const Inputs& in, const Options& o) {
-  const Launch launch(in.query);
-  const Centred& c = *back.centred;
+namespace {
+
+// Adds to grads.key, and returns what the centre gets of each block, [B, Hk, nk, D].
+Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                       const Centred& c, const Inputs& in, const Options& o, const Launch& launch) {
   const Tensor key_mean = with_aligned_rows(c.pooled.key);
   const Tensor value_mean = with_aligned_rows(c.pooled.value);
-  const Tensor sums = at::empty_like(key_mean), centre_grads = at::empty_like(c.centre);
+  const Tensor sums = at::empty_like(key_mean);
   KeyWeightsBackwardParams p{};
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
@@ -303,7 +306,7 @@ void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& m
   p.k_mean = key_mean.const_data_ptr<float>();
   p.v_mean = value_mean.const_data_ptr<float>();
   p.shares = shares.const_data_ptr<float>();
-  p.mass_grads = mass_grads.const_data_ptr<float>();
+  p.mass_grad = mass_grad.const_data_ptr<float>();
   p.centre = c.centre.const_data_ptr<float>();
   p.sums = sums.mutable_data_ptr<float>();
   p.moments = has_order1(o);
@@ -314,26 +317,38 @@ void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& m
   p.D = static_cast<int>(in.key.size(3));
   p.nk = static_cast<int>(key_mean.size(2));
   p.log2_block_k = log2_of(o.block_k);
-  p.parts = static_cast<int>(mass_grads.size(0));
   p.scale = static_cast<float>(o.scale);
   launch.check(key_weights_backward(p, launch.stream));
+  return sums;
+}
 
-  CentreGradParams g{};
-  g.sums = p.sums;
-  g.count = c.pooled.query_count.const_data_ptr<int>();
-  g.mask = mask_of(in.query_mask);
-  g.centre_grad = centre_grads.mutable_data_ptr<float>();
-  g.grad_q = grads.query.mutable_data_ptr();
-  g.grad_q_strides = strides_of(grads.query);
-  g.dtype = p.dtype;
-  g.B = p.B;
-  g.H = static_cast<int>(in.query.size(1));
-  g.Hk = p.Hk;
-  g.N = static_cast<int>(in.query.size(2));
-  g.D = p.D;
-  g.nq = static_cast<int>(c.pooled.query_count.size(1));
-  g.nk = p.nk;
-  launch.check(centre_grad(g, launch.stream));
+}  // namespace
+
+void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                       Tensor centre_grads, const FineBackward& back, const Inputs& in,
+                       const Options& o) {
+  const Launch launch(in.query);
+  const Centred& c = *back.centred;
+  if (!centre_grads.defined()) {
+    centre_grads = through_weights(grads, shares, mass_grad, c, in, o, launch);
+  }
+  const Tensor each = at::empty_like(c.centre);
+  CentreGradParams p{};
+  p.sums = centre_grads.const_data_ptr<float>();
+  p.count = c.pooled.query_count.const_data_ptr<int>();
+  p.mask = mask_of(in.query_mask);
+  p.centre_grad = each.mutable_data_ptr<float>();
+  p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
+  p.dtype = dtype_of(in.query);
+  p.B = static_cast<int>(in.query.size(0));
+  p.H = static_cast<int>(in.query.size(1));
+  p.Hk = static_cast<int>(in.key.size(1));
+  p.N = static_cast<int>(in.query.size(2));
+  p.D = static_cast<int>(in.query.size(3));
+  p.nq = static_cast<int>(c.pooled.query_count.size(1));
+  p.parts = static_cast<int>(centre_grads.size(2));
+  launch.check(centre_grad(p, launch.stream));
 }
 
 }  // namespace mra::cuda

@@ -102,26 +102,26 @@ struct KeyWeightsBackwardParams {
   const float* weights;          // [B, Hk, nk * block_k]
   const float *k_mean, *v_mean;  // [B, Hk, nk, D], weighted
   const float* shares;           // [2, B, Hk, nk, D]: gradients of these
-  const float* mass_grads;       // [parts, B, Hk, nk]: of the log masses, in parts
+  const float* mass_grad;        // [B, Hk, nk]: of the log masses
   const float* centre;           // [B, Hk, D]
   float* sums;                   // [B, Hk, nk, D]
   bool moments;
   Dtype dtype;
-  int B, Hk, M, D, nk, log2_block_k, parts;
+  int B, Hk, M, D, nk, log2_block_k;
   float scale;
 };
 cudaError_t key_weights_backward(const KeyWeightsBackwardParams& params, cudaStream_t stream);
 
-// The centre's gradient, summed over blocks, to all valid queries of its group.
+// The centre's gradient, summed over parts, to all valid queries of its group.
 struct CentreGradParams {
-  const float* sums;    // [B, Hk, nk, D]
+  const float* sums;    // [B, Hk, parts, D]
   const int* count;     // [B, nq]: valid queries
   const uint8_t* mask;  // [B, N] or null
   float* centre_grad;   // [B, Hk, D]: what each query gets
   void* grad_q;         // [B, H, N, D] T
   Strides grad_q_strides;
   Dtype dtype;
-  int B, H, Hk, N, D, nq, nk;
+  int B, H, Hk, N, D, nq, parts;
 };
 cudaError_t centre_grad(const CentreGradParams& params, cudaStream_t stream);
 

@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     unpack16<T>(*reinterpret_cast<const uint4*>(from), x);
   };
 
-  float mass_grad = 0.f;
-  for (int s = 0; s < p.parts; ++s) mass_grad += p.mass_grads[s * blocks + block];
+  const float mass_grad = p.mass_grad[block];
   float k_mean[kChunks][kCount] = {};
   float total = 0.f;
   {
@@ -172,9 +171,9 @@ __global__ void __launch_bounds__(kThreads) centre_grad_kernel(const CentreGradP
   n = __reduce_add_sync(kFullWarp, n);
   if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = n;
   const Turns<kThreads> own(p.D / 4);
-  const float4* from =
-      reinterpret_cast<const float4*>(p.sums) + int64_t{blockIdx.x} * p.nk * own.quads + own.quad;
-  const float4 sum = own.sum(sums, p.nk, [&](int y) { return from[int64_t{y} * own.quads]; });
+  const float4* from = reinterpret_cast<const float4*>(p.sums) +
+                       int64_t{blockIdx.x} * p.parts * own.quads + own.quad;
+  const float4 sum = own.sum(sums, p.parts, [&](int i) { return from[int64_t{i} * own.quads]; });
   __syncthreads();
   if (own.turn != 0) return;
   n = 0;
@@ -213,7 +212,7 @@ cudaError_t key_weights_backward(const KeyWeightsBackwardParams& p, cudaStream_t
 }
 
 cudaError_t centre_grad(const CentreGradParams& p, cudaStream_t stream) {
-  const cudaError_t error = by_length(p.nk, [&](auto threads) {
+  const cudaError_t error = by_length(p.parts, [&](auto threads) {
     return launch_grid(centre_grad_kernel<threads()>, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
   });
   if (error != cudaSuccess) return error;

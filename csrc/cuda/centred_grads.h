@@ -13,12 +13,15 @@ Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Opti
 // gives beside the logits, and fills grads.key and grads.value with that and with what `shares`,
 // the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
 // grad_out, share, coarse_sum and centred of `back`.
-void centred_grads(const Grads& grads, const Tensor& shares, const FineBackward& back,
-                   const Inputs& in, const Options& o);
+// Where its kernel makes the gradients through the weights too, the rest of which key_weights_grads
+// does, it returns the centre's in parts, [B, Hk, parts, D] float32.
+Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                     const FineBackward& back, const Inputs& in, const Options& o);
 
 // Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
-// grads.key. mass_grads: of pooled_shares.
-void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grads,
-                       const FineBackward& back, const Inputs& in, const Options& o);
+// grads.key. mass_grad: of pooled_shares; centre_grads: of centred_grads, or undefined.
+void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                       Tensor centre_grads, const FineBackward& back, const Inputs& in,
+                       const Options& o);
 
 }  // namespace mra::cuda

@@ -12,6 +12,12 @@ __global__ void __launch_bounds__(kThreads) share_sums_kernel(const ShareSumsPar
   const int64_t quads = int64_t{2} * p.B * p.Hk * p.nk * (p.D / 4);
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= quads) return;
+  const int64_t blocks = int64_t{p.B} * p.Hk * p.nk;
+  if (p.mass_parts != nullptr && i < blocks) {
+    float sum = p.mass_parts[i];
+    for (int s = 1; s < p.splits; ++s) sum += p.mass_parts[s * blocks + i];
+    p.mass_grad[i] = sum;
+  }
   const int64_t half = quads / 2, part = half * p.splits;  // keys, then values
   const float4* from = reinterpret_cast<const float4*>(p.sums) + i / half * part + i % half;
   float4 sum = from[0];

@@ -175,12 +175,12 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   const Grads g{or_empty(back.query_extra, in.query), or_empty(back.key_extra, in.key),
                 or_empty(back.value_extra, in.value)};
   bool add_keys = back.key_extra.defined();
-  Tensor key_block = back.key_block, value_block = back.value_block, shares, mass_grads;
+  Tensor key_block = back.key_block, value_block = back.value_block, shares, mass_grad;
   if (pooled) {
     shares = cells ? cells_columns(p, keys.key, keys.value, keys.count, back.coarse_delta, rows,
                                    columns, o, dtype, launch)
                    : pooled_shares(p, dtype, launch, in.query,
-                                   back.centred != nullptr ? &mass_grads : nullptr);
+                                   back.centred != nullptr ? &mass_grad : nullptr);
     if (pooled->weights.defined()) {
       if (!has_order1(o)) {
         spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
@@ -213,8 +213,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.beside = launch.device.major == 9 && back.centred == nullptr;
   p.add = add_keys;
   if (back.centred != nullptr) {
-    if (has_order1(o)) centred_grads(g, shares, back, in, o);
-    key_weights_grads(g, shares, mass_grads, back, in, o);
+    Tensor centre_grads;
+    if (has_order1(o)) centre_grads = centred_grads(g, shares, mass_grad, back, in, o);
+    key_weights_grads(g, shares, mass_grad, centre_grads, back, in, o);
   }
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;

@@ -73,7 +73,7 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
 }
 
 // grads.key and grads.value; false where the kernel doesn't do it.
-bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& shares,
+bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* through,
                     const Grads& grads) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch) || term.o.block_k > 64) return false;
@@ -92,8 +92,17 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& 
   p.nk = term.nk;
   p.log2_block_k = term.block_shift;
   p.weights = data_of<float>(term.pooled.weights);
-  p.shares = data_of<float>(shares);
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim <= 64 ? 2 : 1, device);
+  Tensor centre_grads;
+  if (through != nullptr) {
+    const int64_t parts = int64_t{p.chunks} * sm90::order1_keys_warps(term.dim);
+    centre_grads = at::empty({p.B, p.Hk, parts, p.D}, term.acc());
+    p.shares = through->shares.const_data_ptr<float>();
+    p.mass_grad = through->mass_grad.const_data_ptr<float>();
+    p.centre = through->centre.const_data_ptr<float>();
+    p.centre_grads = centre_grads.mutable_data_ptr<float>();
+    p.scale = static_cast<float>(term.o.scale);
+  }
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
@@ -103,6 +112,7 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, const Tensor& 
                                 : sm90::launch_order1_keys<128>(p, device, term.launch.stream);
   if (error == cudaErrorNotSupported) return false;
   term.launch.check(error);
+  if (through != nullptr) through->centre_grads = centre_grads;
   return true;
 #else
   return false;
@@ -157,9 +167,9 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
 #endif
 }
 
-void order1_key_grads(const Term& term, const Tensor& moment_grads, const Tensor& shares,
+void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads* through,
                       const Grads& grads, bool add) {
-  if (!add && keys_on_hopper(term, moment_grads, shares, grads)) return;
+  if (!add && keys_on_hopper(term, moment_grads, through, grads)) return;
   const Inputs& in = term.in;
   const Launch& launch = term.launch;
   Order1Keys p{};
@@ -175,7 +185,7 @@ void order1_key_grads(const Term& term, const Tensor& moment_grads, const Tensor
   p.nk = term.nk;
   p.block_shift = term.block_shift;
   p.weights = data_of<float>(term.pooled.weights);
-  p.shares = data_of<float>(shares);
+  p.shares = through == nullptr ? nullptr : through->shares.const_data_ptr<float>();
   p.key_count = term.pooled.key_count.const_data_ptr<int>();
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
@@ -201,7 +211,7 @@ void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const Pooled
                       const Options& o, const Order1Grads& grads, bool add) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  order1_key_grads(term, moment_grads, {}, {grads.query, grads.key, grads.value}, add);
+  order1_key_grads(term, moment_grads, nullptr, {grads.query, grads.key, grads.value}, add);
 }
 
 bool order1_grad_walk(const Tensor& grad_out, const Tensor& share, const Tensor& delta,

@@ -211,10 +211,17 @@ struct Term {
 Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
                              const Tensor& grad_query, sm90::Order1Rows p);
 
-// Gradients of the keys and values from dC and dSigma, to grads.key and grads.value. `shares`: with
-// weighted means those of the pooled keys and values, [2, B, Hk, nk, D], else undefined. `add`: to
-// what is there.
-void order1_key_grads(const Term& term, const Tensor& moment_grads, const Tensor& shares,
+// With weighted means: gradients of the pooled keys and values, [2, B, Hk, nk, D], and of the log
+// masses, [B, Hk, nk]; the centre, [B, Hk, D]. All float32.
+struct WeightGrads {
+  Tensor shares, mass_grad, centre;
+  // Set where the gradients through the weights were made too: the centre's, [B, Hk, parts, D].
+  Tensor centre_grads{};
+};
+
+// Gradients of the keys and values from dC and dSigma, to grads.key and grads.value. `through`:
+// null unless means are weighted. `add`: to what is there.
+void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads* through,
                       const Grads& grads, bool add = false);
 
 }  // namespace mra::cuda

@@ -92,7 +92,7 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
 }
 
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
-                     Tensor* mass_grads) {
+                     Tensor* mass_grad) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;
   // One wave of what the kernel's registers allow a multiprocessor.
   const bool hopper = launch.device.major == 9, half = dtype != Dtype::f32;
@@ -105,14 +105,18 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
   const Tensor shares = at::empty({2, p.B, p.Hk, p.nk, p.D}, acc);
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
-  if (mass_grads != nullptr) {
-    *mass_grads = at::empty({p.splits, p.B, p.Hk, p.nk}, acc);
-    p.pooled_mass_grads = mass_grads->mutable_data_ptr<float>();
+  Tensor mass_parts;
+  if (mass_grad != nullptr) {
+    mass_parts = at::empty({p.splits, p.B, p.Hk, p.nk}, acc);
+    *mass_grad = at::empty({p.B, p.Hk, p.nk}, acc);
+    p.pooled_mass_grads = mass_parts.mutable_data_ptr<float>();
   }
   launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
-  launch.check(share_sums({sums.const_data_ptr<float>(), p.pooled_mass ? nullptr : p.key_count,
-                           shares.mutable_data_ptr<float>(), p.splits, p.B, p.Hk, p.nk, p.D},
-                          launch.stream));
+  launch.check(share_sums(
+      {sums.const_data_ptr<float>(), p.pooled_mass ? nullptr : p.key_count,
+       shares.mutable_data_ptr<float>(), p.splits, p.B, p.Hk, p.nk, p.D, data_of<float>(mass_parts),
+       mass_grad != nullptr ? mass_grad->mutable_data_ptr<float>() : nullptr},
+      launch.stream));
   return shares;
 }
 

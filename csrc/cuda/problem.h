@@ -40,10 +40,10 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
 // Gradients of the pooled keys and values of `p`, divided by the count of their block: what each of
 // its rows gets; whole where there is pooled_mass. [2, B, Hk, nk, D] float32: keys, values. The
 // rows are cut into parts so that the device is full; the parts' sums take O(multiprocessors)
-// memory. *mass_grads, unless null, gets the gradients of the masses' logarithms in such parts,
-// [parts, B, Hk, nk] float32.
+// memory. *mass_grad, unless null, gets the gradients of the masses' logarithms, [B, Hk, nk]
+// float32.
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
-                     Tensor* mass_grads = nullptr);
+                     Tensor* mass_grad = nullptr);
 
 // Such gradients, whole, to the keys and values of each block by their weights [B, Hk, nk *
 // block_k]. Fills grad_key and grad_value, [B, Hk, M, D] T.

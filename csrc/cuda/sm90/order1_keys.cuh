@@ -1,8 +1,9 @@
 // Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
 // with kappa and nu the key and value less the means of their block (made again here), zeros for a
-// key that doesn't count. With weighted means these are times the weight and the block's count, and
-// the weight times the gradients of the pooled key and value is added. dC and dSigma stay in shared
-// memory; a block of threads walks a chunk of a head's tiles of 64 keys, its warpgroups in turns.
+// key that doesn't count. With weighted means these are times the weight and the block's count, the
+// weight times the gradients of the pooled key and value is added, and what comes through the
+// weights (docs/algorithm.md). dC and dSigma stay in shared memory; a block of threads walks a
+// chunk of a head's tiles of 64 keys, its warpgroups in turns.
 #pragma once
 
 #include <climits>
@@ -29,6 +30,8 @@ struct Order1KeysShared {
   uint16_t matrices[2][DP / 64][DP][64];  // dC, dSigma
   KeyTiles<DP, Order1KeysTraits<DP>::kStages, kWeighted> keys;
   uint64_t matrices_full;
+  alignas(8) float centre[kWeighted ? DP : 2];
+  float totals[kWeighted ? DP / 64 : 1][4];  // of the 16 keys of each warp
 };
 
 // Keys that count of the block that key r of a tile is in.
@@ -38,6 +41,71 @@ __device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
   if constexpr (kBlocks == 2) return __popc(valid[r / 32]);
   return __popc(valid[r / 32] & 0xffffu << r % 32 / 16 * 16);
 }
+
+// Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
+// block has of it), x_j in docs/algorithm.md, from the products of their deviations, which lie in
+// shared memory, and the block's shares. Of a product of two deviations each has a half.
+template <int DP, int kBlocks, class Shared>
+struct WeightsBackward {
+  static constexpr int kPanels = DP / 64;
+  Shared& s;
+  int stage, group, count;         // count: keys of the block
+  const float *of_key, *of_value;  // shares of the block, from column 2 t on
+  int D;
+
+  template <class Sync>
+  __device__ __forceinline__ void run(float (&grad)[2], const float (&dk)[8 * kPanels][4],
+                                      const float (&dv)[8 * kPanels][4], float mass_grad,
+                                      float scale, const Sync& group_sync) const {
+    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto& x = s.keys.x[stage];
+    float weight[2], factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
+      factor[half] = 0.5f * weight[half] * static_cast<float>(count);
+      grad[half] = 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+      const bool there = 8 * n + 2 * t < D;
+      const float2 u = there ? load_pair(of_key + 8 * n) : float2{};
+      const float2 w = there ? load_pair(of_value + 8 * n) : float2{};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
+        const float2 kappa = pair_of(&x[0][n / 8][r][at]), nu = pair_of(&x[1][n / 8][r][at]);
+        const float2 of_k =
+            make_float2(fmaf(factor[half], dk[n][2 * half], weight[half] * u.x),
+                        fmaf(factor[half], dk[n][2 * half + 1], weight[half] * u.y));
+        const float2 of_v =
+            make_float2(fmaf(factor[half], dv[n][2 * half], weight[half] * w.x),
+                        fmaf(factor[half], dv[n][2 * half + 1], weight[half] * w.y));
+        grad[half] += kappa.x * of_k.x + kappa.y * of_k.y + nu.x * of_v.x + nu.y * of_v.y;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      grad[half] = quad_sum(grad[half]);
+      if (weight[half] != 0.f) grad[half] -= weight[half] * logf(weight[half]) * mass_grad;
+    }
+    float total = grad[0] + grad[1];
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
+    if constexpr (kBlocks < 4) {
+      float(&totals)[4] = s.totals[group];
+      if (threadIdx.x % 32 == 0) totals[warp] = total;
+      group_sync();
+      total = kBlocks == 1 ? totals[0] + totals[1] + totals[2] + totals[3]
+                           : totals[warp / 2 * 2] + totals[warp / 2 * 2 + 1];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) grad[half] = scale * (grad[half] - weight[half] * total);
+  }
+  static __device__ __forceinline__ float2 pair_of(const uint16_t* pair) {
+    return cuda::unpack2(*reinterpret_cast<const uint32_t*>(pair), __nv_bfloat16{});
+  }
+};
 
 // kNarrow: head dims up to 32.
 template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
@@ -55,12 +123,17 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     keys.init(4);
     barrier_init_done();
   }
-  __syncthreads();
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
+  if constexpr (kWeighted) {
+    for (int d = threadIdx.x; d < DP; d += blockDim.x) {
+      s.centre[d] = d < p.D ? p.centre[static_cast<int64_t>(head) * p.D + d] : 0.f;
+    }
+  }
+  __syncthreads();
   const int b = head / p.Hk, h = head - b * p.Hk, first = chunk * p.tiles;
   const int tiles = uniform(min(p.tiles, (p.M + 63) / 64 - first));
   if (warp_index() >= 4 * kGroups) {
-    if constexpr (DP > 64) give_registers<40>();
+    if constexpr (DP > 64) give_registers<24>();
     if (warp_index() > 4 * kGroups) return;
     barrier_expect(&s.matrices_full, 2 * DP * DP * 2);
     if (threadIdx.x % 32 == 0) {
@@ -72,12 +145,13 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles);
     return;
   }
-  if constexpr (DP > 64) take_registers<232>();
+  if constexpr (DP > 64) take_registers<240>();
 
   const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp + g;
   const bool leader = threadIdx.x % 128 == 0;
   const auto group_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
+  float centre_grad[8 * kPanels][2] = {};  // of the rows of this thread
   barrier_wait(&s.matrices_full, 0);
 #pragma unroll 1
   for (int tile = group; tile < tiles; tile += kGroups) {
@@ -108,11 +182,18 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     // Both rows of a thread lie in one block; `share`: gradients of its pooled key, then value.
     const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
     const int y = min((64 * (first + tile) + 16 * warp) >> p.log2_block_k, p.nk - 1);
-    const float* share = nullptr;
+    const float *share = nullptr, *value_share = nullptr;
+    float through[2] = {};  // gradients of log weights
     if constexpr (kWeighted) {
-      share = p.shares + (static_cast<int64_t>(head) * p.nk + y) * p.D + 2 * t;
+      const int64_t block = static_cast<int64_t>(head) * p.nk + y;
+      share = p.shares + block * p.D + 2 * t;
+      value_share = share + static_cast<int64_t>(p.B) * p.Hk * p.nk * p.D;
+      const WeightsBackward<DP, kBlocks, Shared> weights{s,     stage,       group, count,
+                                                         share, value_share, p.D};
+      weights.run(through, dk, dv, p.mass_grad[block], p.scale, group_sync);
     }
-    const auto place = [&](uint16_t(&to)[kPanels][64][64], const float(&grad)[8 * kPanels][4]) {
+    const auto place = [&](bool of_keys, uint16_t(&to)[kPanels][64][64],
+                           const float(&grad)[8 * kPanels][4]) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = row + 8 * half;
@@ -126,14 +207,21 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
             const float2 u = 8 * n + 2 * t < p.D ? load_pair(share + 8 * n) : float2{};
             sum = make_float2(fmaf(factor, sum.x, weight * u.x), fmaf(factor, sum.y, weight * u.y));
           }
-          *reinterpret_cast<uint32_t*>(&to[n / 8][r][(n % 8 ^ g) * 8 + 2 * t]) =
-              live ? Mma<T>::pack(sum.x, sum.y) : 0;
+          auto& pair = reinterpret_cast<uint32_t&>(to[n / 8][r][(n % 8 ^ g) * 8 + 2 * t]);
+          if (kWeighted && of_keys) {
+            const float2 centre = load_pair(s.centre + 8 * n + 2 * t), kappa = unpack2(pair, T{});
+            sum = make_float2(fmaf(through[half], centre.x, sum.x),
+                              fmaf(through[half], centre.y, sum.y));
+            centre_grad[n][0] = fmaf(through[half], kappa.x, centre_grad[n][0]);
+            centre_grad[n][1] = fmaf(through[half], kappa.y, centre_grad[n][1]);
+          }
+          pair = live ? Mma<T>::pack(sum.x, sum.y) : 0;
         }
       }
     };
-    place(x[0], dk);
-    if constexpr (kWeighted) share += static_cast<int64_t>(p.B) * p.Hk * p.nk * p.D;
-    place(x[1], dv);
+    place(true, x[0], dk);
+    share = value_share;
+    place(false, x[1], dv);
     fence_for_copies();
     group_sync();
     if (leader) {
@@ -145,6 +233,23 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     }
   }
   if (leader) store_wait();
+  if constexpr (kWeighted) {
+    const int64_t part = static_cast<int64_t>(blockIdx.x) * 4 * kGroups + 4 * group + warp;
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          centre_grad[n][e] += __shfl_xor_sync(kFullWarp, centre_grad[n][e], step);
+        }
+      }
+      if (g == 0 && 8 * n + 2 * t < p.D) {
+        *reinterpret_cast<float2*>(p.centre_grads + part * p.D + 8 * n + 2 * t) =
+            make_float2(centre_grad[n][0], centre_grad[n][1]);
+      }
+    }
+  }
 #endif
 }
 

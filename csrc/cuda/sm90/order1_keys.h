@@ -14,9 +14,17 @@ struct Order1Keys {
   // Weighted means (else null): the weight of each key within its block, [B, Hk, nk <<
   // log2_block_k], and the gradients of the pooled keys and values, [2, B, Hk, nk, D].
   const float *weights, *shares;
+  // With these gradients through the weights (docs/algorithm.md): of the log masses, [B, Hk, nk];
+  // the centre, [B, Hk, D]; its gradient in parts, [B, Hk, chunks * order1_keys_warps, D].
+  const float *mass_grad, *centre;
+  float* centre_grads;
+  float scale;
   void *grad_k, *grad_v;  // [B, Hk, M, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
 };
+
+// Warps that multiply.
+constexpr int order1_keys_warps(int dim) { return dim <= 64 ? 4 : 8; }
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>
