@@ -316,21 +316,19 @@ class FineGradients {
     const A share = weights_.defined() ? A(1) : A(1) / static_cast<A>(std::max<int32_t>(1, c));
     std::fill_n(t.coarse_key, D_, A(0));
     std::fill_n(t.coarse_value, D_, A(0));
+    A mass = 0;
     for (int64_t h = hk * G_; h < (hk + 1) * G_; ++h) {
       for (int64_t slice = 0; slice < slices_; ++slice) {
         add_scaled(t.coarse_key, coarse_grad(0, b * H_ + h, slice, y), share, D_);
         add_scaled(t.coarse_value, coarse_grad(1, b * H_ + h, slice, y), share, D_);
+        if (mass_grad_) mass += mass_grad(b * H_ + h, slice)[y];
       }
     }
     if (!mass_grad_) return;
     const int64_t block = (b * Hk_ + hk) * nk_ + y;
     std::copy_n(t.coarse_key, D_, pooled_grads_ + block * D_);
     std::copy_n(t.coarse_value, D_, pooled_grads_ + (B_ * Hk_ * nk_ + block) * D_);
-    A sum = 0;
-    for (int64_t h = hk * G_; h < (hk + 1) * G_; ++h) {
-      for (int64_t slice = 0; slice < slices_; ++slice) sum += mass_grad(b * H_ + h, slice)[y];
-    }
-    mass_grad_[block] = sum;
+    mass_grad_[block] = mass;
   }
 
   // With levels: the same sums for all resolutions, as what every valid row of a block of block_k
