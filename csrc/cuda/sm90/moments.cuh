@@ -29,9 +29,11 @@ struct MomentsTraits {
   static constexpr int kBlocks = moments_resident(DP, kWeights == Weights::even);
   static constexpr int kStages = kBlocks == 3 ? 4 : 6;
   static constexpr int kThreads = DP == 128 ? 384 : 160 + 32 * weighers(kWeights);
-  // Registers of threads that fetch and weigh, and of the others, at DP = 128.
-  static constexpr int kFew = kWeights == Weights::sampled ? 96 : makes(kWeights) ? 56 : 24;
-  static constexpr int kMany = kWeights == Weights::sampled ? 208 : makes(kWeights) ? 224 : 240;
+  // Registers of threads that fetch and weigh, and of the others, at DP = 128: no more than the
+  // launch has, or the others wait forever.
+  static constexpr int kFew = kWeights == Weights::sampled ? 104 : makes(kWeights) ? 56 : 24;
+  static constexpr int kMany = kWeights == Weights::sampled ? 200 : makes(kWeights) ? 224 : 240;
+  static_assert(kFew + 2 * kMany <= 504);
 };
 
 // kNarrow: head dims up to 32.
