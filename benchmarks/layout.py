@@ -89,7 +89,7 @@ def _rows(name, args, density, q, k, v, orders, exact):
         options = dict(density=density, block_size=args.block_size, layout=layout)
         x = [t if index is None else t.take_along_dim(index, 2) for t in (q, k, v)]
         wanted = exact if index is None else exact.take_along_dim(index, 2)
-        plan = make_plan(*x[:2], **options)
+        plan = make_plan(*x[:2], **options, pool="even")
         row = {"input": name, "status": "ok", "reason": None, "N": q.shape[2], "order": order}
         row |= {"layout": layout, "density": density, "blocks": plan.nk}
         row |= {"exact_pairs": exact_pairs(plan), "overlap": overlap(plan.to_dense()), "errors": {}}

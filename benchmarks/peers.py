@@ -150,7 +150,7 @@ def sla(query, key, value, density, block_size):
     both count by the share that the pooled map softmax(s Q~ K~'), by which it selects, gives their
     blocks."""
     bq, bk = block_size
-    plan = make_plan(query, key, density=density, block_size=block_size)
+    plan = make_plan(query, key, density=density, block_size=block_size, pool="even")
     near = mra_attention(query, key, value, plan=plan, coarse="none")
     chosen, s = plan.to_dense(), query.shape[-1] ** -0.5
     pooled = (s * _means(query, bq) @ _means(key, bk).mT).float().softmax(-1)
@@ -176,7 +176,7 @@ def pisa(query, key, value, density, block_size):
     and for all of those together the first-order term z_i s q_i H / M with one H = Σ (k - k~)' v of
     the whole head. That is ``coarse="row", order=1`` without damping."""
     bk = block_size[1]
-    plan = make_plan(query, key, density=density, block_size=block_size)
+    plan = make_plan(query, key, density=density, block_size=block_size, pool="even")
     near, lse = mra_attention(query, key, value, plan=plan, coarse="none", return_lse=True)
     M, s = key.shape[2], query.shape[-1] ** -0.5
     rows = torch.arange(query.shape[2], device=query.device) // block_size[0]
