@@ -60,7 +60,8 @@ def kernels_of(function):
 
 
 class Case:
-    """Inputs and options of one call. ``masks``: none | key | query | both | padding.
+    """Inputs and options of one call. ``masks``: none | key | query | both | padding. Options left
+    out are the package's, but ``pool`` is "even": with it every form has one kind of means.
 
     ``key`` and ``query`` drop rows at random and empty one whole block of the first batch entry;
     ``padding`` keeps a prefix of each sequence, as a batch of texts does."""
@@ -73,6 +74,7 @@ class Case:
         causal = options.get("is_causal", False)
         M = (N if causal else 203) if M is None else M
         options.setdefault("block_size", (32, 32))
+        options.setdefault("pool", "even")
         if not {"density", "blocks_per_row"} & set(options):
             options["density"] = 0.3
         self.options, self.device, self.dtype = options, device, dtype
@@ -111,7 +113,8 @@ class Case:
     @property
     def selection(self):
         names = ("density", "blocks_per_row", "block_size", "selection", "diagonal_blocks",
-                 "first_blocks", "is_causal", "scale", "layout", "levels", "pool")  # fmt: skip
+                 "first_blocks", "is_causal", "scale", "layout", "levels", "pool", "coarse",
+                 "order")  # fmt: skip
         return {n: self.options[n] for n in names if n in self.options}
 
     @property

@@ -34,7 +34,7 @@ def forms(*which):
 
 
 def call_options(options):
-    return {name: value for name, value in options.items() if name != "Hk"}
+    return {"pool": "even"} | {name: value for name, value in options.items() if name != "Hk"}
 
 
 @served

@@ -68,7 +68,7 @@ def inputs(device, dtype):
 def attend(q, k, v, mask, coarse, order, selection="row"):
     return mra.mra_attention(
         q, k, v, mask, blocks_per_row=1, block_size=(32, 16), coarse=coarse, order=order,
-        selection=selection, scale=1.0, return_lse=True,
+        selection=selection, scale=1.0, pool="even", return_lse=True,
     )  # fmt: skip
 
 

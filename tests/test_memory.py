@@ -25,7 +25,12 @@ def peak(N, coarse, order, backward):
 
     def run():
         out = mra.mra_attention(
-            *inputs, blocks_per_row=ROW, block_size=BLOCK, coarse=coarse, order=order
+            *inputs,
+            blocks_per_row=ROW,
+            block_size=BLOCK,
+            coarse=coarse,
+            order=order,
+            pool="even",
         )
         return (out, *torch.autograd.grad(out, inputs, grad)) if backward else (out,)
 

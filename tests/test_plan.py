@@ -37,7 +37,7 @@ def integer_case(device, dtype, seed, *, N=416, M=288, H=4, Hk=2, D=8, masks=Fal
 
     q, k = integers(2, H, N, D), integers(2, Hk, M, D)
     masks = (mask(M, bk), mask(N, bq)) if masks else (None, None)
-    return q, k, *masks, {"scale": 0.25, **options}
+    return q, k, *masks, {"scale": 0.25, "pool": "even", **options}
 
 
 def reference_plan(q, k, key_mask, query_mask, options):
@@ -139,7 +139,8 @@ def test_long_rows_in_the_worst_order(device, dtype):
         k = sign * torch.arange(3000, dtype=dtype, device=device).repeat_interleave(16)
         k = k.reshape(1, 1, -1, 1).expand(-1, -1, -1, 8).contiguous()
         for m in (7, 64, 256):
-            options = {"block_size": (32, 16), "blocks_per_row": m, "scale": 1 / 8}
+            options = {"block_size": (32, 16), "blocks_per_row": m, "scale": 1 / 8,
+                       "pool": "even"}  # fmt: skip
             plan = mra.make_plan(q, k, **options).to_dense()
             expected = torch.arange(3000, device=device)
             expected = expected >= 3000 - m if sign > 0 else expected < m
@@ -150,7 +151,7 @@ def test_long_rows_in_the_worst_order(device, dtype):
 def test_all_scores_equal_takes_the_lowest_indices(device, dtype):
     q = torch.ones(1, 2, 128, 8, dtype=dtype, device=device)
     k = torch.ones(1, 1, 256, 8, dtype=dtype, device=device)
-    options = {"block_size": 32, "blocks_per_row": 3}
+    options = {"block_size": 32, "blocks_per_row": 3, "pool": "even"}
     plan = mra.make_plan(q, k, **options).to_dense()
     assert plan.shape == (1, 2, 4, 8)
     assert plan[..., :3].all() and not plan[..., 3:].any()
@@ -285,7 +286,8 @@ def test_global_leaves_rows_without_a_pair(device, dtype):
     q[:, :, 96:, 0] = 1
     k = torch.zeros(1, 1, 256, 8, dtype=dtype, device=device)
     k[..., 0] = torch.arange(8, device=device).repeat_interleave(32).to(dtype)
-    plan = mra.make_plan(q, k, block_size=32, blocks_per_row=6, selection="global").to_dense()
+    plan = mra.make_plan(q, k, block_size=32, blocks_per_row=6, selection="global", pool="even")
+    plan = plan.to_dense()
     assert plan.sum(-1)[0, 0].tolist() == [8, 8, 8, 0]
 
 

@@ -28,7 +28,7 @@ def cases(device):
     for (coarse, order), (place, Hk), is_causal in itertools.product(
         FORMS, [(batch, 2), (heads, 4), (heads, 2)], [False, True]
     ):
-        options = dict(coarse=coarse, order=order, is_causal=is_causal)
+        options = dict(coarse=coarse, order=order, is_causal=is_causal, pool="even")
         yield place, Hk, True, options, place
     yield batch, 1, False, dict(selection="global"), batch
     yield heads, 4, False, dict(selection="global"), heads
