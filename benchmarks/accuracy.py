@@ -72,9 +72,7 @@ def parser():
 
 
 def _form(form):
-    return functools.partial(
-        mra_attention, coarse=form.coarse, order=form.order, pool=form.pool
-    )
+    return functools.partial(mra_attention, coarse=form.coarse, order=form.order, pool=form.pool)
 
 
 # Those that plan by a score of their own: dense, not timed. Kind, name, score, attention.

@@ -30,7 +30,7 @@ FORMS = {
     "none": {"coarse": "none", "order": 0},
     "block (MRA-2)": {"coarse": "block", "order": 0},
     "block + order 1": {"coarse": "block", "order": 1},
-    "row + order 1": {"coarse": "row", "order": 1},
+    "row + order 1": {"coarse": "row", "order": 1, "pool": "even"},
 }
 DENSITIES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 TEXT_BLOCK = 32  # 512 tokens are 16 blocks, so that 1/16 is one block for each query block
@@ -123,7 +123,7 @@ def one_head(layers, errors, density, form):
     q, k, _ = (t[window : window + 1, head : head + 1] for t in layers[layer])
     N, D = q.shape[2:]
     options = {"density": density, "block_size": TEXT_BLOCK}
-    plan = make_plan(q, k, **options).to_dense()[0, 0]
+    plan = make_plan(q, k, **options, **form).to_dense()[0, 0]
     plan = plan.repeat_interleave(TEXT_BLOCK, 0).repeat_interleave(TEXT_BLOCK, 1)[:N, :N]
     count = -(-N // D)
     units = F.pad(torch.eye(N, device=q.device, dtype=q.dtype), (0, count * D - N))
@@ -151,7 +151,8 @@ def speed(device, sizes, budget_s, patience_s):
     growth with N² of the last measured size is left out and printed as such."""
     cuda = device.type == "cuda"
     H, D, dtype = (16, 64, torch.bfloat16) if cuda else (8, 64, torch.float32)
-    mra = functools.partial(mra_attention, density=SPEED_DENSITY, block_size=SPEED_BLOCK)
+    options = FORMS["row + order 1"] | {"density": SPEED_DENSITY, "block_size": SPEED_BLOCK}
+    mra = functools.partial(mra_attention, **options)
     exact = F.scaled_dot_product_attention
     runs = {
         "exact": (forward, exact),

@@ -27,8 +27,9 @@ def sequence_parallel_attention(
 
     mesh: a :class:`~torch.distributed.device_mesh.DeviceMesh` of one dimension (``mesh["sp"]`` of a
         larger one), or a process group. W must divide H, and divide Hk or be a multiple of it.
-    return_lse, options: as for ``mra_attention``; ``plan`` is not taken, nor a ``pool`` other than
-        "even" where W does not divide Hk: it needs all query heads of a key head in one place.
+    return_lse, options: as for ``mra_attention``; ``plan`` is not taken, nor "centred" and
+        "sampled" as ``pool`` where W does not divide Hk: they need all query heads of a key head in
+        one place. There "auto" is "even", and results are those of one device with that.
 
     Returns this process's part of out, (B, H, N / W, D), and with ``return_lse`` that of lse,
     (B, H, N / W). Raises TypeError or ValueError that names the argument."""
@@ -42,8 +43,11 @@ def sequence_parallel_attention(
             "that divides the query heads, and divides the key heads or is a multiple of them"
         )
     config = options.get("config")
-    pool = options.get("pool", "even") if config is None else config.pool
-    if Hk % W and pool != "even":
+    pool = options.get("pool", "auto") if config is None else config.pool
+    if Hk % W and pool == "auto":
+        even = {"pool": "even"} if config is None else {"config": config.replace(pool="even")}
+        options |= even
+    elif Hk % W and pool != "even":
         raise NotImplementedError(
             f"pool: got {pool!r} for {W} processes and {Hk} key heads, expected 'even' where "
             "processes share a key head"

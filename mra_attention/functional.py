@@ -11,7 +11,15 @@ import torch
 from torch.nn import functional as F
 
 from . import _load, sharding, transforms
-from .config import DEFAULT_DENSITY, MRAConfig, check_config, check_flag, check_scale
+from .config import (
+    DEFAULT_DENSITY,
+    MRAConfig,
+    check_config,
+    check_flag,
+    check_scale,
+    pool_of,
+    resolve_pool,
+)
 from .layout import Tiles, check_call
 from .plan import Plan, all_blocks, as_pair
 
@@ -63,7 +71,8 @@ def mra_attention(
     plan: a :class:`Plan` to use instead of selecting. Budget and selection options beside it are a
         ValueError; ``block_size`` and ``layout`` (its own when left out) and ``is_causal`` must be
         the plan's. A ``config`` beside it gives ``coarse``, ``order`` and ``pool``; its selection
-        was spent on the plan.
+        was spent on the plan. The scores of the plan were those of the pool it was made with: give
+        :func:`make_plan` the ``coarse``, ``order`` and ``pool`` of the call.
     return_lse: also return the natural log of each row's whole mass, (B, H, N), float32 (float64
         for float64); -inf for a row of zeros.
 
@@ -92,6 +101,7 @@ def mra_attention(
         budget = (None, None)
         block_q, block_k = plan.block_size
         layout, levels = plan.layout, plan.levels
+    pool = resolve_pool(options.pool, options.coarse, options.order, levels, is_causal)
     tiles = None
     if layout is not None:
         check_call(layout, query, key, value, key_mask, query_mask)
@@ -103,7 +113,7 @@ def mra_attention(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale), _flat(levels),
-        options.pool,
+        pool,
     )  # fmt: skip
     if tiles is not None:
         if return_lse:
@@ -124,7 +134,7 @@ def make_plan(
     Selects by the scores of pairs of blocks, ``s q~_x.k~_y``: forced pairs first, then the higher
     score, ties to the lower index. With a ``pool`` other than "even" what all queries agree on
     counts less: ``s (q~_x - q^/2).k~_y`` plus a quarter of block y's log mass at the mean query q^.
-    ``coarse`` and ``order`` are checked and don't change it. Arguments, errors and ``config`` as
+    ``coarse`` and ``order`` only say what pool "auto" is. Arguments, errors and ``config`` as
     :func:`mra_attention`. Returns a :class:`Plan`; no gradient.
     """
     _check_tensors(query=query, key=key)
@@ -145,7 +155,7 @@ def make_plan(
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
-        _flat(options.levels), options.pool,
+        _flat(options.levels), pool_of(options, is_causal),
     )  # fmt: skip
     N, M = (x.shape[2] for x in given)
     return Plan(*lists, N, M, (block_q, block_k), is_causal, layout, options.levels)
@@ -208,7 +218,7 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with layout={plan.layout}, the call has layout={options.layout}"
             )
-    if options.pool != "even" and is_causal:
+    if is_causal and pool_of(options, is_causal) != "even":
         raise NotImplementedError(
             f"pool: got {options.pool!r} with is_causal=True, expected 'even' for causal attention"
         )

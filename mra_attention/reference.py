@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn.functional import pad
 
+from .config import resolve_pool
 from .layout import tile_shape
 
 __all__ = ["mra_attention_reference", "patches", "pool", "centre", "plan", "coarse", "fine",
@@ -24,12 +25,13 @@ def mra_attention_reference(
     query, key, value, key_mask=None, query_mask=None, *, density=None, blocks_per_row=None,
     block_size=64, coarse="row", order=1, selection="row", diagonal_blocks=0, first_blocks=0,
     layout=None, is_causal=False, scale=None, plan=None, return_lse=False, levels=(),
-    pool="even",
+    pool="auto",
 ):  # fmt: skip
     """MRA attention, dense. Arguments and result as :func:`mra_attention.mra_attention`, except
     that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact. With
     ``levels`` see reference_levels.py, where ``plan`` is a list of them."""
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    pool = resolve_pool(pool, coarse, order, levels, is_causal)
     if layout is not None:
         key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
         sizes = (bq, bk, *(block for block, _ in levels))

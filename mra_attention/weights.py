@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from . import reference
+from .config import pool_of
 from .layout import Tiles
 
 __all__ = ["dense_weights"]
@@ -43,11 +44,12 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     past = reference._past((plan.nq, plan.nk), bq, bk, is_causal, q.device)
     exact = plan.to_dense()[:, :, x]  # (B, H, N, nk)
     L = scale * q_mean @ k_mean.mT
-    even, log_mass, deviation = config.pool == "even", None, q
+    pool = pool_of(config, is_causal)
+    even, log_mass, deviation = pool == "even", None, q
     if even:
         parts = (1 / k_count.clamp(min=1).to(L.dtype))[:, None, None, y]
     else:
-        weighed = reference.centre(config.pool, scale, q, k, query_mask, key_mask, bk)
+        weighed = reference.centre(pool, scale, q, k, query_mask, key_mask, bk)
         mean, parts, log_mass, _ = weighed
         k_mean = reference._weighted(k, key_mask, parts)
         parts, deviation = parts.flatten(2)[..., None, :M], q.to(mean.dtype) - mean.unsqueeze(-2)

@@ -33,6 +33,9 @@ def cases(seed):
         yield 4, masked, dict(coarse=coarse, order=order, is_causal=is_causal)
     yield from ((Hk, True, dict(selection="global")) for Hk in (1, 2))
     yield from ((2, masked, dict(layout=(8, 16))) for masked in (False, True))
+    yield from (
+        (4, masked, dict(pool=pool)) for masked, pool in ((False, "even"), (True, "sampled"))
+    )
 
 
 def draw(seed, Hk, masked, device):
@@ -112,7 +115,9 @@ def sequence_parallel(rank, seed, device):
 
     for i, (Hk, masked, options) in enumerate(cases(seed)):
         tensors, masks, grads = draw(seed + i, Hk, masked, device)
-        whole = attend(mra.mra_attention, tensors, masks, grads, **options)
+        # Processes that share a key head have even means where others have weighted ones.
+        alone = options if Hk % W == 0 else options | dict(pool="even")
+        whole = attend(mra.mra_attention, tensors, masks, grads, **alone)
         group = mesh["sp"] if i % 2 else mesh.get_group()
         parts = ([part(x) for x in xs] for xs in (tensors, masks, grads))
         ours = attend(sequence_parallel_attention, *parts, mesh=group, **options)
@@ -120,7 +125,21 @@ def sequence_parallel(rank, seed, device):
             # Gradients of a key head that several processes have are sums in another order.
             bits = Hk % W == 0 or name in ("out", "lse", "dq")
             assert_same(ours[name], part(whole[name]), bits, (rank, i, options, name))
+    check_shared_key_head(mesh, W, rank, seed)
     check_errors(mesh, W)
+
+
+def check_shared_key_head(mesh, W, rank, seed):
+    """pool "auto" of a config, and one that is given, are "even" there."""
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, heads, 32 * W, 8, generator=g) for heads in (W, 1))
+    q, k = (x.to(mesh.device_type) for x in (q, k))
+    config = mra.MRAConfig(density=0.3, block_size=32)
+    expected = mra.mra_attention(q, k, k, config=config.replace(pool="even"))
+    part = [x[:, :, 32 * rank : 32 * (rank + 1)].contiguous() for x in (q, k, k)]
+    for options in (dict(config=config), dict(density=0.3, block_size=32, pool="auto")):
+        out = sequence_parallel_attention(*part, mesh=mesh, **options)
+        torch.testing.assert_close(out, expected[:, :, 32 * rank : 32 * (rank + 1)])
 
 
 def check_errors(mesh, W):

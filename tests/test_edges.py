@@ -242,9 +242,9 @@ def test_a_plan_without_a_pair(device, coarse, order):
     """Given by hand. With causal the crossing pairs are there all the same."""
     q, k, v = (torch.randn(1, 2, 100, 8, device=device) for _ in range(3))
     none = torch.zeros(1, 2, 4, 4, dtype=torch.bool, device=device)
-    for is_causal in (False, True):
+    for is_causal, pool in ((False, "even"), (False, "auto"), (True, "auto")):
         plan = mra.Plan.from_dense(none, 100, 100, 32, is_causal)
-        options = {"coarse": coarse, "order": order, "is_causal": is_causal}
+        options = {"coarse": coarse, "order": order, "is_causal": is_causal, "pool": pool}
         out = mra.mra_attention(q, k, v, plan=plan, **options)
         exact = mra_attention_reference(
             q.double(), k.double(), v.double(), plan=plan.to_dense(), block_size=32, **options

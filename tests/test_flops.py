@@ -1,5 +1,6 @@
 """FLOP formulas: torch's FlopCounterMode over the operators, by hand and against the benchmarks."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -37,10 +38,10 @@ def test_by_hand():
     both = counted(lambda: mra.mra_attention(q, k, v, **options).sum().backward())
     assert both - forward == 2 * 8 * 96 + 2 * 10 * 8 * (64 * 32)
     assert counted(lambda: mra.make_plan(q, k, block_size=32)) == 2 * 8 * 64 + 8 * 96 + scores
-    for pool, weights in (("centred", 2), ("sampled", 30)):
+    for pool, weights in (("even", 0), ("centred", 2), ("auto", 2), ("sampled", 30)):
         planned = counted(lambda pool=pool: mra.make_plan(q, k, block_size=32, pool=pool))
         assert planned == 2 * 8 * 64 + (1 + weights) * 8 * 96 + scores
-    plan = mra.make_plan(q, k, block_size=32, blocks_per_row=1)
+    plan = mra.make_plan(q, k, **options)
     given = counted(lambda: mra.mra_attention(q, k, v, plan=plan, coarse="none"))
     assert given == forward - scores
 
@@ -58,7 +59,7 @@ def test_as_the_benchmarks_count(coarse, order, is_causal):
     form = Form(coarse, order)
 
     def forward():
-        return mra.mra_attention(q, k, v, coarse=coarse, order=order, **options)
+        return mra.mra_attention(q, k, v, **dataclasses.asdict(form), **options)
 
     assert counted(forward) == formulas.mra_work(case, form, "forward").flops
     both = counted(lambda: forward().sum().backward())
