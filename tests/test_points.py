@@ -87,12 +87,13 @@ def test_no_gradient_and_compiles_whole():
 
 
 def test_points_in_order_are_approximated_better():
-    """Queries that look at their neighbourhood: exp(s q.k) falls with the distance."""
+    """Queries that look at their neighbourhood: exp(s q.k) falls with the distance. Even means: the
+    queries have little in common but a term of the keys' own."""
     points = torch.rand(1, 1024, 2)
     lifted = torch.cat([points, points.square().sum(-1, keepdim=True)], -1)
     q = F.pad(torch.cat([2 * points, -torch.ones(1, 1024, 1)], -1), (0, 5)).unsqueeze(1)
     k, v = F.pad(lifted, (0, 5)).unsqueeze(1), F.pad(torch.sin(9 * points), (0, 6)).unsqueeze(1)
-    options = dict(scale=200.0, block_size=32, density=1 / 8)
+    options = dict(scale=200.0, block_size=32, density=1 / 8, pool="even")
     exact = F.scaled_dot_product_attention(q, k, v, scale=200.0)
     index = order_points(points)[:, None, :, None]
     ordered = mra_attention(*(x.take_along_dim(index, 2) for x in (q, k, v)), **options)
