@@ -42,7 +42,8 @@ class MRAConfig:
         does. The last two err less where queries agree on some keys; without levels and is_causal.
         Selection is by the centred score then: what all queries agree on counts less. The gradient
         of "centred" is whole but for the selection, that of "sampled" takes its weights for those
-        of "centred" (docs/algorithm.md).
+        of "centred" (docs/algorithm.md). "auto" is "centred" for coarse "row" with order 1, without
+        levels and is_causal, and "even" for everything else.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """
@@ -57,7 +58,7 @@ class MRAConfig:
     first_blocks: int = 0
     layout: tuple[int, ...] | None = None
     levels: tuple[tuple[int, int], ...] = ()
-    pool: str = "even"
+    pool: str = "auto"
 
     def __post_init__(self):
         if isinstance(self.block_size, list):
@@ -178,8 +179,8 @@ def as_levels(levels, block_size, selection="row"):
 
 
 def check_pool(pool, coarse, levels):
-    check_choice("pool", pool, POOL)
-    if pool == "even":
+    check_choice("pool", pool, ("auto", *POOL))
+    if pool in ("auto", "even"):
         return
     if coarse != "row":
         raise ValueError(
@@ -187,6 +188,22 @@ def check_pool(pool, coarse, levels):
         )
     if levels:
         raise NotImplementedError(f"pool: got {pool!r} with levels, expected 'even' beside levels")
+
+
+def resolve_pool(pool, coarse, order, levels, is_causal):
+    """The one of POOL that ``pool`` stands for in a call: what operators take in place of "auto".
+
+    Others than "auto" stay what they are, also where they will be refused."""
+    if pool != "auto":
+        return pool
+    # len, as torch.compile takes no truth of a tuple with symbols
+    weighted = coarse == "row" and order == 1 and len(levels) == 0 and not is_causal
+    return "centred" if weighted else "even"
+
+
+def pool_of(config, is_causal):
+    """The one of POOL that calls with ``config`` run."""
+    return resolve_pool(config.pool, config.coarse, config.order, config.levels, is_causal)
 
 
 def check_choice(name, value, accepted):

@@ -55,7 +55,7 @@ def test_gradcheck_of_one_result(through):
     plan = case.plan()
 
     def one(q, k, v):
-        out, lse = mra.mra_attention(q, k, v, plan=plan, return_lse=True)
+        out, lse = mra.mra_attention(q, k, v, plan=plan, **case.values, return_lse=True)
         return out if through == "out" else lse
 
     inputs = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
