@@ -137,7 +137,7 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
   if (centred) {
     kept = centred->pooled;
     kept.centre = centred->centre;
-    if (has_order1(o)) kept.moments = kept_moments(centred->moments, in.query.scalar_type());
+    if (keeps_moments(o)) kept.moments = kept_moments(centred->moments, in.query.scalar_type());
   } else if (keeps_means(o)) {
     kept = pooled;
   }

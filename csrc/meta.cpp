@@ -165,7 +165,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
           ints(queries || weighted, nq),
           ints(keys, nk),
           moments(),
-          floats(D),
+          weighted && o.causal ? empty({B, Hk, nq + nk, D}, query, acc) : floats(D),
           floats(nk * o.block_k),
           floats(nk)};
 }

@@ -39,11 +39,11 @@ class MRAConfig:
         at its own size. Selection "row". See docs/algorithm.md.
     pool: how the keys of a block weigh in its mean under coarse "row": "even" all the same,
         "centred" as the head's mean query weighs them, "sampled" as a sample of 14 of its queries
-        does. The last two err less where queries agree on some keys; without levels and is_causal.
-        Selection is by the centred score then: what all queries agree on counts less. The gradient
-        of "centred" is whole but for the selection, that of "sampled" takes its weights for those
-        of "centred" (docs/algorithm.md). "auto" is "centred" for coarse "row" with order 1, without
-        levels and is_causal, and "even" for everything else.
+        does. The last two err less where queries agree on some keys; without levels, and under
+        is_causal "centred" alone. Selection is by the centred score then: what all queries agree on
+        counts less. The gradient of "centred" is whole but for the selection, that of "sampled"
+        takes its weights for those of "centred" (docs/algorithm.md). "auto" is "centred" for coarse
+        "row" with order 1, without levels, and "even" for everything else.
 
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """

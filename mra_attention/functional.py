@@ -218,9 +218,9 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with layout={plan.layout}, the call has layout={options.layout}"
             )
-    if is_causal and pool_of(options, is_causal) != "even":
+    if options.pool == "sampled" and is_causal:
         raise NotImplementedError(
-            f"pool: got {options.pool!r} with is_causal=True, expected 'even' for causal attention"
+            "pool: got 'sampled' with is_causal=True, expected 'even' or 'centred'"
         )
     if options.layout is not None and is_causal:
         raise ValueError(

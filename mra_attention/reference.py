@@ -46,9 +46,10 @@ def mra_attention_reference(
         )  # fmt: skip
         out, lse = out[:, :, at], lse[:, :, at]
         return (out, lse) if return_lse else out
-    if pool != "even" and (coarse != "row" or levels or is_causal):
+    if pool != "even" and (coarse != "row" or levels or (is_causal and pool == "sampled")):
         raise ValueError(
-            f"pool: got {pool!r}, expected 'even' unless coarse is 'row', without levels or causal"
+            f"pool: got {pool!r}, expected 'even' unless coarse is 'row', without levels; "
+            "under causal 'even' or 'centred'"
         )
     if levels:
         if selection != "row":
@@ -65,7 +66,7 @@ def mra_attention_reference(
     s = D**-0.5 if scale is None else scale
     weights = log_mass = None
     if pool != "even":
-        weighed = centre(pool, s, query, key, query_mask, key_mask, bk)
+        weighed = centre(pool, s, query, key, query_mask, key_mask, bk, bq if is_causal else None)
         centre_, weights, log_mass, bias = (x.repeat_interleave(G, 1) for x in weighed)
     key, value = key.repeat_interleave(G, 1), value.repeat_interleave(G, 1)
 
@@ -95,10 +96,9 @@ def mra_attention_reference(
     # order 1: what a block mean throws away, damped
     if order == 1 and coarse != "none":
         C, S = _moments(key, value, k_mean, v_mean, k_count, key_mask, bk, past, weights)
-        q = query.to(C.dtype)
+        q = pad(query.to(C.dtype), (0, 0, 0, -N % bq)).unflatten(2, (-1, bq))  # (B, H, nq, bq, D)
         if weights is not None:
-            q = q - centre_.unsqueeze(-2)
-        q = pad(q, (0, 0, 0, -N % bq)).unflatten(2, (-1, bq))  # (B, H, nq, bq, D)
+            q = q - (centre_ if is_causal else centre_.unsqueeze(-2)).unsqueeze(-2)
         u, t = s * q @ C, s * s * ((q @ S) * q).sum(-1)
         u, t = (z.flatten(2, 3)[:, :, :N] for z in (u, t))
         if weights is not None:  # of the mass too: 1 + gamma t / 2, for any t
@@ -176,7 +176,7 @@ def pool(x, mask, block):
     return mean, count.view(B, n)
 
 
-def centre(form, s, query, key, query_mask, key_mask, bk):
+def centre(form, s, query, key, query_mask, key_mask, bk, causal=None):
     """What pool "centred" and "sampled" weigh keys by: the mean query of each key head
     (B, Hk, D), the weight of each key within its block (B, Hk, nk, bk), zeros where masked, the
     entropy of each block's weights (B, Hk, nk), and what selection adds to the scores of each block
@@ -186,6 +186,10 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     sampled ``l_j = log(sum_i p_ij + r/4 p_mean,j)``, p the softmax over all keys of r queries
     (see :func:`sample`) and of the mean query. The gradient takes the latter for the former, up to
     a constant: what few queries are sampled should not be trained alone.
+
+    causal: under causal the size of query blocks. Then a block of keys is weighed by the mean of
+    the queries up to its end, which all that see it have behind them, and the first result is that
+    of the queries before each block of queries, (B, Hk, nq, D).
 
     The bias is ``1/4 logsumexp_j l_j`` less half the mean of l_j, of the centred l_j for both
     forms: a pair then scores ``s (q_mean_x - q_mean / 2) . k_mean_y`` plus a quarter of the block's
@@ -199,7 +203,13 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
     q = query.to(acc).masked_fill(~valid[:, None, :, None], 0).reshape(B, Hk, G * N, D)
     mean = q.sum(-2) / (G * valid.sum(-1)).clamp(min=1)[:, None, None]
     k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
-    at_mean = log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
+    if causal:
+        ends = (torch.arange(M, device=key.device) // bk + 1) * bk  # of the block of each key
+        of_key = _means_before(q, valid, ends)
+        mean = _means_before(q, valid, torch.arange(0, N, causal, device=key.device))
+        at_mean = log_weight = s * (k * of_key).sum(-1)
+    else:
+        at_mean = log_weight = s * (k @ mean.unsqueeze(-1)).squeeze(-1)
     if form == "sampled":
         with torch.no_grad():
             at, taken = sample(valid, G)
@@ -223,6 +233,17 @@ def centre(form, s, query, key, query_mask, key_mask, bk):
         bias = at_mean.masked_fill(~keys_valid, -math.inf).logsumexp(-1) / 4 - mean_logit / 2
         bias = bias.masked_fill(~some.squeeze(-1), 0)
     return mean, weights, entropy, bias
+
+
+def _means_before(q, valid, ends):
+    """Means of a group's valid queries (B, Hk, G * N, D), zeros elsewhere, before each of ``ends``
+    (n,) positions: (B, Hk, n, D)."""
+    N = valid.shape[1]
+    sums = q.unflatten(2, (-1, N)).sum(2).cumsum(2)
+    counts = q.shape[2] // N * valid.cumsum(1)
+    at = ends.clamp(max=N)
+    sums, counts = pad(sums, (0, 0, 1, 0))[:, :, at], pad(counts, (1, 0))[:, at]
+    return sums / counts.clamp(min=1)[:, None, :, None]
 
 
 def sample(valid, G):

@@ -105,7 +105,7 @@ def register():
         counts = [2 * (queries or weighted), 2 * keys]
         share, moments = (4, 0) if levels else (3, 5 * (not is_causal))
         presence = [4, 3, share * order1, *lists, *means, *counts, moments * order1]
-        presence += [3 * weighted] * 3
+        presence += [(3 + bool(is_causal)) * weighted, 3 * weighted, 3 * weighted]
         return _alternatives(args, presence, _heads_align(query, key))
 
     @register_sharding(ops.backward.default)

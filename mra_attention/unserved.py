@@ -15,6 +15,6 @@ def why_exact(config, exact_below, query, key, is_causal):
     (..., M, D)."""
     if config.layout is not None and not fits(config.layout, query, key, is_causal):
         return LAYOUT
-    if is_causal and pool_of(config, is_causal) != "even":
+    if is_causal and config.pool == "sampled":
         return POOL
     return BELOW if below(exact_below, query, key, config, is_causal) else None

@@ -8,7 +8,15 @@ import copy
 
 import pytest
 import torch
-from helpers import BEST, CUDA_DTYPES, DEVICES, Case, assert_same_bits, compare
+from helpers import (
+    BEST,
+    CUDA_DTYPES,
+    DEVICES,
+    Case,
+    assert_same_bits,
+    compare,
+    relative_error,
+)
 from tools import (
     check_backward_under_autocast,
     check_export,
@@ -237,18 +245,64 @@ def test_bad_pool(options, error):
         MRAConfig(block_size=32, **options)
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_causal_is_refused(pool):
+def test_causal_is_refused():
     x = torch.randn(1, 1, 300, 8)
-    plan = mra.make_plan(x, x, is_causal=True)
-    for options in (dict(pool=pool), dict(config=MRAConfig(pool=pool)), dict(plan=plan, pool=pool)):
+    plan, sampled = mra.make_plan(x, x, is_causal=True), dict(pool="sampled")
+    for options in (sampled, dict(config=MRAConfig(pool="sampled")), dict(plan=plan, **sampled)):
         with pytest.raises(NotImplementedError, match="pool: got"):
             mra.mra_attention(x, x, x, is_causal=True, **options)
 
 
+@pytest.mark.gpu
+def test_causal_is_refused_on_a_gpu():
+    x = torch.randn(1, 1, 300, 8, device="cuda")
+    for run in (lambda: mra.make_plan(x, x, is_causal=True, pool="centred"),
+                lambda: mra.mra_attention(x, x, x, is_causal=True, pool="centred")):  # fmt: skip
+        with pytest.raises(NotImplementedError, match="pool: got"):
+            run()
+
+
+@pytest.mark.parametrize("masks", ["none", "both", "padding"])
+@pytest.mark.parametrize("block_size", [(32, 32), (16, 64), (64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("order", [0, 1])
+def test_causal(order, dtype, block_size, masks):
+    for H, Hk, N in ((4, 2, 150), (2, 2, 203), (1, 1, 20)):
+        options = dict(H=H, Hk=Hk, N=N, M=N, block_size=block_size, density=0.2, masks=masks)
+        case = Case("cpu", dtype, **options, is_causal=True, pool="centred", order=order)
+        case.check()
+        assert_same_bits(case.ours(), case.ours(plan=case.plan()))
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_causal_rows_know_no_later_block(order):
+    """What changes behind a block of queries changes nothing before it."""
+    options = dict(block_size=32, density=0.2, is_causal=True, pool="centred", order=order)
+    q, k, v = (torch.randn(1, 2, 200, 16, dtype=torch.float64) for _ in range(3))
+    before = mra.mra_attention(q, k, v, **options)
+    for x in (q, k, v):
+        x[:, :, 96:] = torch.randn(1, 2, 104, 16, dtype=torch.float64)
+    after = mra.mra_attention(q, k, v, **options)
+    assert torch.equal(before[:, :, :96], after[:, :, :96])
+    assert not torch.equal(before[:, :, 96:], after[:, :, 96:])
+
+
+def test_causal_pays():
+    """Where queries agree on some keys, under causal as elsewhere."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 512, 32, dtype=torch.float64, generator=g) for _ in range(3))
+    q += 2 * torch.randn(1, 4, 1, 32, dtype=torch.float64, generator=g)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    error = {
+        pool: relative_error(mra.mra_attention(q, k, v, is_causal=True, pool=pool), exact)
+        for pool in ("even", "centred")
+    }
+    assert error["centred"] < 0.6 * error["even"], error
+
+
 def test_causal_calls_of_models_are_exact_and_counted():
     """Where the function refuses; with masks of keys too."""
-    config, x = MRAConfig(density=0.3, block_size=16, pool="centred"), torch.randn(2, 60, 16)
+    config, x = MRAConfig(density=0.3, block_size=16, pool="sampled"), torch.randn(2, 60, 16)
     module = mra.MRAMultiheadAttention(16, 2, batch_first=True, config=config)
     exact = torch.nn.MultiheadAttention(16, 2, batch_first=True)
     exact.load_state_dict(module.state_dict())

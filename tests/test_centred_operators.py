@@ -106,7 +106,7 @@ def test_operators(device, dtype, pool, order):
 
 
 def test_bad_pool_of_the_operators():
-    case = Case("cpu", torch.float64, pool="centred", order=1)
+    case = Case("cpu", torch.float64, pool="sampled", order=1)
     forward, backward = arguments(case)
     for op, args, coarse in ((OPS.forward, forward, 12), (OPS.backward, backward, 15)):
         causal = coarse + (5 if op == OPS.forward else 2)

@@ -150,7 +150,8 @@ def test_error_falls_where_queries_agree(pool, most):
 @pytest.mark.parametrize("pool", POOLS)
 def test_what_is_refused(pool):
     q, k, v = inputs()
-    for options in (dict(coarse="block"), dict(coarse="none"), dict(levels=((128, 2),)),
-                    dict(is_causal=True)):  # fmt: skip
+    refused = [dict(coarse="block"), dict(coarse="none"), dict(levels=((128, 2),))]
+    refused += [dict(is_causal=True)] * (pool == "sampled")
+    for options in refused:
         with pytest.raises(ValueError, match="pool: got"):
             mra_attention_reference(q, k, v, pool=pool, block_size=32, **options)

@@ -15,7 +15,7 @@ FORMS = [
 CENTRED = [("row", 0, "centred"), ("row", 1, "centred")]
 CASES = [
     *itertools.product(FORMS, [False, True], ["none", "both"]),
-    *itertools.product(CENTRED, [False], ["none", "both"]),
+    *itertools.product(CENTRED, [False, True], ["none", "both"]),
 ]
 
 

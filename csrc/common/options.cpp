@@ -38,8 +38,8 @@ void check_pool_beside(const CallOptions& call) {
                     "', expected coarse 'row' beside it");
   TORCH_CHECK_NOT_IMPLEMENTED(call.levels.value_or(at::IntArrayRef()).empty(), "pool: got '",
                               call.pool, "' with levels, expected 'even' beside levels");
-  TORCH_CHECK_NOT_IMPLEMENTED(!call.is_causal, "pool: got '", call.pool,
-                              "' with is_causal, expected 'even' for causal attention");
+  TORCH_CHECK_NOT_IMPLEMENTED(!call.is_causal || call.pool == "centred", "pool: got '", call.pool,
+                              "' with is_causal, expected 'even' or 'centred'");
 }
 
 void check_budget(const CallOptions& call, Budget budget) {

@@ -85,7 +85,9 @@ inline ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, co
     const int64_t Hk = in.key.size(1);
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
     if (keeps_weights(o)) {
-      means.centre = at::zeros({B, Hk, in.query.size(3)}, lse.options());
+      const int64_t D = in.query.size(3);
+      means.centre = o.causal ? at::zeros({B, Hk, nq + nk, D}, lse.options())
+                              : at::zeros({B, Hk, D}, lse.options());
       means.weights = at::zeros({B, Hk, nk * o.block_k}, lse.options());
       means.mass = at::zeros({B, Hk, nk}, lse.options());
     }
