@@ -165,7 +165,7 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
           ints(queries || weighted, nq),
           ints(keys, nk),
           moments(),
-          weighted && o.causal ? empty({B, Hk, nq + nk, D}, query, acc) : floats(D),
+          weighted && o.causal ? empty({B, Hk, nq + 1, D}, query, acc) : floats(D),
           floats(nk * o.block_k),
           floats(nk)};
 }

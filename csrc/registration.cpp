@@ -9,9 +9,9 @@
 //
 // pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Plans of other
 // means than even ones are made of another score. With them come query_centre (B, Hk, D), the mean
-// query of each key head (under causal (B, Hk, nq + nk, D): of those before each block of queries,
-// and to the end of each block of keys), key_weights (B, Hk, nk * block_k), the weight of each key
-// within its block, and block_mass (B, Hk, nk), what stands for counts, on the CPU its logarithm.
+// query of each key head (under causal (B, Hk, nq + 1, D): of those before each block of queries
+// and of all), key_weights (B, Hk, nk * block_k), the weight of each key within its block, and
+// block_mass (B, Hk, nk), what stands for counts, on the CPU its logarithm.
 TORCH_LIBRARY(mra_attention, m) {
   // Means over the valid rows of each block of `block` rows. mean (B, H, n, D), count (B, n).
   m.def("pool(Tensor input, Tensor? mask, int block) -> (Tensor mean, Tensor count)");

@@ -187,9 +187,9 @@ def centre(form, s, query, key, query_mask, key_mask, bk, causal=None):
     (see :func:`sample`) and of the mean query. The gradient takes the latter for the former, up to
     a constant: what few queries are sampled should not be trained alone.
 
-    causal: under causal the size of query blocks. Then a block of keys is weighed by the mean of
-    the queries up to its end, which all that see it have behind them, and the first result is that
-    of the queries before each block of queries, (B, Hk, nq, D).
+    causal: under causal the size of query blocks. The first result then is the mean of the queries
+    before each block of queries, (B, Hk, nq, D), and a block of keys is weighed by that of the
+    first block of queries that sees it (or, where none does, of all queries).
 
     The bias is ``1/4 logsumexp_j l_j`` less half the mean of l_j, of the centred l_j for both
     forms: a pair then scores ``s (q_mean_x - q_mean / 2) . k_mean_y`` plus a quarter of the block's
@@ -205,7 +205,7 @@ def centre(form, s, query, key, query_mask, key_mask, bk, causal=None):
     k = key.to(acc).masked_fill(~keys_valid.unsqueeze(-1), 0)
     if causal:
         ends = (torch.arange(M, device=key.device) // bk + 1) * bk  # of the block of each key
-        of_key = _means_before(q, valid, ends)
+        of_key = _means_before(q, valid, -(-ends // causal) * causal)
         mean = _means_before(q, valid, torch.arange(0, N, causal, device=key.device))
         at_mean = log_weight = s * (k * of_key).sum(-1)
     else:

@@ -159,7 +159,7 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
       check_shape(name, *x, std::vector<SymInt>{B, in.key.sym_size(1), n}, acc, in.query);
     };
     if (o.causal) {
-      const SymInt n = all_blocks(in.query.sym_size(2), o.block_q, o) + nk;
+      const SymInt n = all_blocks(in.query.sym_size(2), o.block_q, o) + 1;
       check_shape("query_centre", *means.centre, std::vector<SymInt>{B, in.key.sym_size(1), n, D},
                   acc, in.query);
     } else {

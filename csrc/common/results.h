@@ -86,7 +86,7 @@ inline ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, co
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
     if (keeps_weights(o)) {
       const int64_t D = in.query.size(3);
-      means.centre = o.causal ? at::zeros({B, Hk, nq + nk, D}, lse.options())
+      means.centre = o.causal ? at::zeros({B, Hk, nq + 1, D}, lse.options())
                               : at::zeros({B, Hk, D}, lse.options());
       means.weights = at::zeros({B, Hk, nk * o.block_k}, lse.options());
       means.mass = at::zeros({B, Hk, nk}, lse.options());

@@ -51,8 +51,8 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
   const int64_t Hk = in.key.size(1), nk = plain.key_count.size(1);
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
   Centred c;
-  const int64_t centres = plain.query_count.size(1) + nk;
-  c.centre = o.causal ? at::empty({B, Hk, centres, D}, options) : at::empty({B, Hk, D}, options);
+  const int64_t nq = plain.query_count.size(1);
+  c.centre = o.causal ? at::empty({B, Hk, nq + 1, D}, options) : at::empty({B, Hk, D}, options);
   c.pooled.query_count = plain.query_count;
   c.pooled.key_count = plain.key_count;
   c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, options);
@@ -62,11 +62,8 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
     const Head at(in, o, item);
     const Tensor no_key = at.no_key();
     const Tensor q = at.queries(in), centre = pick(c.centre, at);
-    if (at.causal) {
-      centre.copy_(at.means_before(q, at::cat({at.unit_ends(), at.block_ends()})));
-    } else {
-      centre.copy_(at.means_before(q, at.unit_ends()).squeeze(0));
-    }
+    const Tensor means = at.means_before(q, at.ends());
+    centre.copy_(at.causal ? means : means.squeeze(0));
 
     // weights within each block, and their entropy
     const Tensor keys = at.blocks(in.key);

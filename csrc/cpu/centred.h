@@ -90,13 +90,17 @@ struct Head {
     const Tensor result = rows.reshape({G, units * block_q, width}).narrow(1, 0, N);
     return wide ? result.reshape({G * N, width}) : result.reshape({G * N});
   }
-  // Where the queries end whose mean is the centre of each unit, and of each block of keys.
-  Tensor unit_ends() const {
-    return causal ? (at::arange(units) * block_q).clamp_max(N) : at::full({1}, N, at::kLong);
+  // Where the queries end whose mean is a centre. Under causal there is one before each unit and
+  // one behind the last; a block of keys has that of the first unit that sees it.
+  Tensor ends() const {
+    return causal ? (at::arange(units + 1) * block_q).clamp_max(N) : at::full({1}, N, at::kLong);
   }
-  Tensor block_ends() const {
-    return causal ? ((at::arange(nk) + 1) * block).clamp_max(N) : unit_ends();
+  Tensor seen_by() const {
+    const Tensor behind = (at::arange(nk) + 1) * block;
+    return (behind + (block_q - 1)).floor_divide(block_q).clamp_max(units);
   }
+  Tensor unit_ends() const { return causal ? ends().narrow(0, 0, units) : ends(); }
+  Tensor block_ends() const { return causal ? ends().index_select(0, seen_by()) : ends(); }
   // How many valid queries of the group there are before each of `ends`, at least 1, [n, 1] acc.
   Tensor counts_before(const Tensor& ends) const {
     const Tensor valid =
@@ -145,7 +149,7 @@ inline Tensor unit_centres(const Centred& c, const Head& at) {
 }
 inline Tensor block_centres(const Centred& c, const Head& at) {
   const Tensor all = pick(c.centre, at);
-  return at.causal ? all.narrow(0, at.units, at.nk) : all.unsqueeze(0).expand({at.nk, at.D});
+  return at.causal ? all.index_select(0, at.seen_by()) : all.unsqueeze(0).expand({at.nk, at.D});
 }
 // C and Sigma of the units, [units, 2, D, D].
 inline Tensor moments_of(const Centred& c, const Head& at) {
