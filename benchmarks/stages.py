@@ -25,7 +25,8 @@ STAGES = ("pool", "plan", "coarse", "fine", "order1", "whole")
 # names tells. Those of order 1 are known by what they take.
 KERNELS = {
     "pool": "pool moments round_pooled pool_level sample lse weights centre_term "
-    "key_weights_backward centre_grad add_centre_grad",
+    "causal_centres causal_weights key_weights_backward centre_grad causal_centre_grad "
+    "shift_queries",
     "plan": "plan_row plan_stream plan_map global_scores global_select plan_transpose plan_level",
     "coarse": "delta_and_block_rows block_rows coarse_backward share_sums backward_pooled "
     "cells_forward cells_rows cells_columns levels_forward levels_combine levels_rows "
@@ -33,7 +34,8 @@ KERNELS = {
     "cells_sum",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_rows_wide backward_columns backward_columns_short backward_columns_wide",
-    "order1": "round row_weights shift order1_walk_rows order1_walk_keys order1_walk_wide",
+    "order1": "round row_weights shift causal_products order1_walk_rows order1_walk_keys "
+    "order1_walk_wide",
     "whole": "forward_head reorder",
 }
 

@@ -190,20 +190,20 @@ def check_pool(pool, coarse, levels):
         raise NotImplementedError(f"pool: got {pool!r} with levels, expected 'even' beside levels")
 
 
-def resolve_pool(pool, coarse, order, levels, is_causal):
+def resolve_pool(pool, coarse, order, levels):
     """The one of POOL that ``pool`` stands for in a call: what operators take in place of "auto".
 
     Others than "auto" stay what they are, also where they will be refused."""
     if pool != "auto":
         return pool
     # len, as torch.compile takes no truth of a tuple with symbols
-    weighted = coarse == "row" and order == 1 and len(levels) == 0 and not is_causal
+    weighted = coarse == "row" and order == 1 and len(levels) == 0
     return "centred" if weighted else "even"
 
 
-def pool_of(config, is_causal):
+def pool_of(config):
     """The one of POOL that calls with ``config`` run."""
-    return resolve_pool(config.pool, config.coarse, config.order, config.levels, is_causal)
+    return resolve_pool(config.pool, config.coarse, config.order, config.levels)
 
 
 def check_choice(name, value, accepted):

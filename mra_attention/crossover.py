@@ -28,12 +28,11 @@ _measured = {}  # (device, dtype, head_dim, options) -> tokens
 _measuring = threading.Lock()  # two measurements at once would disturb each other
 
 
-def below(exact_below, query, key, config, is_causal=False):
+def below(exact_below, query, key, config):
     """Whether a call on query, key (..., N, D), (..., M, D) is one for exact attention.
 
     exact_below: None never; an int: with fewer keys than that; "auto": with fewer than
         :func:`tokens` measured for this device, dtype, head dim and config.
-    is_causal: as the call has it, which says what ``config.pool`` "auto" is.
 
     "auto" measures at the first eager call that asks. It doesn't while a program is traced, a CUDA
     graph is captured, torch.func transforms the call, or a dispatch mode watches (fake tensors,
@@ -47,13 +46,13 @@ def below(exact_below, query, key, config, is_causal=False):
         dtype = _autocast_dtype(query)
         device, head_dim = query.device, operator.index(query.shape[-1])
         if torch.compiler.is_compiling() or not _may_measure(query):
-            exact_below = _known(device, _class(dtype), head_dim, *_options(config, is_causal))
+            exact_below = _known(device, _class(dtype), head_dim, *_options(config))
         else:
-            exact_below = tokens(device, dtype, head_dim, config, is_causal)
+            exact_below = tokens(device, dtype, head_dim, config)
     return key.shape[-2] < exact_below
 
 
-def tokens(device, dtype, head_dim, config, is_causal=False):
+def tokens(device, dtype, head_dim, config):
     """The number of keys from which MRA attention with ``config`` is the faster one.
 
     Measured once in a process for each device, dtype (half types count as one), head_dim and
@@ -62,15 +61,12 @@ def tokens(device, dtype, head_dim, config, is_causal=False):
     time than exact attention; twice the last one if it never does. Takes a fraction of a second on
     a GPU, up to some seconds on a CPU.
 
-    is_causal: of the calls that it is for. It says what ``config.pool`` "auto" is; the attention
-        that is measured isn't causal.
-
     Raises what :func:`mra_attention.mra_attention` does for a device, dtype or head_dim that it
     doesn't serve."""
     device = torch.empty(0, device=device).device  # with its index
     # Without a layout: of pictures, the lengths here are not theirs.
-    config = config.replace(layout=None, pool=pool_of(config, is_causal))
-    key = (device, _class(dtype), head_dim, *_options(config, is_causal))
+    config = config.replace(layout=None, pool=pool_of(config))
+    key = (device, _class(dtype), head_dim, *_options(config))
     with _measuring:
         if key not in _measured:
             _measured[key] = _measure(device, dtype, head_dim, config)
@@ -127,7 +123,7 @@ def _known(*key):
     return _measured.get(key, FALLBACK)
 
 
-def _options(config, is_causal):
+def _options(config):
     """config as constants, which a traced program can look up, where its numbers are symbols."""
     block = config.block_size if isinstance(config.block_size, tuple) else (config.block_size,) * 2
     density, count = config.density, config.blocks_per_row
@@ -136,7 +132,7 @@ def _options(config, is_causal):
         None if count is None else operator.index(count),
         operator.index(block[0]), operator.index(block[1]), config.coarse,
         operator.index(config.order), config.selection, operator.index(config.diagonal_blocks),
-        operator.index(config.first_blocks), pool_of(config, is_causal),
+        operator.index(config.first_blocks), pool_of(config),
         *(operator.index(n) for p in config.levels for n in p),
     )  # fmt: skip
 

@@ -101,7 +101,7 @@ def mra_attention(
         budget = (None, None)
         block_q, block_k = plan.block_size
         layout, levels = plan.layout, plan.levels
-    pool = resolve_pool(options.pool, options.coarse, options.order, levels, is_causal)
+    pool = resolve_pool(options.pool, options.coarse, options.order, levels)
     tiles = None
     if layout is not None:
         check_call(layout, query, key, value, key_mask, query_mask)
@@ -155,7 +155,7 @@ def make_plan(
     lists = torch.ops.mra_attention.plan(
         query, key, key_mask, query_mask, *_budget(options), block_q, block_k, options.selection,
         options.diagonal_blocks, options.first_blocks, is_causal, _float(scale),
-        _flat(options.levels), pool_of(options, is_causal),
+        _flat(options.levels), pool_of(options),
     )  # fmt: skip
     N, M = (x.shape[2] for x in given)
     return Plan(*lists, N, M, (block_q, block_k), is_causal, layout, options.levels)

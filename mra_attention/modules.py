@@ -47,7 +47,7 @@ class MRAMultiheadAttention(nn.MultiheadAttention):
       the reasons.
     - ``config.layout`` holds for self-attention of as many tokens as it has, or more. Others
       (cross-attention, causal attention, fewer tokens) are exact in the same way; so is causal
-      attention with ``config.pool`` "centred" or "sampled"; "auto" is "even" there.
+      attention with ``config.pool`` "sampled".
     - ``dropout`` isn't applied to the weights of MRA attention; training with a nonzero value warns
       once. (Exact calls apply it.)
     - head_dim needn't be a multiple of 8; others are padded with zeros.

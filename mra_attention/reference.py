@@ -31,7 +31,7 @@ def mra_attention_reference(
     that ``plan`` is a bool tensor (B, H, nq, nk), True where a pair of blocks is exact. With
     ``levels`` see reference_levels.py, where ``plan`` is a list of them."""
     bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
-    pool = resolve_pool(pool, coarse, order, levels, is_causal)
+    pool = resolve_pool(pool, coarse, order, levels)
     if layout is not None:
         key_mask, query_mask = (_or_ones(m, query, query.shape[2]) for m in (key_mask, query_mask))
         sizes = (bq, bk, *(block for block, _ in levels))

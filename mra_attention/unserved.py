@@ -1,6 +1,5 @@
 """Calls that have a block form and run as exact attention all the same, because of the config."""
 
-from .config import pool_of
 from .crossover import BELOW, below
 from .layout import fits
 
@@ -17,4 +16,4 @@ def why_exact(config, exact_below, query, key, is_causal):
         return LAYOUT
     if is_causal and config.pool == "sampled":
         return POOL
-    return BELOW if below(exact_below, query, key, config, is_causal) else None
+    return BELOW if below(exact_below, query, key, config) else None

@@ -17,7 +17,8 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     Exact pairs weigh e^{s q_i.k_j} / Z_i; a key of a coarse block weighs e^{b_iy} / (c_y Z_i), its
     share of the block. Order 1 adds P_i gamma_i s q_i.(k_j - k~_y) / n to every key that the
     coarse part may see, which moves weight inside blocks and sums to zero. With a pool other than
-    "even" a key has its weight pi_j in place of 1 / c_y, and q_i is less the mean query.
+    "even" a key has its weight pi_j in place of 1 / c_y, and q_i is less the mean query (under
+    causal that of the blocks before its own).
 
     Raises NotImplementedError for a plan with levels.
     """
@@ -44,15 +45,17 @@ def dense_weights(q, k, key_mask, query_mask, *, config, is_causal, scale, plan)
     past = reference._past((plan.nq, plan.nk), bq, bk, is_causal, q.device)
     exact = plan.to_dense()[:, :, x]  # (B, H, N, nk)
     L = scale * q_mean @ k_mean.mT
-    pool = pool_of(config, is_causal)
+    pool = pool_of(config)
     even, log_mass, deviation = pool == "even", None, q
     if even:
         parts = (1 / k_count.clamp(min=1).to(L.dtype))[:, None, None, y]
     else:
-        weighed = reference.centre(pool, scale, q, k, query_mask, key_mask, bk)
+        causal = bq if is_causal else None
+        weighed = reference.centre(pool, scale, q, k, query_mask, key_mask, bk, causal)
         mean, parts, log_mass, _ = weighed
         k_mean = reference._weighted(k, key_mask, parts)
-        parts, deviation = parts.flatten(2)[..., None, :M], q.to(mean.dtype) - mean.unsqueeze(-2)
+        mean = mean[:, :, x] if is_causal else mean.unsqueeze(-2)
+        parts, deviation = parts.flatten(2)[..., None, :M], q.to(mean.dtype) - mean
     unselected = past[x] & ~exact
     b = reference.coarse(config.coarse, scale, q, k_mean, L, k_count, unselected, x, log_mass)
     b = b[..., y]

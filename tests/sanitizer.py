@@ -78,6 +78,10 @@ def cases():
     for dtype, pool, order, D, masks in pools:
         options = dict(N=150, M=330, D=D, order=order, block_size=32, masks=masks)
         yield dtype, options | dict(pool=pool)
+    causal = itertools.product(DTYPES, [0, 1], [32, 64, 128, 256], [32, (32, 64), 64, (128, 16)])
+    for dtype, order, D, block in causal:
+        options = dict(N=461, M=461, D=D, block_size=block, masks="both", is_causal=True)
+        yield dtype, options | dict(order=order, pool="centred")
     levels = itertools.product(DTYPES, FORMS, [False, True], [64, 128])
     for dtype, (coarse, order), is_causal, D in levels:
         options = dict(N=1100, M=1100, D=D, coarse=coarse, order=order, is_causal=is_causal)

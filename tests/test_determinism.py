@@ -24,6 +24,10 @@ MODES += [
     for pool in ("centred", "sampled")
     for order in (0, 1)
 ]
+MODES += [
+    pytest.param(dict(pool="centred", order=order, is_causal=True), id=f"centred-{order}-causal")
+    for order in (0, 1)
+]
 
 
 def make(device, dtype, mode, **more):

@@ -179,10 +179,8 @@ void check_means(const MeanTensors& means, const Inputs& in, const Options& o,
 }
 
 // What this device has no kernel for.
-void check_device(const char* name, const Tensor& x, int64_t block_q, bool causal_weights = false) {
+void check_device(const char* name, const Tensor& x, int64_t block_q) {
   if (!x.is_cuda()) return;
-  TORCH_CHECK_NOT_IMPLEMENTED(!causal_weights,
-                              "pool: got 'centred' with is_causal on a GPU, expected 'even' there");
   TORCH_CHECK_NOT_IMPLEMENTED(x.scalar_type() != at::kDouble, name,
                               ": got float64 on a GPU, expected float32, bfloat16 or float16 "
                               "there (float64 runs on the CPU)");
@@ -203,7 +201,7 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
                    const OptTensor& query_mask, const CallOptions& call) {
   const int64_t D = check_query_key(query, key, key_mask, query_mask, call.is_causal);
   const Options o = check_options(call, Budget::required, D);
-  check_device("query", query, o.block_q, o.causal && o.pool != Pool::even);
+  check_device("query", query, o.block_q);
   return o;
 }
 
@@ -212,7 +210,7 @@ Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptio
   check_like("value", in.value, "key", in.key);
   const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required, D);
   check_lists(plan, in.query, o);
-  check_device("query", in.query, o.block_q, o.causal && o.pool != Pool::even);
+  check_device("query", in.query, o.block_q);
   return o;
 }
 

@@ -120,6 +120,9 @@ struct PooledInputs {
   // with `moments`, what fine makes them from: the centre, [B, Hk, D] acc, moments as it multiplies
   // them (FineMoments), and the centre times these, [B, Hk, 2, P] acc (moments_dim).
   Tensor variance{}, row_bias{}, centre{}, fine_moments{}, moment_scales{}, centre_term{};
+  // ... or, beside row_bias, what fine adds to a row times its coarse share: gamma_i u_i, [B, H, N,
+  // D] T.
+  Tensor term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
   // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
   // could be that of what runs beside it.
@@ -131,11 +134,16 @@ struct PooledInputs {
 // What Options.pool other than even makes of the inputs (docs/algorithm.md). All acc.
 struct Centred {
   PooledInputs pooled;  // key, value, key_count, query_count, weights and what comes with them
-  Tensor centre;        // [B, Hk, D]: the mean valid query of the group
-  Tensor key_bias{};    // [B, Hk, nk], where asked for: Pooled.bias, beta_y of docs/algorithm.md
+  // [B, Hk, D]: the mean valid query of the group. Under causal [B, Hk, nq + 1, D]: of those before
+  // each block of queries, and of all.
+  Tensor centre;
+  Tensor key_bias{};  // [B, Hk, nk], where asked for: Pooled.bias, beta_y of docs/algorithm.md
   // With order 1, C and Sigma: [B, Hk, 2, D, D], on CUDA as moments are kept.
   Tensor moments{};
   Tensor slope{};  // CUDA, set by centred_delta: gamma_i u_i . dO_i, [B, H, N]
+  // CUDA, under causal with order 1: queries less their centres, zeros where masked, [B, H, N, D]
+  // T.
+  Tensor queries{};
 };
 
 // A plan made inside of a call, and the coarse state where it was made along with it.

@@ -35,8 +35,9 @@ struct Head {
     if (in.key_mask) valid_key = in.key_mask->select(0, b);
   }
 
-  // [B, H, ...] to this group, [G * N] or [G * N, D]; a copy unless it lies so.
-  Tensor rows(const Tensor& x) const { return view(x).to(acc).reshape({G * N, -1}); }
+  // [B, H, ...] to this group, [G * N] or [G * N, D]. What is multiplied lies side by side: bits
+  // must not depend on how the inputs lie.
+  Tensor rows(const Tensor& x) const { return view(x).to(acc).reshape({G * N, -1}).contiguous(); }
   Tensor row(const Tensor& x) const { return view(x).reshape({G * N}); }
   // The same in place, [G, N] or [G, N, D].
   Tensor view(const Tensor& x) const { return x.select(0, b).narrow(0, hk * G, G); }
@@ -45,13 +46,13 @@ struct Head {
   Tensor queries(const Inputs& in) const {
     Tensor q = view(in.query).to(acc);
     if (valid_query.defined()) q = q.masked_fill(valid_query.logical_not().unsqueeze(-1), 0);
-    return q.reshape({G * N, D});
+    return q.reshape({G * N, D}).contiguous();
   }
   Tensor blocks(const Tensor& x) const {
     Tensor k = x.select(0, b).select(0, hk).to(acc);
     if (valid_key.defined()) k = k.masked_fill(valid_key.logical_not().unsqueeze(-1), 0);
     if (M < nk * block) k = at::constant_pad_nd(k, {0, 0, 0, nk * block - M});
-    return k.reshape({nk, block, D});
+    return k.reshape({nk, block, D}).contiguous();
   }
   // True for what is no key: masked, or behind the last one; undefined where there is none such.
   Tensor no_key() const {

@@ -8,6 +8,30 @@
 
 namespace mra::cuda {
 
+// Under causal there is a centre before each of the nq blocks of queries and one behind the last:
+// the mean of the queries there. A block of keys has that of the first block of queries that sees
+// it.
+struct Centres {
+  int nq, log2_block_q, log2_block_k;
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+      int
+      of_keys(int y) const {
+    const long long end = static_cast<long long>(y + 1) << log2_block_k;
+    const long long x = (end + (1 << log2_block_q) - 1) >> log2_block_q;
+    return x < nq ? static_cast<int>(x) : nq;
+  }
+};
+
+struct CausalCentresParams {
+  const float* mean;  // [B, H, nq, D]: of blocks of queries
+  const int* count;   // [B, nq]
+  float* centre;      // [B, Hk, nq + 1, D]
+  int B, H, Hk, D, nq;
+};
+cudaError_t causal_centres(const CausalCentresParams& params, cudaStream_t stream);
+
 constexpr int kSampledQueries = 14;
 // Rows whose logits make the weights: the mean query rounded to T, what that lost, and the sampled
 // queries. Products take eight rows at a time.
@@ -49,11 +73,14 @@ struct WeightsParams {
   int B, Hk, M, D, nk, log2_block_k;
   int chunks, chunk_blocks;  // parts of a head, and key blocks in one
   float scale;
+  const float* centre;  // [B, Hk, nq + 1, D]: under causal, where rows are not read
+  Centres centres;
 };
 // Blocks of threads that run at once.
 int key_weights_slots(Dtype dtype, const Device& device);
 cudaError_t sample_lse(const WeightsParams& params, cudaStream_t stream);
 cudaError_t key_weights(const WeightsParams& params, cudaStream_t stream);
+cudaError_t causal_key_weights(const WeightsParams& params, cudaStream_t stream);
 
 // Order 1 of the backward pass, between fine's gradients of the rows and the moments':
 //
@@ -64,14 +91,14 @@ struct RowWeightsParams {
   const void *q, *grad_out;  // [B, H, N, D] T
   Strides q_strides, grad_out_strides;
   const float *share, *variance, *slope, *coarse_sum;  // [B, H, N]
-  const float* centre;                                 // [B, Hk, D]
+  const float* centre;                                 // [B, Hk, D], or null for zeros
   float *a, *b;                                        // [B, H, N]
-  float* sums;                                         // [B, H, parts, 2, D]
+  float* sums;                                         // [B, H, parts, 2, D], or null
   Dtype dtype;
-  int B, H, Hk, N, D, parts;
+  int B, H, Hk, N, D, parts, part_rows;
   float scale;
 };
-constexpr int kRowWeightsRows = 128;  // of a part
+constexpr int kRowWeightsRows = 128;  // of a part, at most
 cudaError_t row_weights(const RowWeightsParams& params, cudaStream_t stream);
 
 // Products of vectors of each key head with its matrices C and Sigma: without `sums` the centre
@@ -90,6 +117,17 @@ struct CentreProductsParams {
 };
 cudaError_t centre_products(const CentreProductsParams& params, cudaStream_t stream);
 
+// Under causal: -(x C^T + 2 y Sigma), what order 1 gives to the centre before each block of
+// queries, x and y the sums over the heads of a group.
+struct CausalProductsParams {
+  const void* matrices;  // [B, Hk, units, 2, dim, dim] of dtype
+  const float* sums;     // [B, H, nq, 2, D]
+  float* result;         // [B, Hk, nq, D]
+  Dtype dtype;
+  int B, H, Hk, D, dim, nq, units, log2_unit_blocks;  // of queries in a unit
+};
+cudaError_t causal_products(const CausalProductsParams& params, cudaStream_t stream);
+
 // Gradients through the weights: adds to grad_k, and leaves what the centre gets of each block.
 struct KeyWeightsBackwardParams {
   const void *k, *v;  // [B, Hk, M, D] T
@@ -103,8 +141,10 @@ struct KeyWeightsBackwardParams {
   const float *k_mean, *v_mean;  // [B, Hk, nk, D], weighted
   const float* shares;           // [2, B, Hk, nk, D]: gradients of these
   const float* mass_grad;        // [B, Hk, nk]: of the log masses
-  const float* centre;           // [B, Hk, D]
+  const float* centre;           // [B, Hk, D] or, under causal, [B, Hk, nq + 1, D]
   float* sums;                   // [B, Hk, nk, D]
+  bool causal;
+  Centres centres;
   bool moments;
   Dtype dtype;
   int B, Hk, M, D, nk, log2_block_k;
@@ -112,17 +152,41 @@ struct KeyWeightsBackwardParams {
 };
 cudaError_t key_weights_backward(const KeyWeightsBackwardParams& params, cudaStream_t stream);
 
-// The centre's gradient, summed over parts, to all valid queries of its group.
+// The centre's gradient, summed over parts, as every valid query of its group gets it.
 struct CentreGradParams {
-  const float* sums;    // [B, Hk, parts, D]
-  const int* count;     // [B, nq]: valid queries
-  const uint8_t* mask;  // [B, N] or null
-  float* centre_grad;   // [B, Hk, D]: what each query gets
-  void* grad_q;         // [B, H, N, D] T
-  Strides grad_q_strides;
-  Dtype dtype;
-  int B, H, Hk, N, D, nq, parts;
+  const float* sums;   // [B, Hk, parts, D]
+  const int* count;    // [B, nq]: valid queries
+  float* centre_grad;  // [B, Hk, D]
+  int B, H, Hk, D, nq, parts;
 };
 cudaError_t centre_grad(const CentreGradParams& params, cudaStream_t stream);
+
+// The same under causal, for the queries of each block: of all centres behind it.
+struct CausalCentreGradParams {
+  // Of the centres before each block of queries: [B, Hk, row_heads, row_parts, D] or null; a block
+  // has 2^log2_parts parts.
+  const float* of_rows;
+  int row_heads, row_parts, log2_parts;
+  const float* of_keys;  // [B, Hk, nk, D]: what each block of keys gives to its centre
+  const int* count;      // [B, nq]: valid queries
+  float* centre_grad;    // [B, Hk, nq, D]
+  int B, H, Hk, D, nk;
+  Centres centres;
+};
+cudaError_t causal_centre_grad(const CausalCentreGradParams& params, cudaStream_t stream);
+
+// to_i = from_i + sign shift of its block, for valid queries; others are zeros, or if `to` is
+// `from`, stay.
+struct ShiftQueriesParams {
+  const void* from;  // [B, H, N, D] T
+  void* to;          // [B, H, N, D] T
+  Strides from_strides, to_strides;
+  const float* shift;   // [B, Hk, shifts, D]: of the first blocks of queries
+  const uint8_t* mask;  // [B, N] or null
+  Dtype dtype;
+  int B, H, Hk, N, D, shifts, log2_block_q;
+  float sign;
+};
+cudaError_t shift_queries(const ShiftQueriesParams& params, cudaStream_t stream);
 
 }  // namespace mra::cuda

@@ -14,9 +14,14 @@ Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Opti
 // the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
 // grad_out, share, coarse_sum and centred of `back`.
 // Where its kernel makes the gradients through the weights too, the rest of which key_weights_grads
-// does, it returns the centre's in parts, [B, Hk, parts, D] float32.
+// does, it returns the centre's in parts, [B, Hk, parts, D] float32; under causal what order 1
+// gives to the centre before each block of queries, [B, Hk, nq, D], or of 16 rows each, [B, H,
+// parts, D].
 Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
                      const FineBackward& back, const Inputs& in, const Options& o);
+
+// rowsum(x * y) of [B, H, N, D], float32: as delta, but behind a launch that writes x or y.
+Tensor row_dots(const Tensor& x, const Tensor& y);
 
 // Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
 // grads.key. mass_grad: of pooled_shares; centre_grads: of centred_grads, or undefined.

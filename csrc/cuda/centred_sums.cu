@@ -10,14 +10,14 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// A warp for 128 rows of a head.
+// A warp for a part of a head's rows.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kWarps * 32) row_weights_kernel(const RowWeightsParams p) {
   const int64_t unit = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (unit >= int64_t{p.B} * p.H * p.parts) return;  // whole warps leave
   const int lane = threadIdx.x % 32;
   const int part = static_cast<int>(unit % p.parts), head = static_cast<int>(unit / p.parts);
-  const int b = head / p.H, h = head - b * p.H, first = part * kRowWeightsRows;
+  const int b = head / p.H, h = head - b * p.H, first = part * p.part_rows;
   const int64_t row = int64_t{head} * p.N + first + lane;
 
   float of_grad[kBlockWords], of_q[kBlockWords], sum_b = 0.f;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kWarps * 32) row_weights_kernel(const RowWeigh
 #pragma unroll
   for (int g = 0; g < kBlockWords; ++g) {
     float a = 0.f, c = 0.f;
-    if (first + 32 * g + lane < p.N) {
+    if (32 * g + lane < p.part_rows && first + 32 * g + lane < p.N) {
       const int64_t i = row + 32 * g;
       const float share = p.share[i];
       if (share != 0.f) {
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kWarps * 32) row_weights_kernel(const RowWeigh
     queries[g] = __ballot_sync(kFullWarp, c != 0.f);
     sum_b += c;
   }
+  if (p.sums == nullptr) return;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum_b += __shfl_xor_sync(kFullWarp, sum_b, step);
 
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(kWarps * 32) row_weights_kernel(const RowWeigh
                       h * p.grad_out_strides.h + int64_t{first} * p.grad_out_strides.l;
   const T* q = static_cast<const T*>(p.q) + b * p.q_strides.b + h * p.q_strides.h +
                int64_t{first} * p.q_strides.l;
-  const float* centre = p.centre + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.D;
+  const float* centre = nullptr;
+  if (p.centre != nullptr) centre = p.centre + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.D;
   float* to = p.sums + unit * 2 * p.D;
   const int chunks = p.D / kVec<T>;
   for (int c = 0; c < chunks; c += kLanes) {
@@ -63,8 +65,10 @@ __global__ void __launch_bounds__(kWarps * 32) row_weights_kernel(const RowWeigh
         q, p.q_strides.l, queries, chunk, chunks,
         [&](int g, int r) { return __shfl_sync(kFullWarp, of_q[g], r); }, y);
     if (lane >= kLanes || chunk >= chunks) continue;
+    if (centre != nullptr) {
 #pragma unroll
-    for (int e = 0; e < kVec<T>; ++e) y[e] -= sum_b * centre[chunk * kVec<T> + e];
+      for (int e = 0; e < kVec<T>; ++e) y[e] -= sum_b * centre[chunk * kVec<T> + e];
+    }
     store_values<kVec<T>>(to + chunk * kVec<T>, x);
     store_values<kVec<T>>(to + p.D + chunk * kVec<T>, y);
   }
@@ -157,7 +161,48 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsPar
   }
 }
 
+constexpr int kProductWarps = 8;
+
+// A block of threads for a block of queries of a key head, a warp for each column of the result.
+template <typename S>
+__global__ void __launch_bounds__(kProductWarps * 32)
+    causal_products_kernel(const CausalProductsParams p) {
+  __shared__ float sums[2 * kMaxDim];
+  const int x = blockIdx.x % p.nq, head = blockIdx.x / p.nq, group = p.H / p.Hk;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const float* from =
+      p.sums + ((int64_t{head / p.Hk} * p.H + head % p.Hk * group) * p.nq + x) * 2 * p.D;
+  for (int d = threadIdx.x; d < 2 * p.D; d += kProductWarps * 32) {
+    float sum = 0.f;
+    for (int h = 0; h < group; ++h) sum += from[int64_t{h} * p.nq * 2 * p.D + d];
+    sums[d] = sum;
+  }
+  __syncthreads();
+  const int64_t unit = int64_t{head} * p.units + (x >> p.log2_unit_blocks);
+  const S* C = static_cast<const S*>(p.matrices) + unit * 2 * p.dim * p.dim;
+  const S* sigma = C + p.dim * p.dim;
+  for (int d = warp; d < p.D; d += kProductWarps) {
+    float sum = 0.f;
+    for (int e = lane; e < p.D; e += 32) {
+      sum +=
+          sums[e] * to_float(C[d * p.dim + e]) + 2 * sums[p.D + e] * to_float(sigma[d * p.dim + e]);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+    if (lane == 0) p.result[int64_t{blockIdx.x} * p.D + d] = -sum;
+  }
+}
+
 }  // namespace
+
+cudaError_t causal_products(const CausalProductsParams& p, cudaStream_t stream) {
+  const auto launch = [&](auto s) {
+    return launch_grid(causal_products_kernel<decltype(s)>, int64_t{p.B} * p.Hk * p.nq,
+                       kProductWarps * 32, 0, stream, p);
+  };
+  if (p.dtype == Dtype::f32) return launch(float{});
+  return p.dtype == Dtype::f16 ? launch(__half{}) : launch(__nv_bfloat16{});
+}
 
 cudaError_t row_weights(const RowWeightsParams& p, cudaStream_t stream) {
   return dispatch_rows(p.dtype, p.D, LaunchRowWeights{p, stream});

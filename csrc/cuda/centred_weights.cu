@@ -5,6 +5,7 @@
 // over r sampled queries and their mean. Both kernels multiply sixteen keys at a time, read
 // straight into registers, with the rows of the sample, which stay in shared memory. Logits in log2
 // units. With them comes what a plan adds to the scores of a block, from the first l_j in any case.
+#include "block_sum.cuh"
 #include "centred_keys.cuh"
 #include "centred_logits.cuh"
 
@@ -201,6 +202,67 @@ __global__ void __launch_bounds__(kWarps * 32, kCtas<T>) weights_kernel(const We
   }
 }
 
+constexpr int kCausalWarps = 4;
+
+// Under causal, where each block of keys has a centre of its own: a warp for a block, kLanes lanes
+// a key, 16 bytes of it each.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kCausalWarps * 32) causal_weights_kernel(const WeightsParams p) {
+  __shared__ float logits[kCausalWarps][128];
+  constexpr int kAtOnce = 32 / kLanes, kCount = kVec<T>;
+  constexpr int kChunks = kLanes == 32 && sizeof(T) == 4 ? 2 : 1;
+  const int64_t block = int64_t{blockIdx.x} * kCausalWarps + threadIdx.x / 32;
+  if (block >= int64_t{p.B} * p.Hk * p.nk) return;  // whole warps leave
+  const int lane = threadIdx.x % 32, own = lane / kLanes, part = lane % kLanes;
+  const int head = static_cast<int>(block / p.nk), y = static_cast<int>(block % p.nk);
+  const int b = head / p.Hk, hk = head - b * p.Hk, first = y << p.log2_block_k;
+  const T* k = static_cast<const T*>(p.k) + b * p.k_strides.b + hk * p.k_strides.h;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.M;
+  const float* from = p.centre + (int64_t{head} * (p.centres.nq + 1) + p.centres.of_keys(y)) * p.D;
+  float centre[kChunks][kCount] = {};
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int d = (part + c * kLanes) * kCount;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) centre[c][e] = d < p.D ? from[d + e] : 0.f;
+  }
+  float* const mine = logits[threadIdx.x / 32];
+#pragma unroll 4
+  for (int j0 = 0; j0 < 1 << p.log2_block_k; j0 += kAtOnce) {
+    const int j = first + j0 + own;
+    const bool valid = j < p.M && (mask == nullptr || mask[j]);
+    float x = 0.f;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int d = (part + c * kLanes) * kCount;
+      if (!valid || d >= p.D) continue;
+      float key[kCount];
+      unpack16<T>(load16(k + j * p.k_strides.l + d), key);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) x = fmaf(key[e], centre[c][e], x);
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) x += __shfl_xor_sync(kFullWarp, x, step);
+    if (part == 0 && j0 + own < 1 << p.log2_block_k) {
+      mine[j0 + own] = valid ? x * p.scale * kLog2e : -INFINITY;
+    }
+  }
+  __syncwarp();
+  finish_block(p, mine, mine, head, y);
+}
+
+struct LaunchCausalWeights {
+  const WeightsParams& p;
+  cudaStream_t stream;
+
+  template <typename T, int kLanes>
+  cudaError_t operator()() const {
+    const int64_t warps = int64_t{p.B} * p.Hk * p.nk;
+    return launch_grid(causal_weights_kernel<T, kLanes>, (warps + kCausalWarps - 1) / kCausalWarps,
+                       kCausalWarps * 32, 0, stream, p);
+  }
+};
+
 // f(T{}, integral_constant<int, DP>).
 template <class F>
 cudaError_t dispatch_weights(Dtype dtype, int head_dim, F f) {
@@ -240,6 +302,10 @@ cudaError_t key_weights(const WeightsParams& p, cudaStream_t stream) {
     return launch_grid(weights_kernel<T, dp(), true>, blocks, kWarps * 32, kSampleRows * kRow,
                        stream, p);
   });
+}
+
+cudaError_t causal_key_weights(const WeightsParams& p, cudaStream_t stream) {
+  return dispatch_rows(p.dtype, p.D, LaunchCausalWeights{p, stream});
 }
 
 }  // namespace mra::cuda

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../common/budget.h"
+#include "centred_grads.h"
 #include "launch.h"
 #include "level_stages.h"
 
@@ -80,6 +81,14 @@ struct Blocks {
 Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse) {
   const Launch launch(out);
   const Delta d(grad_out, out, grad_lse, launch.device);
+  if (d.result.numel() > 0) launch.check(delta_backward(d.p, launch.stream));
+  return d.result;
+}
+
+Tensor row_dots(const Tensor& x, const Tensor& y) {
+  const Launch launch(y);
+  Delta d(x, y, {}, launch.device);
+  d.p.beside = false;
   if (d.result.numel() > 0) launch.check(delta_backward(d.p, launch.stream));
   return d.result;
 }

@@ -123,6 +123,10 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
     p.centre = data_of<float>(pooled->centre);
     p.centre_term = data_of<float>(pooled->centre_term);
   }
+  if (pooled && pooled->term.defined()) {
+    p.term = pooled->term.const_data_ptr();
+    p.term_strides = strides_of(pooled->term);
+  }
   // A plan that was given comes without one.
   Tensor queue = rows.queues;
   if (!queue.defined() && launch.device.major == 9 && in.query.scalar_type() != at::kFloat) {
@@ -138,7 +142,7 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
     error = forward(p, dtype_of(in.query), launch.device, launch.stream);
   }
   launch.check(error);
-  r.order1 = p.moments != nullptr;
+  r.order1 = p.moments != nullptr || p.term != nullptr;
   if (cells) {
     cells_forward(p, keys.key, keys.value, r.share, levels_of(rows, keys.count, o),
                   dtype_of(in.query), launch);

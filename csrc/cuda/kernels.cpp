@@ -53,7 +53,7 @@ cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStr
 #ifdef MRA_SM90A
   const cudaError_t error = on_hopper(dtype, p.D, device, [&](auto t, auto d) {
     using T = decltype(t);
-    if (d() > 128) p.moments = nullptr;
+    if (d() > 128) p.moments = p.term = nullptr;
     const cudaError_t error = sm90::launch_forward<T, d()>(p, device, stream);
     if constexpr (d() <= 128) {
       if (error == cudaErrorNotSupported) {
@@ -65,7 +65,7 @@ cudaError_t forward(ForwardParams& p, Dtype dtype, const Device& device, cudaStr
   if (error != cudaErrorNotSupported) return error;
 #endif
   if (p.centre != nullptr) return cudaErrorNotSupported;
-  p.moments = nullptr;
+  p.moments = p.term = nullptr;
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_forward<decltype(t), d()>(p, device, stream);
   });
@@ -160,6 +160,9 @@ std::vector<KernelInfo> kernel_table() {
 #endif
       {"pool", "sample", "csrc/cuda/centred_sample.cu", "sm_80+", all, "8..256"},
       {"pool", "key_weights", "csrc/cuda/centred_weights.cu", "sm_80+", all, dims},
+      {"pool", "causal_centres", "csrc/cuda/centred_queries.cu", "sm_80+", "float32 means",
+       "8..256"},
+      {"pool", "causal_weights", "csrc/cuda/centred_weights.cu", "sm_80+", all, "8..256"},
       {"plan", "plan_row", "csrc/cuda/plan_row.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_stream", "csrc/cuda/plan_stream.cu", "sm_80+", "float32 means", "8..256"},
       {"plan", "plan_map", "csrc/cuda/plan_map.cu", "sm_80+", "float32 means", "8..256"},
@@ -221,7 +224,7 @@ std::vector<KernelInfo> kernel_table() {
       {"order1", "rows", "csrc/cuda/order1_rows.cu", "sm_80+", all, dims},
       {"order1", "keys", "csrc/cuda/order1_keys.cu", "sm_80+", all, dims},
       {"order1", "row_weights", "csrc/cuda/centred_sums.cu", "sm_80+", all, "8..256"},
-      {"pool", "key_weights_backward", "csrc/cuda/centred_backward.cu", "sm_80+", all, "8..256"},
+      {"pool", "key_weights_backward", "csrc/cuda/centred_bwd.cu", "sm_80+", all, "8..256"},
       {"fine", "backward_columns", "csrc/cuda/sm80/backward_columns.cuh", "sm_80+", all, dims},
   };
 }

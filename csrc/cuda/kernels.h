@@ -9,7 +9,7 @@
 namespace mra::cuda {
 
 // Every kernel takes head dims of multiples of 8 up to 256, padded to the next compiled size.
-// Clears `moments` where the kernel leaves out the order-1 term. cudaErrorNotSupported where none
+// Clears `moments` and `term` where the kernel leaves out the order-1 term. cudaErrorNotSupported where none
 // makes row_bias from `centre`: it is to be given then.
 cudaError_t forward(ForwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);

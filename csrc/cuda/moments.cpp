@@ -187,7 +187,7 @@ Tensor pool_moments(const Inputs& in, const Options& o, PooledInputs* pooled,
 }
 
 bool weighs_with_moments(const Inputs& in, const Options& o, const Launch& launch) {
-  return o.pool != Pool::even && has_order1(o) && takes_keys(in, o, launch);
+  return o.pool != Pool::even && has_order1(o) && !o.causal && takes_keys(in, o, launch);
 }
 
 Tensor weigh_with_moments(const Inputs& in, const Options& o, const WeightsParams& weights,

@@ -2,6 +2,7 @@
 #include "order1_walk.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include "sm90/moments.h"
 
@@ -17,9 +18,16 @@ struct Walk {
   const WalkCut cut;
   sm90::WalkRows params;
 
-  Walk(const Term& term, const WalkCut& cut) : term(term), cut(cut), params(walk_params(term)) {
+  Walk(const Term& term, const WalkCut& cut, const Centred* c = nullptr)
+      : term(term), cut(cut), params(walk_params(term)) {
     params.unit_tiles = cut.unit_tiles;
     params.chunks = cut.chunks;
+    if (c == nullptr) return;
+    params.key_weights = c->pooled.weights.const_data_ptr<float>();
+    params.centre = c->centre.const_data_ptr<float>();
+    params.query_mask = mask_of(term.in.query_mask);
+    params.nq = static_cast<int>(c->centre.size(2)) - 1;
+    params.log2_block_q = log2_of(term.o.block_q);
   }
 
   // Calls f with the padded head dim, an integral_constant; false where no kernel does it.
@@ -41,6 +49,24 @@ struct Walk {
     return launch([&](auto dim) {
       return sm90::launch_order1_walk_keys<dim()>(p, term.launch.device, term.launch.stream);
     });
+  }
+  // Those of keys and values, behind the rows', which read `start` last: it takes their sums.
+  bool gradients(sm90::WalkKeys p, const Tensor& start, const Tensor& grad_k,
+                 const Tensor& grad_v) const {
+    p.start = nullptr;
+    if (p.chunks > 1) {
+      p.sums = start.mutable_data_ptr<float>();
+      if (!keys(p)) return false;
+      term.launch.check(order1_sum_others(p.sums, int64_t{p.B} * p.Hk, p.chunks, cut.dim, true,
+                                          term.launch.stream));
+      p.sums = nullptr;
+      p.start = start.const_data_ptr<float>();
+    }
+    p.grad_k = grad_k.mutable_data_ptr();
+    p.grad_v = grad_v.mutable_data_ptr();
+    p.grad_k_strides = strides_of(grad_k);
+    p.grad_v_strides = strides_of(grad_v);
+    return keys(p);
   }
 };
 
@@ -84,6 +110,7 @@ bool order1_walk(FineResult& result, const Term& term) {
   if (!cut || !find_start(start, term, *cut)) return false;
   const Walk walk(term, *cut);
   sm90::WalkRows p = walk.params;
+  p.step = sm90::WalkStep::term;
   p.share = result.share.const_data_ptr<float>();
   p.start = data_of<float>(start);
   p.out = result.out.mutable_data_ptr();
@@ -98,6 +125,7 @@ bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Ten
   if (!cut || term.dtype != Dtype::bf16 || !find_start(start, term, *cut)) return false;
   const Walk walk(term, *cut);
   sm90::WalkRows rows = walk.params;
+  rows.step = sm90::WalkStep::backward;
   const Tensor weights = at::empty({rows.B, rows.H, ceil_div(rows.N, 64) * 64, 2}, term.acc());
   rows.grad_out = grad_out.const_data_ptr();
   rows.grad_out_strides = strides_of(grad_out);
@@ -108,23 +136,70 @@ bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Ten
   rows.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   rows.grad_q = grads.query.mutable_data_ptr();
   rows.grad_q_strides = strides_of(grads.query);
-  if (!walk.rows(rows)) return false;
+  return walk.rows(rows) && walk.gradients(sm90::WalkKeys{rows}, start, grads.key, grads.value);
+}
 
+bool walks_centred(const Inputs& in, const Options& o, bool backward, const Launch& launch) {
+  return walk_cut(in, o, launch) && (!backward || in.query.scalar_type() == at::kBFloat16);
+}
+
+void walk_moments(Centred& c, const Inputs& in, const Options& o) {
+  const Launch launch(in.query);
+  const auto cut = walk_cut(in, o, launch);
+  PooledInputs made;
+  made.weights = c.pooled.weights;
+  if (cut->chunks > 1) c.pooled.moments_before = moments_before(in, o, *cut, &made);
+  if (c.pooled.key.defined()) return;
+  if (!c.pooled.moments_before.defined()) pool_weighted(made, in, o);
+  c.pooled.key = made.key;
+  c.pooled.value = made.value;
+  c.pooled.key_rounded = made.key_rounded;
+  c.pooled.value_rounded = made.value_rounded;
+}
+
+bool walk_prepare(Centred& c, const Term& term) {
+  const auto cut = walk_cut(term.in, term.o, term.launch);
+  if (cut->chunks > 1 && !c.pooled.moments_before.defined()) return false;
+  const Walk walk(term, *cut, &c);
+  sm90::WalkRows p = walk.params;
+  p.step = sm90::WalkStep::prepare;
+  p.start = data_of<float>(c.pooled.moments_before);
+  const Tensor variance = at::empty({term.B, term.H, term.N}, term.acc());
+  const Tensor row_bias = at::empty_like(variance), made = empty_heads_last(term.in.query);
+  p.variance = variance.mutable_data_ptr<float>();
+  p.row_bias = row_bias.mutable_data_ptr<float>();
+  p.out = made.mutable_data_ptr();
+  p.out_strides = strides_of(made);
+  if (!walk.rows(p)) return false;
+  c.pooled.variance = variance;
+  c.pooled.row_bias = row_bias;
+  c.pooled.term = made;
+  return true;
+}
+
+Tensor walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out, const float* a,
+                     const float* b, const Tensor& shares, const Grads& grads) {
+  const Walk walk(term, *walk_cut(term.in, term.o, term.launch), &c);
+  const Tensor start = c.pooled.moments_before;
+  sm90::WalkRows rows = walk.params;
+  rows.step = sm90::WalkStep::gradient;
+  const int64_t tiles = ceil_div(rows.N, 64);
+  const Tensor weights = at::empty({rows.B, rows.H, 64 * tiles, 2}, term.acc());
+  const Tensor sums = at::empty({rows.B, rows.H, 4 * tiles, rows.D}, term.acc());
+  rows.grad_out = grad_out.const_data_ptr();
+  rows.grad_out_strides = strides_of(grad_out);
+  rows.weights = weights.mutable_data_ptr<float>();
+  rows.start = data_of<float>(start);
+  rows.a = a;
+  rows.b = b;
+  rows.row_sums = sums.mutable_data_ptr<float>();
+  rows.grad_q = grads.query.mutable_data_ptr();
+  rows.grad_q_strides = strides_of(grads.query);
   sm90::WalkKeys keys{rows};
-  keys.start = nullptr;
-  if (rows.chunks > 1) {  // `start` is no longer read once the sums are written
-    keys.sums = start.mutable_data_ptr<float>();
-    if (!walk.keys(keys)) return false;
-    term.launch.check(order1_sum_others(keys.sums, int64_t{rows.B} * rows.Hk, rows.chunks, cut->dim,
-                                        true, term.launch.stream));
-    keys.sums = nullptr;
-    keys.start = start.const_data_ptr<float>();
-  }
-  keys.grad_k = grads.key.mutable_data_ptr();
-  keys.grad_v = grads.value.mutable_data_ptr();
-  keys.grad_k_strides = strides_of(grads.key);
-  keys.grad_v_strides = strides_of(grads.value);
-  return walk.keys(keys);
+  keys.shares = shares.const_data_ptr<float>();
+  const bool done = walk.rows(rows) && walk.gradients(keys, start, grads.key, grads.value);
+  TORCH_INTERNAL_ASSERT(done, "kernels that walked the rows before refused to do it again");
+  return sums;
 }
 
 #else
@@ -133,6 +208,13 @@ bool order1_walk(FineResult&, const Term&) { return false; }
 bool order1_walk_backward(const Tensor&, const Tensor&, const Tensor&, const Term&,
                           const Order1Grads&) {
   return false;
+}
+bool walks_centred(const Inputs&, const Options&, bool, const Launch&) { return false; }
+void walk_moments(Centred&, const Inputs&, const Options&) {}
+bool walk_prepare(Centred&, const Term&) { return false; }
+Tensor walk_gradient(const Centred&, const Term&, const Tensor&, const float*, const float*,
+                     const Tensor&, const Grads&) {
+  return {};
 }
 
 #endif

@@ -19,4 +19,16 @@ bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments);
 bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                           const Term& term, const Order1Grads& grads);
 
+// With weighted means, under causal. The passes of a call share `start`, c.pooled.moments_before.
+// Whether a pass is to be tried: the others run on the generic kernels.
+bool walks_centred(const Inputs& in, const Options& o, bool backward, const Launch& launch);
+// Means and `start`, where they are not there yet.
+void walk_moments(Centred& c, const Inputs& in, const Options& o);
+// Sets variance, row_bias and term of c.pooled.
+bool walk_prepare(Centred& c, const Term& term);
+// Adds to grads.query, and fills grads.key and grads.value as centred_grads does. a and b of each
+// row, [B, H, N]. Returns the gradients of the centres, [B, H, 4 ceil(N / 64), D]: of 16 rows each.
+Tensor walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out, const float* a,
+                     const float* b, const Tensor& shares, const Grads& grads);
+
 }  // namespace mra::cuda

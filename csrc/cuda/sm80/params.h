@@ -67,6 +67,9 @@ struct ForwardParams : Problem {
   // products with C and Sigma, which are taken off those of the queries.
   const float* centre;       // [B, Hk, D]
   const float* centre_term;  // [B, Hk, 2, matrix_dim]
+  // [B, H, rows, D] T or null: the order-1 term over the row's share, made beforehand
+  const void* term;
+  Strides term_strides;
 };
 
 struct BackwardParams : Problem {

@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
     if constexpr (kOrder1<T, DP>) {
+      if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, warp_row);
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], warp_row, ring, before, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto&) {

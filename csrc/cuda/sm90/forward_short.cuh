@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     // Read again, as registers are full in between.
     softmax.finish(p, at.b, at.h, at.first_row + row, s.work[slot].rows - row, share);
     if constexpr (kOrder1<T, DP>) {
+      if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, row);
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto& second) {

@@ -7,7 +7,7 @@
 
 namespace mra::cuda::sm90 {
 
-// Kernels that add the order-1 term. With weighted means they make row_bias too, and take none.
+// Kernels that add the order-1 term. With a centre they make row_bias too.
 template <typename T, int DP>
 inline constexpr bool kOrder1 = DP <= 128;
 
@@ -21,7 +21,7 @@ struct ForwardMaps : ForwardParams, KeyMaps {
     const int64_t tiles = (this->rows + rows - 1) / rows * static_cast<int64_t>(B) * H;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
-    if (DP <= 128 ? row_bias != nullptr : moments != nullptr) return cudaErrorNotSupported;
+    if (DP > 128 && moments != nullptr) return cudaErrorNotSupported;
     const bool maps =
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
@@ -202,16 +202,39 @@ __device__ __forceinline__ void find_gamma(float2& gamma, const uint16_t (&q)[kP
 }
 
 // Behind the last pooled keys of a warp's 16 rows, from `row` on: with weighted means their logits
-// get log(1 + gamma t / 2) each.
+// get log(1 + gamma t / 2) each, made here or given.
 template <typename T, int DP, class Softmax>
 __device__ __forceinline__ void end_pooled(Softmax& softmax, const float2& gamma,
                                            const ForwardParams& p, const ForwardWork& at, int row) {
-  if constexpr (!kOrder1<T, DP>) {
-    softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
-  } else if (p.centre != nullptr) {
+  if (kOrder1<T, DP> && p.centre != nullptr) {
     softmax.end_pooled({log2_approx(3.f - 2.f * gamma.x), log2_approx(3.f - 2.f * gamma.y)});
   } else {
-    softmax.keep_pooled();
+    softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
+  }
+}
+
+// Adds the order-1 term that was made beforehand to the output of a warp's 16 rows, from `row` on.
+template <typename T, int kTiles>
+__device__ __forceinline__ void add_term(float (&acc)[kTiles][4], const float (&share)[2],
+                                         const ForwardParams& p, const ForwardWork& at, int row) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int i = row + g + 8 * half;
+    if (i >= at.rows || share[half] == 0.f) continue;
+    const T* from = static_cast<const T*>(p.term) + at.b * p.term_strides.b +
+                    at.h * p.term_strides.h + (at.first_row + i) * p.term_strides.l + 2 * t;
+    uint32_t bits[kTiles];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      bits[n] = 8 * n < p.D ? __ldg(reinterpret_cast<const uint32_t*>(from + 8 * n)) : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const float2 u = unpack2(bits[n], T{});
+      acc[n][2 * half] = fmaf(share[half], u.x, acc[n][2 * half]);
+      acc[n][2 * half + 1] = fmaf(share[half], u.y, acc[n][2 * half + 1]);
+    }
   }
 }
 

@@ -22,7 +22,7 @@ struct KeyTiles {
   __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
   // By one warp: `tiles` tiles from key `first` on, `step` keys apart. mask: [B, M] or null;
-  // weights: of the M keys, which come in order then.
+  // weights: of the M keys.
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
                         const float* weights, int M, int b, int h, int first, int tiles,
                         int step = 64) {
@@ -32,7 +32,7 @@ struct KeyTiles {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int j = key + 32 * half + lane;
-        next[half] = j < M ? weights[j] : 0.f;
+        next[half] = j >= 0 && j < M ? weights[j] : 0.f;
       }
     };
     if constexpr (kWeighted) look_up(first);
@@ -50,7 +50,7 @@ struct KeyTiles {
       if constexpr (kWeighted) {
         weight[stage][lane] = next[0];
         weight[stage][lane + 32] = next[1];
-        look_up(key + 64);
+        look_up(key + step);
       }
       if (lane == 0) {
         valid[stage][0] = bits[0];
@@ -90,11 +90,20 @@ __device__ __forceinline__ void all_gather(float (&x)[8], float mine) {
   }
 }
 
+// Keys of a block that count: block `block` of kBlocks of a tile.
+template <int kBlocks>
+__device__ __forceinline__ int count_of_block(int block, const uint32_t (&valid)[2]) {
+  if (kBlocks == 1) return __popc(valid[0]) + __popc(valid[1]);
+  if (kBlocks == 2) return __popc(block == 0 ? valid[0] : valid[1]);
+  return __popc((block < 2 ? valid[0] : valid[1]) & 0xffffu << block % 2 * 16);
+}
+
 // Columns `unit` (32 of keys or values, or, where all from 32 on are zeros, kNarrow: 16) of the
 // tile at `stage`, whose rows lie in kBlocks blocks of keys, by one warp: rows less the mean of
-// their block, plain or by the tile's weights, to where they were, zeros for rows that don't count.
-// Returns the number that do.
-template <int kBlocks, bool kWeighted, bool kNarrow, class Tiles>
+// their block, plain or by the tile's weights, to where they were, zeros for rows that don't count;
+// kRooted: times the root of weight and count, so that products of two have the weight. Returns the
+// number that do.
+template <int kBlocks, bool kWeighted, bool kNarrow, bool kRooted = false, class Tiles>
 __device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
   using T = typename Tiles::T;
   constexpr int kPanels = Tiles::kPanels, kChunks = kNarrow ? 2 : 4;
@@ -132,11 +141,7 @@ __device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
         }
       }
     }
-    const uint32_t mask = kBlocks == 1   ? 0xffffffffu
-                          : kBlocks == 2 ? 0xffffffffu
-                                         : 0xffffu << block % 2 * 16;
-    const int count = kBlocks == 1 ? __popc(valid[0]) + __popc(valid[1])
-                                   : __popc(valid[kBlocks == 2 ? block : block / 2] & mask);
+    const int count = count_of_block<kBlocks>(block, valid);
     float mean = reduce_scatter(sum);
     if constexpr (kNarrow) mean += __shfl_xor_sync(0xffffffffu, mean, 2);
     if constexpr (!kWeighted) mean /= static_cast<float>(max(count, 1));
@@ -146,6 +151,11 @@ __device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
       unpack16<T>(bits[i], x);
 #pragma unroll
       for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
+      if constexpr (kRooted) {
+        const float root = sqrtf(s.weight[stage][row + kStep * i] * static_cast<float>(count));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] *= root;
+      }
       using M = Mma<T>;
       *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
                              M::pack(x[6], x[7]));

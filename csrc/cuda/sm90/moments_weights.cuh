@@ -52,14 +52,6 @@ struct MomentsTiles {
   }
 };
 
-// Keys of a block that count: block `block` of kBlocks of a tile.
-template <int kBlocks>
-__device__ __forceinline__ int count_of_block(int block, const uint32_t (&valid)[2]) {
-  if (kBlocks == 1) return __popc(valid[0]) + __popc(valid[1]);
-  if (kBlocks == 2) return __popc(block == 0 ? valid[0] : valid[1]);
-  return __popc((block < 2 ? valid[0] : valid[1]) & 0xffffu << block % 2 * 16);
-}
-
 // One of the warps that weigh: tile `own` of the chunk, and every kWeighers-th one from there.
 template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
 struct KeyWeigher {

@@ -5,6 +5,14 @@
 //
 //   forward    moments -> sum -> rows
 //   backward   moments -> sum -> rows -> keys (sums) -> sum -> keys
+//
+// With weighted means (../centred.h) a query is the query less the centre of its block, a key's
+// deviation has the root of weight and count, and the rows are walked before fine, which adds the
+// term that they leave:
+//
+//   forward    moments -> sum -> rows (prepare) -> fine
+//   backward   moments -> sum -> rows (prepare) -> fine's rows -> row weights -> rows (gradient)
+//              -> keys (sums) -> sum -> keys -> fine's columns
 #pragma once
 
 #include "../types.h"
@@ -27,12 +35,26 @@ struct WalkChunks {
   Strides q_strides, grad_out_strides;
   // [B, H, 64 ceil(N / 64), 2]: over the number of keys before the row, a and b of order1_rows.cuh.
   float* weights;
+  // Weighted means, else null: of each key in its block, [B, Hk, nk << log2_block_k]; the centre
+  // before each block of queries, [B, Hk, nq + 1, D]; which queries count, [B, N] or null.
+  const float *key_weights, *centre;
+  const uint8_t* query_mask;
+  int nq, log2_block_q;
   // [B, Hk, chunks, 2, dim, dim]: sums of the chunks before (rows) or behind (keys) each; null for
   // one chunk.
   const float* start;
 };
 
+enum class WalkStep {
+  term,      // adds gamma P u to out
+  backward,  // all of the rows of the backward pass
+  // With weighted means:
+  prepare,   // t and row_bias; gamma u to out
+  gradient,  // from a and b: adds to grad_q, and what the centres get of each 16 rows
+};
+
 struct WalkRows : WalkChunks {
+  WalkStep step;
   bool causal;           // else of WalkWide alone
   const int* key_count;  // [B, nk]
   const float* share;    // [B, H, N]
@@ -44,12 +66,18 @@ struct WalkRows : WalkChunks {
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
+
+  float *variance, *row_bias;  // prepare: [B, H, N]
+  const float *a, *b;          // gradient: [B, H, N]
+  float* row_sums;             // gradient: [B, H, 4 ceil(N / 64), D]
 };
 
 struct WalkKeys : WalkChunks {
   float* sums;            // [B, Hk, chunks, 2, dim, dim]: those of each chunk's rows; else null and
   void *grad_k, *grad_v;  // [B, Hk, N, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
+  // Weighted means: gradients of the pooled keys and values, [2, B, Hk, nk, D].
+  const float* shares;
 };
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.

@@ -5,7 +5,8 @@
 //
 // kappa and nu as in order1_keys.cuh. A chunk's tiles are walked from the last one on; behind the
 // keys of a tile its rows are added to dC and dSigma. Without kWalk: only that, the sums of a
-// chunk.
+// chunk. With weighted means kappa and nu have a root of weight and count, and so have the results,
+// to which the weight times the gradients of the pooled key and value is added.
 #pragma once
 
 #include "order1_walk.cuh"
@@ -17,13 +18,13 @@ struct WalkKeysMaps : WalkKeys {
   int tiles;  // of a chunk
 };
 
-template <int DP, bool kWalk>
+template <int DP, bool kWalk, bool kWeighted>
 struct WalkKeysShared {
   static constexpr int kPanels = DP / 64, kStages = 2;
   uint16_t matrices[kWalk ? 2 : 1][kPanels][DP][64];  // dC, 2 dSigma
   uint16_t rows[kStages][2][kPanels][64][64];         // q, dO
   uint16_t weighted_q[kPanels][64][64];
-  KeyTiles<DP, kWalk ? 2 : 1, false> keys;
+  KeyTiles<DP, kWalk ? 2 : 1, kWalk && kWeighted> keys;
   alignas(16) float2 weights[kStages][64];
   uint64_t full[kStages], empty[kStages];
 };
@@ -57,13 +58,13 @@ __device__ __forceinline__ void weigh_rows(uint16_t (&rows)[2][kPanels][64][64],
   }
 }
 
-template <int DP, int kBlocks, bool kWalk>
+template <int DP, int kBlocks, bool kWalk, bool kWeighted>
 __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlocks)
     order1_walk_keys_kernel(const __grid_constant__ WalkKeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
   using Traits = WalkTraits<DP>;
-  using Shared = WalkKeysShared<DP, kWalk>;
+  using Shared = WalkKeysShared<DP, kWalk, kWeighted>;
   constexpr int kPanels = DP / 64, kStages = Shared::kStages;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -82,7 +83,9 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
     give_registers<Traits::kGiven>();
     if (warp == Traits::kConsumers) {
       if constexpr (kWalk) {
-        s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.N, at.b, at.hk, 64 * last, at.tiles, -64);
+        const float* weights = nullptr;
+        if constexpr (kWeighted) weights = p.key_weights + (at.key_head * p.nk << p.log2_block_k);
+        s.keys.fetch(p.k_map, p.v_map, p.mask, weights, p.N, at.b, at.hk, 64 * last, at.tiles, -64);
       }
     } else if (warp == Traits::kConsumers + 1) {
       const int64_t padded = (p.N + 63) / 64 * 64;
@@ -115,10 +118,14 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   sums.load(kWalk ? p.start : nullptr, chunk, matrix_dim<DP>(p.D));
   int turn = 0;
 
-  const auto add_rows = [&] {
+  const auto add_rows = [&](int tile) {
     const int stage = turn % kStages;
     auto& rows = s.rows[stage];
     barrier_wait(&s.full[stage], turn / kStages & 1);
+    if constexpr (kWeighted) {
+      centre_queries<T>(rows[0], p, at.b, at.key_head, 64 * (last - tile), panel);
+      __syncwarp();  // weigh_rows has each row by the same eight threads
+    }
     weigh_rows(rows, s.weighted_q, s.weights[stage], panel);
     fence_for_copies();  // products read shared memory as copies do
     consumer_sync<DP>();
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   };
   if constexpr (!kWalk) {
 #pragma unroll 1
-    for (int i = 0; i < row_tiles * at.group; ++i) add_rows();
+    for (int i = 0; i < row_tiles * at.group; ++i) add_rows(i / at.group);
     sums.store(p.sums, chunk, matrix_dim<DP>(p.D));
     return;
   } else {
@@ -147,7 +154,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0)
         sums.template place<T>(s.matrices, 1.f, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-      centre<kBlocks, false, false>(s.keys, stage, threadIdx.x / 32);
+      centre<kBlocks, kWeighted, false, kWeighted>(s.keys, stage, threadIdx.x / 32);
       fence_for_copies();
       consumer_sync<DP>();
       float dk[8][4], dv[8][4];
@@ -164,20 +171,40 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       // The place of the tile before is given back once its gradients have left.
       if (tile > 0) arrive_behind_stores(&s.keys.empty[(tile - 1) % 2]);
       consumer_sync<DP>();
-      const auto place = [&](uint16_t(&to)[kPanels][64][64], const float(&grad)[8][4]) {
+      const auto place = [&](uint16_t(&to)[kPanels][64][64], const float(&grad)[8][4], int which) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int r = row + 8 * half;
-          const bool live = s.keys.valid[stage][r / 32] >> r % 32 & 1;
+          const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
+          const bool live = valid[r / 32] >> r % 32 & 1;
+          [[maybe_unused]] float weight = 0.f, root = 0.f;
+          [[maybe_unused]] const float* share = nullptr;
+          if constexpr (kWeighted) {
+            const int block = r * kBlocks / 64, y = min(key_tile * kBlocks + block, p.nk - 1);
+            weight = s.keys.weight[stage][r];
+            root = sqrtf(weight * static_cast<float>(count_of_block<kBlocks>(block, valid)));
+            const int64_t heads = static_cast<int64_t>(p.B) * p.Hk;
+            share =
+                p.shares + ((which * heads + at.key_head) * p.nk + y) * p.D + 64 * panel + 2 * t;
+          }
 #pragma unroll
           for (int n = 0; n < 8; ++n) {
+            float2 value = make_float2(grad[n][2 * half], grad[n][2 * half + 1]);
+            if constexpr (kWeighted) {
+              float2 of_mean{};
+              if (64 * panel + 8 * n < p.D) {
+                of_mean = __ldg(reinterpret_cast<const float2*>(share + 8 * n));
+              }
+              value.x = root * value.x + weight * of_mean.x;
+              value.y = root * value.y + weight * of_mean.y;
+            }
             *reinterpret_cast<uint32_t*>(&to[panel][r][(n ^ g) * 8 + 2 * t]) =
-                live ? Mma<T>::pack(grad[n][2 * half], grad[n][2 * half + 1]) : 0;
+                live ? Mma<T>::pack(value.x, value.y) : 0;
           }
         }
       };
-      place(x[0], dk);
-      place(x[1], dv);
+      place(x[0], dk, 0);
+      place(x[1], dv, 1);
       fence_for_copies();
       consumer_sync<DP>();
       if (threadIdx.x == 0) {
@@ -190,7 +217,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       __syncwarp();
       if (tile == at.tiles - 1) break;
 #pragma unroll 1
-      for (int i = 0; i < at.group; ++i) add_rows();
+      for (int i = 0; i < at.group; ++i) add_rows(tile);
     }
     if (threadIdx.x == 0) store_wait();
   }
@@ -212,16 +239,24 @@ cudaError_t launch_order1_walk_keys(const WalkKeys& params, const Device& device
       (!walk || (map(&p.k_map, p.k, p.k_strides, p.Hk) && map(&p.v_map, p.v, p.v_strides, p.Hk) &&
                  map(&p.grad_k_map, p.grad_k, p.grad_k_strides, p.Hk) &&
                  map(&p.grad_v_map, p.grad_v, p.grad_v_strides, p.Hk)));
-  const int bytes = 1024 + static_cast<int>(walk ? sizeof(WalkKeysShared<DP, true>)
-                                                 : sizeof(WalkKeysShared<DP, false>));
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
-  if (!maps || bytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  if (!maps || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
-  const auto kernel = !walk                 ? order1_walk_keys_kernel<DP, 1, false>
-                      : p.log2_block_k == 6 ? order1_walk_keys_kernel<DP, 1, true>
-                      : p.log2_block_k == 5 ? order1_walk_keys_kernel<DP, 2, true>
-                                            : order1_walk_keys_kernel<DP, 4, true>;
-  return launch_grid(kernel, blocks, WalkTraits<DP>::kThreads, bytes, stream, p);
+  const auto launch = [&](auto key_blocks, auto walks, auto weighted) {
+    constexpr int kBytes = 1024 + sizeof(WalkKeysShared<DP, walks(), weighted()>);
+    if (kBytes > device.max_smem) return cudaErrorNotSupported;
+    return launch_grid(order1_walk_keys_kernel<DP, key_blocks(), walks(), weighted()>, blocks,
+                       WalkTraits<DP>::kThreads, kBytes, stream, p);
+  };
+  const auto by_blocks = [&](auto weighted) {
+    constexpr std::integral_constant<int, 1> one;
+    if (!walk) return launch(one, std::false_type{}, weighted);
+    if (p.log2_block_k == 6) return launch(one, std::true_type{}, weighted);
+    return p.log2_block_k == 5
+               ? launch(std::integral_constant<int, 2>{}, std::true_type{}, weighted)
+               : launch(std::integral_constant<int, 4>{}, std::true_type{}, weighted);
+  };
+  return p.key_weights != nullptr ? by_blocks(std::true_type{}) : by_blocks(std::false_type{});
 }
 
 }  // namespace mra::cuda::sm90

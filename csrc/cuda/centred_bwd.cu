@@ -4,7 +4,7 @@
 //   x_j  = kappa_j . dk_y + nu_j . dv_y - log pi_j da_y + what the moments' gradients give
 //   dl_j = pi_j (x_j - sum_j pi_j x_j)    dk_j += s dl_j centre    dcentre = s sum_j dl_j k_j
 //
-// and every valid query of the group gets its share of dcentre.
+// and every valid query of the group gets its share of dcentre (centred_queries.cu).
 #include "block_sum.cuh"
 #include "centred.cuh"
 #include "centred.h"
@@ -101,10 +101,12 @@ __global__ void __launch_bounds__(kWarps * 32)
   __syncwarp();
 
   float sum[kChunks][kCount] = {}, centre[kChunks][kCount] = {};
+  const int64_t centre_at =
+      p.causal ? int64_t{head} * (p.centres.nq + 1) + p.centres.of_keys(y) : head;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int d = (part + c * kLanes) * kCount;
-    if (d < p.D) load_floats(centre[c], p.centre + int64_t{head} * p.D + d);
+    if (d < p.D) load_floats(centre[c], p.centre + centre_at * p.D + d);
   }
 #pragma unroll 2
   for (int j0 = 0; j0 < count; j0 += kAtOnce) {
@@ -183,28 +185,6 @@ __global__ void __launch_bounds__(kThreads) centre_grad_kernel(const CentreGradP
       make_float4(sum.x * over_n, sum.y * over_n, sum.z * over_n, sum.w * over_n);
 }
 
-constexpr int kAddThreads = 256;
-
-// One thread for 16 bytes of a query; heads side by side, as the gradients lie.
-template <typename T>
-__global__ void __launch_bounds__(kAddThreads) add_centre_grad_kernel(const CentreGradParams p) {
-  const int chunks = p.D / kVec<T>;
-  int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
-  if (i >= int64_t{p.B} * p.N * p.H * chunks) return;
-  const int d = static_cast<int>(i % chunks) * kVec<T>;
-  const int h = static_cast<int>((i /= chunks) % p.H);
-  const int row = static_cast<int>((i /= p.H) % p.N), b = static_cast<int>(i / p.N);
-  if (p.mask != nullptr && !p.mask[int64_t{b} * p.N + row]) return;
-  const Strides& s = p.grad_q_strides;
-  T* const to = static_cast<T*>(p.grad_q) + b * s.b + h * s.h + row * s.l + d;
-  float x[kVec<T>], add[kVec<T>];
-  unpack16<T>(*reinterpret_cast<const uint4*>(to), x);
-  load_floats(add, p.centre_grad + (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.D + d);
-#pragma unroll
-  for (int e = 0; e < kVec<T>; ++e) x[e] += add[e];
-  store_values<kVec<T>>(to, x);
-}
-
 }  // namespace
 
 cudaError_t key_weights_backward(const KeyWeightsBackwardParams& p, cudaStream_t stream) {
@@ -212,18 +192,9 @@ cudaError_t key_weights_backward(const KeyWeightsBackwardParams& p, cudaStream_t
 }
 
 cudaError_t centre_grad(const CentreGradParams& p, cudaStream_t stream) {
-  const cudaError_t error = by_length(p.parts, [&](auto threads) {
+  return by_length(p.parts, [&](auto threads) {
     return launch_grid(centre_grad_kernel<threads()>, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
   });
-  if (error != cudaSuccess) return error;
-  const auto add = [&](auto t) {
-    using T = decltype(t);
-    const int64_t pieces = int64_t{p.B} * p.N * p.H * (p.D / kVec<T>);
-    return launch_grid(add_centre_grad_kernel<T>, (pieces + kAddThreads - 1) / kAddThreads,
-                       kAddThreads, 0, stream, p);
-  };
-  if (p.dtype == Dtype::f32) return add(float{});
-  return p.dtype == Dtype::f16 ? add(__half{}) : add(__nv_bfloat16{});
 }
 
 }  // namespace mra::cuda

@@ -1,0 +1,250 @@
+// Gradients of weighted means: order 1 with them, and through their weights. Allocates and launches
+// centred_bwd.cu, centred_queries.cu, centred_sums.cu and the kernels of order 1.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <utility>
+
+#include "centred_term.h"
+
+namespace mra::cuda {
+namespace {
+
+// a and b of each row (RowWeightsParams), [2, B, H, N]; the shift of CentreProductsParams, under
+// causal zeros; there the gradients of the centres before each block of queries, [B, Hk, nq, D].
+// Where rows are walked, a and b alone.
+struct RowWeights {
+  Tensor weights, shift, of_centres;
+
+  RowWeights(const Term& term, const Tensor& grad_out, const FineBackward& back) {
+    const Centred& c = *back.centred;
+    RowWeightsParams p{};
+    p.part_rows = term.o.causal ? static_cast<int>(term.o.block_q) : kRowWeightsRows;
+    p.parts = static_cast<int>(ceil_div(term.N, p.part_rows));
+    weights = at::empty({2, term.B, term.H, term.N}, term.acc());
+    const bool walked = term.o.causal && !c.queries.defined();
+    Tensor sums;
+    if (!walked) sums = at::empty({term.B, term.H, p.parts, 2, term.D}, term.acc());
+    p.q = term.in.query.const_data_ptr();
+    p.grad_out = grad_out.const_data_ptr();
+    p.q_strides = strides_of(term.in.query);
+    p.grad_out_strides = strides_of(grad_out);
+    p.share = back.share.const_data_ptr<float>();
+    p.variance = c.pooled.variance.const_data_ptr<float>();
+    p.slope = c.slope.const_data_ptr<float>();
+    p.coarse_sum = back.coarse_sum.const_data_ptr<float>();
+    if (!term.o.causal) p.centre = c.centre.const_data_ptr<float>();
+    p.a = a();
+    p.b = b();
+    p.sums = data_of<float>(sums);
+    p.dtype = term.dtype;
+    p.B = term.B;
+    p.H = term.H;
+    p.Hk = term.Hk;
+    p.N = term.N;
+    p.D = term.D;
+    p.scale = static_cast<float>(term.o.scale);
+    term.launch.check(row_weights(p, term.launch.stream));
+    if (walked) return;
+    if (term.o.causal) {
+      shift = at::zeros({term.B, term.Hk, 2, term.dim}, term.acc());
+      grads_of_centres(term, c, p);
+      return;
+    }
+    shift = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+    CentreProductsParams products = products_of(term, c, shift);
+    products.sums = p.sums;
+    products.parts = p.parts;
+    term.launch.check(centre_products(products, term.launch.stream));
+  }
+  float* a() const { return weights.mutable_data_ptr<float>(); }
+  float* b() const { return a() + weights.numel() / 2; }
+
+ private:
+  void grads_of_centres(const Term& term, const Centred& c, const RowWeightsParams& rows) {
+    of_centres = at::empty({term.B, term.Hk, rows.parts, term.D}, term.acc());
+    CausalProductsParams p{};
+    p.matrices = c.moments.const_data_ptr();
+    p.sums = rows.sums;
+    p.result = of_centres.mutable_data_ptr<float>();
+    p.dtype = term.dtype == Dtype::bf16 ? Dtype::bf16 : Dtype::f32;
+    p.B = term.B;
+    p.H = term.H;
+    p.Hk = term.Hk;
+    p.D = term.D;
+    p.dim = term.dim;
+    p.nq = rows.parts;
+    p.units = term.units(term.N);
+    p.log2_unit_blocks = log2_of(term.unit_causal) - log2_of(rows.part_rows);
+    term.launch.check(causal_products(p, term.launch.stream));
+  }
+};
+
+// Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
+// it so.
+Tensor rows_at_once(const Term& term, const Tensor& grad_out, const Centred& c,
+                    const RowWeights& rows, const Grads& grads) {
+  sm90::Order1Rows p{};
+  p.a = rows.a();
+  p.b = rows.b();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.shift = rows.shift.const_data_ptr<float>();
+  p.mask = mask_of(term.in.query_mask);
+  return order1_rows_on_hopper(term, c.moments, grad_out, grads.query, p);
+}
+
+// The same on the generic kernels.
+Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
+                     const RowWeights& rows, const Grads& grads) {
+  Order1Rows p = centred_rows(term, c, {}, RowsStep::gradient);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.shift = rows.shift.const_data_ptr<float>();
+  p.weight_c = rows.a();
+  p.weight_s = rows.b();
+  p.grad_q = grads.query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(grads.query);
+  term.launch.check(order1_rows(p, term.launch.stream));
+
+  return term.weighted_sums(grad_out, rows.a(), rows.b(), p.centre);
+}
+
+}  // namespace
+
+Tensor centred_delta(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
+                     const Inputs& in, Centred& c, const Options& o) {
+  const Launch launch(in.query);
+  if (o.causal && !c.queries.defined()) {
+    const Term term(launch, in, c.pooled, o);
+    if (walk_prepare(c, term)) {
+      const Tensor of_rows = std::exchange(c.pooled.term, {});
+      c.slope = row_dots(grad_out_in, of_rows).masked_fill_(share.eq(0), 0);
+      return delta.sub(c.slope);
+    }
+    less_centres(c, in, o);
+  }
+  const Inputs from = order1_inputs(in, c);
+  const Term term(launch, from, c.pooled, o);
+  const Tensor grad_out = with_aligned_rows(grad_out_in), result = at::empty_like(delta);
+  c.pooled.variance = at::empty_like(delta);
+  c.pooled.row_bias = at::empty_like(delta);
+  c.slope = at::empty_like(delta);
+  Order1Rows p = centred_rows(term, c, share, RowsStep::delta);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.delta = delta.const_data_ptr<float>();
+  p.slope = c.slope.mutable_data_ptr<float>();
+  p.coarse_delta = result.mutable_data_ptr<float>();
+  launch.check(order1_rows(p, launch.stream));
+  return result;
+}
+
+Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                     const FineBackward& back, const Inputs& in, const Options& o) {
+  const Launch launch(in.query);
+  const Centred& c = *back.centred;
+  const Inputs from = order1_inputs(in, c);
+  const Term term(launch, from, c.pooled, o);
+  const Tensor grad_out = with_aligned_rows(back.grad_out);
+  const RowWeights rows(term, grad_out, back);
+  if (o.causal && !c.queries.defined()) {
+    return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, grads);
+  }
+  Tensor moment_grads = rows_at_once(term, grad_out, c, rows, grads);
+  if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
+  WeightGrads through{shares, mass_grad, c.centre};
+  order1_key_grads(term, moment_grads, &through, grads);
+  return o.causal ? rows.of_centres : through.centre_grads;
+}
+
+namespace {
+
+// Adds to grads.key, and returns what the centre gets of each block, [B, Hk, nk, D].
+Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                       const Centred& c, const Inputs& in, const Options& o, const Launch& launch) {
+  const Tensor key_mean = with_aligned_rows(c.pooled.key);
+  const Tensor value_mean = with_aligned_rows(c.pooled.value);
+  const Tensor sums = at::empty_like(key_mean);
+  KeyWeightsBackwardParams p{};
+  p.k = in.key.const_data_ptr();
+  p.v = in.value.const_data_ptr();
+  p.k_strides = strides_of(in.key);
+  p.v_strides = strides_of(in.value);
+  p.grad_k = grads.key.mutable_data_ptr();
+  p.grad_v = grads.value.const_data_ptr();
+  p.grad_k_strides = strides_of(grads.key);
+  p.grad_v_strides = strides_of(grads.value);
+  p.weights = c.pooled.weights.const_data_ptr<float>();
+  p.k_mean = key_mean.const_data_ptr<float>();
+  p.v_mean = value_mean.const_data_ptr<float>();
+  p.shares = shares.const_data_ptr<float>();
+  p.mass_grad = mass_grad.const_data_ptr<float>();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.sums = sums.mutable_data_ptr<float>();
+  p.causal = o.causal;
+  p.centres = centres_of(in, o);
+  p.moments = has_order1(o);
+  p.dtype = dtype_of(in.key);
+  p.B = static_cast<int>(in.key.size(0));
+  p.Hk = static_cast<int>(in.key.size(1));
+  p.M = static_cast<int>(in.key.size(2));
+  p.D = static_cast<int>(in.key.size(3));
+  p.nk = static_cast<int>(key_mean.size(2));
+  p.log2_block_k = log2_of(o.block_k);
+  p.scale = static_cast<float>(o.scale);
+  launch.check(key_weights_backward(p, launch.stream));
+  return sums;
+}
+
+}  // namespace
+
+void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                       Tensor centre_grads, const FineBackward& back, const Inputs& in,
+                       const Options& o) {
+  const Launch launch(in.query);
+  const Centred& c = *back.centred;
+  const int B = static_cast<int>(in.query.size(0)), H = static_cast<int>(in.query.size(1));
+  const int Hk = static_cast<int>(in.key.size(1)), D = static_cast<int>(in.query.size(3));
+  const int* count = c.pooled.query_count.const_data_ptr<int>();
+  if (o.causal) {
+    const Tensor of_keys = through_weights(grads, shares, mass_grad, c, in, o, launch);
+    CausalCentreGradParams p{};
+    p.centres = centres_of(in, o);
+    const Tensor each = at::empty({B, Hk, p.centres.nq, D}, c.centre.options());
+    if (centre_grads.defined()) {
+      p.of_rows = centre_grads.const_data_ptr<float>();
+      p.row_heads = static_cast<int>(centre_grads.size(1)) / Hk;
+      p.row_parts = static_cast<int>(centre_grads.size(2));
+      if (!c.queries.defined()) p.log2_parts = log2_of(o.block_q / 16);
+    }
+    p.of_keys = of_keys.const_data_ptr<float>();
+    p.count = count;
+    p.centre_grad = each.mutable_data_ptr<float>();
+    p.B = B;
+    p.H = H;
+    p.Hk = Hk;
+    p.D = D;
+    p.nk = static_cast<int>(of_keys.size(2));
+    launch.check(causal_centre_grad(p, launch.stream));
+    return shift(grads.query, grads.query, each, 1.f, in, o, launch);
+  }
+  if (!centre_grads.defined()) {
+    centre_grads = through_weights(grads, shares, mass_grad, c, in, o, launch);
+  }
+  const Tensor each = at::empty_like(c.centre);
+  CentreGradParams p{};
+  p.sums = centre_grads.const_data_ptr<float>();
+  p.count = count;
+  p.centre_grad = each.mutable_data_ptr<float>();
+  p.B = B;
+  p.H = H;
+  p.Hk = Hk;
+  p.D = D;
+  p.nq = static_cast<int>(c.pooled.query_count.size(1));
+  p.parts = static_cast<int>(centre_grads.size(2));
+  launch.check(centre_grad(p, launch.stream));
+  shift(grads.query, grads.query, each, 1.f, in, o, launch);
+}
+
+}  // namespace mra::cuda
