@@ -166,10 +166,13 @@ struct CausalCentreGradParams {
   // Of the centres before each block of queries: [B, Hk, row_heads, row_parts, D] or null; a block
   // has 2^log2_parts parts.
   const float* of_rows;
-  int row_heads, row_parts, log2_parts;
-  const float* of_keys;  // [B, Hk, nk, D]: what each block of keys gives to its centre
-  const int* count;      // [B, nq]: valid queries
-  float* centre_grad;    // [B, Hk, nq, D]
+  int row_heads, row_parts, log2_row_parts;
+  // What each block of keys gives to its centre: [B, Hk, key_parts, D], a block has
+  // 2^log2_key_parts.
+  const float* of_keys;
+  int key_parts, log2_key_parts;
+  const int* count;    // [B, nq]: valid queries
+  float* centre_grad;  // [B, Hk, nq, D]
   int B, H, Hk, D, nk;
   Centres centres;
 };

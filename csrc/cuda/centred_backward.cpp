@@ -140,8 +140,8 @@ Tensor centred_delta(const Tensor& grad_out_in, const Tensor& share, const Tenso
   return result;
 }
 
-Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                     const FineBackward& back, const Inputs& in, const Options& o) {
+CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                          const FineBackward& back, const Inputs& in, const Options& o) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
   const Inputs from = order1_inputs(in, c);
@@ -149,13 +149,13 @@ Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mas
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   const RowWeights rows(term, grad_out, back);
   if (o.causal && !c.queries.defined()) {
-    return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, grads);
+    return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, mass_grad, grads);
   }
   Tensor moment_grads = rows_at_once(term, grad_out, c, rows, grads);
   if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
   WeightGrads through{shares, mass_grad, c.centre};
   order1_key_grads(term, moment_grads, &through, grads);
-  return o.causal ? rows.of_centres : through.centre_grads;
+  return {rows.of_centres, through.centre_grads};
 }
 
 namespace {
@@ -200,50 +200,51 @@ Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& m
 }  // namespace
 
 void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                       Tensor centre_grads, const FineBackward& back, const Inputs& in,
+                       CentreGrads of_centre, const FineBackward& back, const Inputs& in,
                        const Options& o) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
-  const int B = static_cast<int>(in.query.size(0)), H = static_cast<int>(in.query.size(1));
-  const int Hk = static_cast<int>(in.key.size(1)), D = static_cast<int>(in.query.size(3));
-  const int* count = c.pooled.query_count.const_data_ptr<int>();
+  const bool walked = of_centre.of_keys.defined() && o.causal;
+  if (!of_centre.of_keys.defined()) {
+    of_centre.of_keys = through_weights(grads, shares, mass_grad, c, in, o, launch);
+  }
+  const auto fill = [&](auto& p) {
+    p.count = c.pooled.query_count.const_data_ptr<int>();
+    p.B = static_cast<int>(in.query.size(0));
+    p.H = static_cast<int>(in.query.size(1));
+    p.Hk = static_cast<int>(in.key.size(1));
+    p.D = static_cast<int>(in.query.size(3));
+  };
+  Tensor each;  // what every query gets, or those of a block
   if (o.causal) {
-    const Tensor of_keys = through_weights(grads, shares, mass_grad, c, in, o, launch);
     CausalCentreGradParams p{};
+    fill(p);
     p.centres = centres_of(in, o);
-    const Tensor each = at::empty({B, Hk, p.centres.nq, D}, c.centre.options());
-    if (centre_grads.defined()) {
-      p.of_rows = centre_grads.const_data_ptr<float>();
-      p.row_heads = static_cast<int>(centre_grads.size(1)) / Hk;
-      p.row_parts = static_cast<int>(centre_grads.size(2));
-      if (!c.queries.defined()) p.log2_parts = log2_of(o.block_q / 16);
+    p.nk = static_cast<int>(c.pooled.key_count.size(1));
+    p.of_keys = of_centre.of_keys.const_data_ptr<float>();
+    p.key_parts = static_cast<int>(of_centre.of_keys.size(2));
+    if (of_centre.of_rows.defined()) {
+      p.of_rows = of_centre.of_rows.const_data_ptr<float>();
+      p.row_heads = static_cast<int>(of_centre.of_rows.size(1)) / p.Hk;
+      p.row_parts = static_cast<int>(of_centre.of_rows.size(2));
     }
-    p.of_keys = of_keys.const_data_ptr<float>();
-    p.count = count;
+    if (walked) {
+      p.log2_key_parts = log2_of(o.block_k / 16);
+      p.log2_row_parts = log2_of(o.block_q / 16);
+    }
+    each = at::empty({p.B, p.Hk, p.centres.nq, p.D}, c.centre.options());
     p.centre_grad = each.mutable_data_ptr<float>();
-    p.B = B;
-    p.H = H;
-    p.Hk = Hk;
-    p.D = D;
-    p.nk = static_cast<int>(of_keys.size(2));
     launch.check(causal_centre_grad(p, launch.stream));
-    return shift(grads.query, grads.query, each, 1.f, in, o, launch);
+  } else {
+    CentreGradParams p{};
+    fill(p);
+    p.sums = of_centre.of_keys.const_data_ptr<float>();
+    p.nq = static_cast<int>(c.pooled.query_count.size(1));
+    p.parts = static_cast<int>(of_centre.of_keys.size(2));
+    each = at::empty_like(c.centre);
+    p.centre_grad = each.mutable_data_ptr<float>();
+    launch.check(centre_grad(p, launch.stream));
   }
-  if (!centre_grads.defined()) {
-    centre_grads = through_weights(grads, shares, mass_grad, c, in, o, launch);
-  }
-  const Tensor each = at::empty_like(c.centre);
-  CentreGradParams p{};
-  p.sums = centre_grads.const_data_ptr<float>();
-  p.count = count;
-  p.centre_grad = each.mutable_data_ptr<float>();
-  p.B = B;
-  p.H = H;
-  p.Hk = Hk;
-  p.D = D;
-  p.nq = static_cast<int>(c.pooled.query_count.size(1));
-  p.parts = static_cast<int>(centre_grads.size(2));
-  launch.check(centre_grad(p, launch.stream));
   shift(grads.query, grads.query, each, 1.f, in, o, launch);
 }
 

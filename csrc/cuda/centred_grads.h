@@ -9,24 +9,29 @@ namespace mra::cuda {
 // doesn't make it from `centre` and `moments` of `pooled`.
 Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o);
 
+// Gradients of the centre, float32. Of keys: parts that add up, [B, Hk, parts, D], or undefined
+// where the gradients through the weights are not made yet; under causal of 16 keys each. Of rows,
+// under causal alone: of the centre before each block of queries, [B, Hk, nq, D], or of 16 rows
+// each where the keys are made too, [B, H, parts, D].
+struct CentreGrads {
+  Tensor of_rows, of_keys;
+};
+
 // In the backward pass, between fine's rows and its columns: order 1. Adds to grads.query what it
 // gives beside the logits, and fills grads.key and grads.value with that and with what `shares`,
 // the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
 // grad_out, share, coarse_sum and centred of `back`.
-// Where its kernel makes the gradients through the weights too, the rest of which key_weights_grads
-// does, it returns the centre's in parts, [B, Hk, parts, D] float32; under causal what order 1
-// gives to the centre before each block of queries, [B, Hk, nq, D], or of 16 rows each, [B, H,
-// parts, D].
-Tensor centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                     const FineBackward& back, const Inputs& in, const Options& o);
+// Returns what the centre gets, but for what key_weights_grads is to make.
+CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                          const FineBackward& back, const Inputs& in, const Options& o);
 
 // rowsum(x * y) of [B, H, N, D], float32: as delta, but behind a launch that writes x or y.
 Tensor row_dots(const Tensor& x, const Tensor& y);
 
 // Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
-// grads.key. mass_grad: of pooled_shares; centre_grads: of centred_grads, or undefined.
+// grads.key. mass_grad: of pooled_shares.
 void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                       Tensor centre_grads, const FineBackward& back, const Inputs& in,
+                       CentreGrads of_centre, const FineBackward& back, const Inputs& in,
                        const Options& o);
 
 }  // namespace mra::cuda

@@ -107,24 +107,27 @@ __global__ void __launch_bounds__(kQuads* kRuns)
     return reinterpret_cast<const float4*>(from) + int64_t{own.head} * n * quads + own.quad;
   };
   const float4* of_rows = columns(p.of_rows, p.row_heads * p.row_parts);
-  const float4* of_keys = columns(p.of_keys, p.nk);
+  const float4* of_keys = columns(p.of_keys, p.key_parts);
   // The gradient of centre x, over the number n of queries before it.
   const auto add_centre = [&](float4& sum, int x, int n) {
     const float over_n = 1.f / static_cast<float>(max(int64_t{1}, int64_t{group} * n));
     if (p.of_rows != nullptr && x < nq) {
-      const int first = x << p.log2_parts, end = min(p.row_parts, first + (1 << p.log2_parts));
+      const int first = x << p.log2_row_parts;
+      const int end = min(p.row_parts, first + (1 << p.log2_row_parts));
       for (int h = 0; h < p.row_heads; ++h) {
         const float4* part = of_rows + int64_t{h} * p.row_parts * quads;
 #pragma unroll 4
         for (int i = first; i < end; ++i) add(sum, part[i * quads], over_n);
       }
     }
-    const auto first_behind = [&](int x) {  // of the blocks of keys that centre x has not
+    const auto first_behind = [&](int x) {  // of the parts of keys that centre x has not
       const int64_t end = int64_t{x} << p.centres.log2_block_q >> p.centres.log2_block_k;
-      return x == nq ? p.nk : static_cast<int>(min(end, int64_t{p.nk}));
+      const int y = x == nq ? p.nk : static_cast<int>(min(end, int64_t{p.nk}));
+      return y << p.log2_key_parts;
     };
-    for (int y = first_behind(x - 1); y < first_behind(x); ++y)
-      add(sum, of_keys[y * quads], over_n);
+    const int end = first_behind(x);
+#pragma unroll 4
+    for (int i = first_behind(x - 1); i < end; ++i) add(sum, of_keys[i * quads], over_n);
   };
   int n = own.count_before(counts, count);
   float4 sum{};
@@ -144,36 +147,47 @@ __global__ void __launch_bounds__(kQuads* kRuns)
   }
 }
 
-constexpr int kShiftThreads = 256;
+constexpr int kShiftThreads = 256, kShiftRows = 32;  // rows of a tile, which lie in one block
 
-// One thread for 16 bytes of a query; heads side by side, as the results lie.
+// A thread has 16 bytes of a head in rows of a tile, heads side by side, as the results lie: in all
+// of them, or where heads are few, threads share the rows.
 template <typename T>
-__global__ void __launch_bounds__(kShiftThreads) shift_queries_kernel(const ShiftQueriesParams p) {
-  const int chunks = p.D / kVec<T>;
-  int64_t i = int64_t{blockIdx.x} * kShiftThreads + threadIdx.x;
-  if (i >= int64_t{p.B} * p.N * p.H * chunks) return;
-  const int d = static_cast<int>(i % chunks) * kVec<T>;
-  const int h = static_cast<int>((i /= chunks) % p.H);
-  const int row = static_cast<int>((i /= p.H) % p.N), b = static_cast<int>(i / p.N);
-  const auto at = [&](const Strides& s) { return b * s.b + h * s.h + row * s.l + d; };
-  T* const to = static_cast<T*>(p.to) + at(p.to_strides);
-  if (p.mask != nullptr && !p.mask[int64_t{b} * p.N + row]) {
-    if (p.to != p.from) *reinterpret_cast<uint4*>(to) = uint4{};
-    return;
-  }
+__global__ void __launch_bounds__(kShiftThreads)
+    shift_queries_kernel(const ShiftQueriesParams p, int tiles, int parts) {
+  const int chunks = p.D / kVec<T>, pieces = p.H * chunks;
+  const int width = min(pieces, kShiftThreads), turns = min(kShiftThreads / width, kShiftRows);
+  const int part = blockIdx.x % parts, tile = blockIdx.x / parts % tiles;
+  const int b = blockIdx.x / parts / tiles, turn = threadIdx.x / width;
+  const int piece = part * width + threadIdx.x % width;
+  if (turn >= turns || piece >= pieces) return;
+  const int h = piece / chunks, d = piece % chunks * kVec<T>, first = tile * kShiftRows;
   const int64_t head = int64_t{b} * p.Hk + h / (p.H / p.Hk);
-  const int block = p.shifts == 1 ? 0 : row >> p.log2_block_q;
-  const float4* shift =
-      reinterpret_cast<const float4*>(p.shift + (head * p.shifts + block) * p.D + d);
-  float x[kVec<T>];
-  unpack16<T>(load16(static_cast<const T*>(p.from) + at(p.from_strides)), x);
+  const int block = p.shifts == 1 ? 0 : first >> p.log2_block_q;
+  const float4* by = reinterpret_cast<const float4*>(p.shift + (head * p.shifts + block) * p.D + d);
+  float shift[kVec<T>];
 #pragma unroll
   for (int e = 0; e < kVec<T>; e += 4) {
-    const float4 u = shift[e / 4];
-    x[e] = fmaf(p.sign, u.x, x[e]), x[e + 1] = fmaf(p.sign, u.y, x[e + 1]);
-    x[e + 2] = fmaf(p.sign, u.z, x[e + 2]), x[e + 3] = fmaf(p.sign, u.w, x[e + 3]);
+    const float4 u = by[e / 4];
+    shift[e] = p.sign * u.x, shift[e + 1] = p.sign * u.y;
+    shift[e + 2] = p.sign * u.z, shift[e + 3] = p.sign * u.w;
   }
-  store_values<kVec<T>>(to, x);
+  const auto at = [&](const Strides& s) { return b * s.b + h * s.h + first * s.l + d; };
+  const T* const from = static_cast<const T*>(p.from) + at(p.from_strides);
+  T* const to = static_cast<T*>(p.to) + at(p.to_strides);
+  const uint8_t* const mask = p.mask == nullptr ? nullptr : p.mask + int64_t{b} * p.N + first;
+  const int rows = min(kShiftRows, p.N - first);
+#pragma unroll 8
+  for (int row = turn; row < rows; row += turns) {
+    const bool counts = mask == nullptr || mask[row];
+    if (!counts && p.to == p.from) continue;
+    float x[kVec<T>] = {};
+    if (counts) {
+      unpack16<T>(load16(from + row * p.from_strides.l), x);
+#pragma unroll
+      for (int e = 0; e < kVec<T>; ++e) x[e] += shift[e];
+    }
+    store_values<kVec<T>>(to + row * p.to_strides.l, x);
+  }
 }
 
 }  // namespace
@@ -193,9 +207,11 @@ cudaError_t causal_centre_grad(const CausalCentreGradParams& p, cudaStream_t str
 cudaError_t shift_queries(const ShiftQueriesParams& p, cudaStream_t stream) {
   const auto launch = [&](auto t) {
     using T = decltype(t);
-    const int64_t pieces = int64_t{p.B} * p.N * p.H * (p.D / kVec<T>);
-    return launch_grid(shift_queries_kernel<T>, (pieces + kShiftThreads - 1) / kShiftThreads,
-                       kShiftThreads, 0, stream, p);
+    const int pieces = p.H * (p.D / kVec<T>);
+    const int tiles = (p.N + kShiftRows - 1) / kShiftRows;
+    const int parts = (pieces + kShiftThreads - 1) / kShiftThreads;
+    return launch_grid(shift_queries_kernel<T>, int64_t{p.B} * tiles * parts, kShiftThreads, 0,
+                       stream, p, tiles, parts);
   };
   if (p.dtype == Dtype::f32) return launch(float{});
   return p.dtype == Dtype::f16 ? launch(__half{}) : launch(__nv_bfloat16{});

@@ -217,9 +217,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.beside = launch.device.major == 9 && back.centred == nullptr;
   p.add = add_keys;
   if (back.centred != nullptr) {
-    Tensor centre_grads;
-    if (has_order1(o)) centre_grads = centred_grads(g, shares, mass_grad, back, in, o);
-    key_weights_grads(g, shares, mass_grad, centre_grads, back, in, o);
+    CentreGrads of_centre;
+    if (has_order1(o)) of_centre = centred_grads(g, shares, mass_grad, back, in, o);
+    key_weights_grads(g, shares, mass_grad, of_centre, back, in, o);
   }
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;

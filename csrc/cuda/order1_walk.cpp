@@ -177,29 +177,34 @@ bool walk_prepare(Centred& c, const Term& term) {
   return true;
 }
 
-Tensor walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out, const float* a,
-                     const float* b, const Tensor& shares, const Grads& grads) {
+CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,
+                          const float* a, const float* b, const Tensor& shares,
+                          const Tensor& mass_grad, const Grads& grads) {
   const Walk walk(term, *walk_cut(term.in, term.o, term.launch), &c);
   const Tensor start = c.pooled.moments_before;
   sm90::WalkRows rows = walk.params;
   rows.step = sm90::WalkStep::gradient;
   const int64_t tiles = ceil_div(rows.N, 64);
   const Tensor weights = at::empty({rows.B, rows.H, 64 * tiles, 2}, term.acc());
-  const Tensor sums = at::empty({rows.B, rows.H, 4 * tiles, rows.D}, term.acc());
+  const CentreGrads result{at::empty({rows.B, rows.H, 4 * tiles, rows.D}, term.acc()),
+                           at::empty({rows.B, rows.Hk, 4 * tiles, rows.D}, term.acc())};
   rows.grad_out = grad_out.const_data_ptr();
   rows.grad_out_strides = strides_of(grad_out);
   rows.weights = weights.mutable_data_ptr<float>();
   rows.start = data_of<float>(start);
   rows.a = a;
   rows.b = b;
-  rows.row_sums = sums.mutable_data_ptr<float>();
+  rows.row_sums = result.of_rows.mutable_data_ptr<float>();
   rows.grad_q = grads.query.mutable_data_ptr();
   rows.grad_q_strides = strides_of(grads.query);
   sm90::WalkKeys keys{rows};
   keys.shares = shares.const_data_ptr<float>();
+  keys.mass_grad = mass_grad.const_data_ptr<float>();
+  keys.scale = rows.scale;
+  keys.key_sums = result.of_keys.mutable_data_ptr<float>();
   const bool done = walk.rows(rows) && walk.gradients(keys, start, grads.key, grads.value);
   TORCH_INTERNAL_ASSERT(done, "kernels that walked the rows before refused to do it again");
-  return sums;
+  return result;
 }
 
 #else
@@ -212,8 +217,8 @@ bool order1_walk_backward(const Tensor&, const Tensor&, const Tensor&, const Ter
 bool walks_centred(const Inputs&, const Options&, bool, const Launch&) { return false; }
 void walk_moments(Centred&, const Inputs&, const Options&) {}
 bool walk_prepare(Centred&, const Term&) { return false; }
-Tensor walk_gradient(const Centred&, const Term&, const Tensor&, const float*, const float*,
-                     const Tensor&, const Grads&) {
+CentreGrads walk_gradient(const Centred&, const Term&, const Tensor&, const float*, const float*,
+                          const Tensor&, const Tensor&, const Grads&) {
   return {};
 }
 

@@ -2,6 +2,7 @@
 // where they don't serve the call: nothing that counts is written then.
 #pragma once
 
+#include "centred_grads.h"
 #include "order1_term.h"
 #include "sm90/order1_walk.h"
 
@@ -27,8 +28,9 @@ void walk_moments(Centred& c, const Inputs& in, const Options& o);
 // Sets variance, row_bias and term of c.pooled.
 bool walk_prepare(Centred& c, const Term& term);
 // Adds to grads.query, and fills grads.key and grads.value as centred_grads does. a and b of each
-// row, [B, H, N]. Returns the gradients of the centres, [B, H, 4 ceil(N / 64), D]: of 16 rows each.
-Tensor walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out, const float* a,
-                     const float* b, const Tensor& shares, const Grads& grads);
+// row, [B, H, N].
+CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,
+                          const float* a, const float* b, const Tensor& shares,
+                          const Tensor& mass_grad, const Grads& grads);
 
 }  // namespace mra::cuda

@@ -137,28 +137,36 @@ __device__ __forceinline__ void multiply_columns(float (&c)[8][4],
 }
 
 // Queries from `first` on, in panels, less the centre of their block, zeros where they don't count:
-// panel `panel`, by one warpgroup.
+// 32 of the rows, which lie in one block, by one warp.
 template <typename T, int kPanels>
 __device__ __forceinline__ void centre_queries(uint16_t (&q)[kPanels][64][64], const WalkChunks& p,
-                                               int b, int64_t key_head, int first, int panel) {
-  const int thread = threadIdx.x % 128, chunk = thread % 8, d = 64 * panel + 8 * chunk;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = 16 * i + thread / 8, at = first + row;
-    auto* const to = reinterpret_cast<uint4*>(&q[panel][row][(chunk ^ row % 8) * 8]);
-    const bool counts =
-        at < p.N && (p.query_mask == nullptr || p.query_mask[static_cast<int64_t>(b) * p.N + at]);
-    if (!counts || d >= p.D) {
-      *to = uint4{};
-      continue;
+                                               int b, int64_t key_head, int first, int half) {
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
+  first += 32 * half;
+  const float* const centre =
+      p.centre + (key_head * (p.nq + 1) + min(first >> p.log2_block_q, p.nq)) * p.D + 8 * chunk;
+#pragma unroll 1
+  for (int panel = 0; panel < kPanels; ++panel) {
+    float4 u{}, w{};
+    if (64 * panel + 8 * chunk < p.D) {
+      u = __ldg(reinterpret_cast<const float4*>(centre + 64 * panel));
+      w = __ldg(reinterpret_cast<const float4*>(centre + 64 * panel + 4));
     }
-    const float4* centre = reinterpret_cast<const float4*>(
-        p.centre + (key_head * (p.nq + 1) + (at >> p.log2_block_q)) * p.D + d);
-    const float4 u = __ldg(centre), w = __ldg(centre + 1);
-    float x[8];
-    unpack16<T>(*to, x);
-    *to = make_uint4(Mma<T>::pack(x[0] - u.x, x[1] - u.y), Mma<T>::pack(x[2] - u.z, x[3] - u.w),
+#pragma unroll 2
+    for (int i = 0; i < 8; ++i) {
+      const int row = 4 * i + lane / 8, at = first + row;
+      auto* const to = reinterpret_cast<uint4*>(&q[panel][32 * half + row][(chunk ^ row % 8) * 8]);
+      float x[8];
+      unpack16<T>(*to, x);
+      uint4 bits =
+          make_uint4(Mma<T>::pack(x[0] - u.x, x[1] - u.y), Mma<T>::pack(x[2] - u.z, x[3] - u.w),
                      Mma<T>::pack(x[4] - w.x, x[5] - w.y), Mma<T>::pack(x[6] - w.z, x[7] - w.w));
+      if (at >= p.N ||
+          (p.query_mask != nullptr && !p.query_mask[static_cast<int64_t>(b) * p.N + at])) {
+        bits = uint4{};
+      }
+      *to = bits;
+    }
   }
 }
 

@@ -76,8 +76,12 @@ struct WalkKeys : WalkChunks {
   float* sums;            // [B, Hk, chunks, 2, dim, dim]: those of each chunk's rows; else null and
   void *grad_k, *grad_v;  // [B, Hk, N, D] bfloat16
   Strides grad_k_strides, grad_v_strides;
-  // Weighted means: gradients of the pooled keys and values, [2, B, Hk, nk, D].
-  const float* shares;
+  // Weighted means: gradients of the pooled keys and values, [2, B, Hk, nk, D], and of the log
+  // masses of blocks, [B, Hk, nk]; of logits; and what the centres get of each 16 keys, [B, Hk,
+  // 4 ceil(N / 64), D].
+  const float *shares, *mass_grad;
+  float scale;
+  float* key_sums;
 };
 
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.

@@ -5,8 +5,9 @@
 //
 // kappa and nu as in order1_keys.cuh. A chunk's tiles are walked from the last one on; behind the
 // keys of a tile its rows are added to dC and dSigma. Without kWalk: only that, the sums of a
-// chunk. With weighted means kappa and nu have a root of weight and count, and so have the results,
-// to which the weight times the gradients of the pooled key and value is added.
+// chunk. With weighted means the results are times weight and count, the weight times the gradients
+// of the pooled key and value is added, and what comes through the weights (docs/algorithm.md);
+// what the centres get of it goes to memory, a sum for each 16 keys.
 #pragma once
 
 #include "order1_walk.cuh"
@@ -26,7 +27,9 @@ struct WalkKeysShared {
   uint16_t weighted_q[kPanels][64][64];
   KeyTiles<DP, kWalk ? 2 : 1, kWalk && kWeighted> keys;
   alignas(16) float2 weights[kStages][64];
+  float dots[kPanels][64], totals[4];  // with weighted means: of keys, and of 16 of them
   uint64_t full[kStages], empty[kStages];
+  uint64_t centred[kWeighted ? kStages : 1];  // q, by two warps
 };
 
 // A tile of rows: dO times w_a where it lies, q times w_b to `weighted`, zeros in q for a row
@@ -58,6 +61,125 @@ __device__ __forceinline__ void weigh_rows(uint16_t (&rows)[2][kPanels][64][64],
   }
 }
 
+// With weighted means, what becomes of the gradients of this thread's keys beside the products, in
+// its columns; its warp's 16 keys lie in one block.
+template <int kBlocks, bool kWeighted, class Shared>
+struct WalkedBlock {
+  static constexpr int kPanels = Shared::kPanels;
+  const WalkKeys& p;
+  Shared& s;
+  int64_t key_head;
+  int tile, stage, y, count;
+  float through[2] = {};  // gradients of log weights
+
+  __device__ __forceinline__ WalkedBlock(const WalkKeys& p, Shared& s, int64_t key_head, int tile,
+                                         int stage, const uint32_t (&valid)[2])
+      : p(p),
+        s(s),
+        key_head(key_head),
+        tile(tile),
+        stage(stage),
+        y(min((64 * tile + 16 * warp()) >> p.log2_block_k, p.nk - 1)),
+        count(count_of_block<kBlocks>(warp() * kBlocks / 4, valid)) {}
+  static __device__ __forceinline__ int warp() { return threadIdx.x / 32 % 4; }
+  static __device__ __forceinline__ int row() { return 16 * warp() + threadIdx.x % 32 / 4; }
+  static __device__ __forceinline__ int panel() { return threadIdx.x / 128; }
+  static __device__ __forceinline__ int column() { return 64 * panel() + threadIdx.x % 4 * 2; }
+  __device__ __forceinline__ float weight(int half) const {
+    return s.keys.weight[stage][row() + 8 * half];
+  }
+  __device__ __forceinline__ float2 load(const float* from, int n) const {
+    return 8 * n + column() < p.D ? load_pair(from + column() + 8 * n) : float2{};
+  }
+
+  // Products -> gradients but for what comes through the weights; there a product of two deviations
+  // counts half. other: the deviations that the gradients are of, of tile n and a half.
+  template <class Other>
+  __device__ __forceinline__ void add_mean(float (&grad)[8][4], int which, const Other& other) {
+    if constexpr (kWeighted) {
+      const float* share =
+          p.shares + ((which * static_cast<int64_t>(p.B) * p.Hk + key_head) * p.nk + y) * p.D;
+      const float weight[2] = {this->weight(0), this->weight(1)};
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 u = load(share, n);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float factor = weight[half] * static_cast<float>(count);
+          const float2 deviation = other(n, half);
+          float *const x = &grad[n][2 * half], *const y = x + 1;
+          *x *= factor, *y *= factor;
+          const float mean_x = weight[half] * u.x, mean_y = weight[half] * u.y;
+          through[half] +=
+              deviation.x * fmaf(0.5f, *x, mean_x) + deviation.y * fmaf(0.5f, *y, mean_y);
+          *x += mean_x, *y += mean_y;
+        }
+      }
+    }
+  }
+
+  // Adds that to the keys' gradients, and leaves what the centre gets of the warp's keys.
+  template <class Kappa, class Sync>
+  __device__ __forceinline__ void add_through(float (&grad)[8][4], const Kappa& kappa,
+                                              const Sync& sync) {
+    if constexpr (kWeighted) {
+      const float weight[2] = {this->weight(0), this->weight(1)};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        through[half] = quad_sum(through[half]);
+        if (kPanels > 1 && threadIdx.x % 4 == 0) s.dots[panel()][row() + 8 * half] = through[half];
+      }
+      if (kPanels > 1) sync();
+      const float mass_grad = p.mass_grad[key_head * p.nk + y];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (kPanels > 1)
+          through[half] = s.dots[0][row() + 8 * half] + s.dots[kPanels - 1][row() + 8 * half];
+        if (weight[half] != 0.f) through[half] -= weight[half] * logf(weight[half]) * mass_grad;
+      }
+      float total = through[0] + through[1];
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
+      if constexpr (kBlocks < 4) {
+        if (panel() == 0 && threadIdx.x % 32 == 0) s.totals[warp()] = total;
+        sync();
+        total = kBlocks == 1 ? s.totals[0] + s.totals[1] + s.totals[2] + s.totals[3]
+                             : s.totals[warp() / 2 * 2] + s.totals[warp() / 2 * 2 + 1];
+      }
+      through[0] = p.scale * (through[0] - weight[0] * total);
+      through[1] = p.scale * (through[1] - weight[1] * total);
+
+      const int64_t end = static_cast<int64_t>(y + 1) << p.log2_block_k;
+      const int64_t x = min(end + (1 << p.log2_block_q) - 1 >> p.log2_block_q,
+                            static_cast<int64_t>(p.nq));  // the block that sees it first
+      const float* const centre = p.centre + (key_head * (p.nq + 1) + x) * p.D;
+      float* const sums =
+          p.key_sums + ((key_head * ((p.N + 63) / 64) + tile) * 4 + warp()) * p.D + column();
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 u = load(centre, n);
+        float2 sum{};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 deviation = kappa(n, half);
+          grad[n][2 * half] = fmaf(through[half], u.x, grad[n][2 * half]);
+          grad[n][2 * half + 1] = fmaf(through[half], u.y, grad[n][2 * half + 1]);
+          sum.x = fmaf(through[half], deviation.x, sum.x);
+          sum.y = fmaf(through[half], deviation.y, sum.y);
+        }
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) {
+          sum.x += __shfl_xor_sync(kFullWarp, sum.x, step);
+          sum.y += __shfl_xor_sync(kFullWarp, sum.y, step);
+        }
+        if (threadIdx.x % 32 < 4 && 8 * n + column() < p.D) {
+          *reinterpret_cast<float2*>(sums + 8 * n) = sum;
+        }
+      }
+    }
+  }
+};
+
 template <int DP, int kBlocks, bool kWalk, bool kWeighted>
 __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlocks)
     order1_walk_keys_kernel(const __grid_constant__ WalkKeysMaps p) {
@@ -71,6 +193,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   if (threadIdx.x == 0) {
     s.keys.init(Traits::kConsumers);
     barrier_init_ring(s.full, s.empty, Traits::kConsumers);
+    for (auto& barrier : s.centred) barrier_init(&barrier, 2);
     barrier_init_done();
   }
   __syncthreads();
@@ -106,6 +229,16 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         }
         __syncwarp();
       }
+    } else if constexpr (kWeighted) {
+#pragma unroll 1
+      for (int turn = 0; turn < row_tiles * at.group; ++turn) {
+        const int stage = turn % kStages, row = 64 * (last - turn / at.group);
+        barrier_wait(&s.full[stage], turn / kStages & 1);
+        centre_queries<T>(s.rows[stage][0], p, at.b, at.key_head, row,
+                          warp - Traits::kConsumers - 2);
+        fence_for_copies();
+        barrier_arrive(&s.centred[stage]);
+      }
     }
     return;
   }
@@ -118,14 +251,11 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   sums.load(kWalk ? p.start : nullptr, chunk, matrix_dim<DP>(p.D));
   int turn = 0;
 
-  const auto add_rows = [&](int tile) {
+  const auto add_rows = [&] {
     const int stage = turn % kStages;
     auto& rows = s.rows[stage];
     barrier_wait(&s.full[stage], turn / kStages & 1);
-    if constexpr (kWeighted) {
-      centre_queries<T>(rows[0], p, at.b, at.key_head, 64 * (last - tile), panel);
-      __syncwarp();  // weigh_rows has each row by the same eight threads
-    }
+    if constexpr (kWeighted) barrier_wait(&s.centred[stage], turn / kStages & 1);
     weigh_rows(rows, s.weighted_q, s.weights[stage], panel);
     fence_for_copies();  // products read shared memory as copies do
     consumer_sync<DP>();
@@ -142,7 +272,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   };
   if constexpr (!kWalk) {
 #pragma unroll 1
-    for (int i = 0; i < row_tiles * at.group; ++i) add_rows(i / at.group);
+    for (int i = 0; i < row_tiles * at.group; ++i) add_rows();
     sums.store(p.sums, chunk, matrix_dim<DP>(p.D));
     return;
   } else {
@@ -154,57 +284,71 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       if (tile == 0 || (key_tile + 1) % p.unit_tiles == 0)
         sums.template place<T>(s.matrices, 1.f, 2.f);
       barrier_wait(&s.keys.full[stage], tile / 2 & 1);
-      centre<kBlocks, kWeighted, false, kWeighted>(s.keys, stage, threadIdx.x / 32);
+      centre<kBlocks, kWeighted, false>(s.keys, stage, threadIdx.x / 32);
       fence_for_copies();
       consumer_sync<DP>();
-      float dk[8][4], dv[8][4];
-      pin(dk);
-      pin(dv);
-      wgmma_fence();
-      multiply_columns<T, false>(dv, x[0], s.matrices[0], panel, false);
-      multiply_columns<T, false>(dk, x[0], s.matrices[1], panel, false);
-      multiply_columns<T, true>(dk, x[1], s.matrices[0], panel, true);
-      wgmma_commit();
-      wgmma_wait<0>();
-      pin(dk);
-      pin(dv);
+      const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
+      const auto pair_at = [&](uint16_t(&of)[kPanels][64][64], int n, int half) -> uint32_t& {
+        return reinterpret_cast<uint32_t&>(of[panel][row + 8 * half][(n ^ g) * 8 + 2 * t]);
+      };
+      WalkedBlock<kBlocks, kWeighted, Shared> block(p, s, at.key_head, key_tile, stage, valid);
+      float grad[8][4];
+      uint32_t dv[8][2];
+      const auto start = [&](float(&of_value)[8][4]) {
+        pin(of_value);
+        wgmma_fence();
+        multiply_columns<T, false>(of_value, x[0], s.matrices[0], panel, false);
+      };
+      const auto keep_value = [&](const float(&of_value)[8][4]) {
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          dv[n][0] = Mma<T>::pack(of_value[n][0], of_value[n][1]);
+          dv[n][1] = Mma<T>::pack(of_value[n][2], of_value[n][3]);
+        }
+      };
+      const auto add_key = [&] {
+        multiply_columns<T, false>(grad, x[0], s.matrices[1], panel, false);
+        multiply_columns<T, true>(grad, x[1], s.matrices[0], panel, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(grad);
+      };
+      if constexpr (kWeighted) {  // one behind the other: registers are full
+        start(grad);
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(grad);
+        block.add_mean(grad, 1,
+                       [&](int n, int half) { return unpack2(pair_at(x[1], n, half), T{}); });
+        keep_value(grad);
+        pin(grad);
+        wgmma_fence();
+        add_key();
+      } else {
+        float of_value[8][4];
+        pin(grad);
+        start(of_value);
+        add_key();
+        pin(of_value);
+        keep_value(of_value);
+      }
       // The place of the tile before is given back once its gradients have left.
       if (tile > 0) arrive_behind_stores(&s.keys.empty[(tile - 1) % 2]);
       consumer_sync<DP>();
-      const auto place = [&](uint16_t(&to)[kPanels][64][64], const float(&grad)[8][4], int which) {
+      const auto kappa = [&](int n, int half) { return unpack2(pair_at(x[0], n, half), T{}); };
+      block.add_mean(grad, 0, kappa);
+      block.add_through(grad, kappa, [] { consumer_sync<DP>(); });
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = row + 8 * half;
-          const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
-          const bool live = valid[r / 32] >> r % 32 & 1;
-          [[maybe_unused]] float weight = 0.f, root = 0.f;
-          [[maybe_unused]] const float* share = nullptr;
-          if constexpr (kWeighted) {
-            const int block = r * kBlocks / 64, y = min(key_tile * kBlocks + block, p.nk - 1);
-            weight = s.keys.weight[stage][r];
-            root = sqrtf(weight * static_cast<float>(count_of_block<kBlocks>(block, valid)));
-            const int64_t heads = static_cast<int64_t>(p.B) * p.Hk;
-            share =
-                p.shares + ((which * heads + at.key_head) * p.nk + y) * p.D + 64 * panel + 2 * t;
-          }
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 8 * half;
+        const bool live = valid[r / 32] >> r % 32 & 1;
 #pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            float2 value = make_float2(grad[n][2 * half], grad[n][2 * half + 1]);
-            if constexpr (kWeighted) {
-              float2 of_mean{};
-              if (64 * panel + 8 * n < p.D) {
-                of_mean = __ldg(reinterpret_cast<const float2*>(share + 8 * n));
-              }
-              value.x = root * value.x + weight * of_mean.x;
-              value.y = root * value.y + weight * of_mean.y;
-            }
-            *reinterpret_cast<uint32_t*>(&to[panel][r][(n ^ g) * 8 + 2 * t]) =
-                live ? Mma<T>::pack(value.x, value.y) : 0;
-          }
+        for (int n = 0; n < 8; ++n) {
+          pair_at(x[0], n, half) =
+              live ? Mma<T>::pack(grad[n][2 * half], grad[n][2 * half + 1]) : 0;
+          pair_at(x[1], n, half) = live ? dv[n][half] : 0;
         }
-      };
-      place(x[0], dk, 0);
-      place(x[1], dv, 1);
+      }
       fence_for_copies();
       consumer_sync<DP>();
       if (threadIdx.x == 0) {
@@ -217,7 +361,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       __syncwarp();
       if (tile == at.tiles - 1) break;
 #pragma unroll 1
-      for (int i = 0; i < at.group; ++i) add_rows(tile);
+      for (int i = 0; i < at.group; ++i) add_rows();
     }
     if (threadIdx.x == 0) store_wait();
   }

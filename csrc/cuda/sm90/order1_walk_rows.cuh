@@ -36,6 +36,7 @@ struct WalkRowsShared {
   float dots[2][kPanels][64];
   float most[2][4 * kPanels];
   uint64_t full[kStages], empty[kStages];
+  uint64_t centred[is_weighted(kStep) ? kStages : 1];  // q, by two warps
   int keys_before;
 };
 
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   if (threadIdx.x == 0) {
     s.keys.init(Traits::kConsumers);
     barrier_init_ring(s.full, s.empty, Traits::kConsumers);
+    for (auto& barrier : s.centred) barrier_init(&barrier, 2);
     barrier_init_done();
     s.keys_before = 0;
   }
@@ -86,6 +88,16 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         }
         __syncwarp();
       }
+    } else if constexpr (kWeighted) {
+#pragma unroll 1
+      for (int turn = 0; turn < at.tiles * at.group; ++turn) {
+        const int stage = turn % kStages, row = 64 * (at.first + turn / at.group);
+        barrier_wait(&s.full[stage], turn / kStages & 1);
+        centre_queries<T>(s.rows[stage][0], p, at.b, at.key_head, row,
+                          warp - Traits::kConsumers - 2);
+        fence_for_copies();
+        barrier_arrive(&s.centred[stage]);
+      }
     }
     return;
   }
@@ -115,11 +127,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       if (kGrad) delta[half] = kGradient ? p.b[head * p.N + i] : p.delta[head * p.N + i];
     }
     barrier_wait(&s.full[stage], turn / kStages & 1);
-    if constexpr (kWeighted) {
-      centre_queries<T>(q, p, at.b, at.key_head, first_row, panel);
-      fence_for_copies();
-      consumer_sync<DP>();
-    }
+    if constexpr (kWeighted) barrier_wait(&s.centred[stage], turn / kStages & 1);
     float x[8][4], w[8][4];
     pin(x);
     pin(w);
