@@ -1,5 +1,7 @@
 """torch.func: vmap over attention against a loop, gradients per sample, what is refused."""
 
+import functools
+
 import pytest
 import torch
 from helpers import DEVICES, limit, relative_error
@@ -31,10 +33,11 @@ def draw(device, *lead, dtype=None):
     return [q, k, v, *masks]
 
 
-def close(got, expected):
-    """Gradients of q, k, v. A whole batch may add those of k and v up in another order."""
-    assert torch.equal(got[0], expected[0])
-    for a, b in zip(got[1:], expected[1:], strict=True):
+def close(got, expected, pool="auto"):
+    """Gradients of q, k, v. A whole batch may add those of k and v up in another order, and with
+    weighted means that of q, to which the pooled keys' gradients go."""
+    assert pool != "even" or torch.equal(got[0], expected[0])
+    for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and relative_error(a, b) <= limit(a.dtype, a.device.type, 0)
 
 
@@ -108,15 +111,16 @@ def test_vmap_of_plans(device):
     assert same((mean, count), loop(lambda x: OPS.pool(x, None, 32), (0,), (k,)))
 
 
-def loss(q, k, v, key_mask=None, query_mask=None):
-    out, lse = mra_attention(q, k, v, key_mask, query_mask, **OPTIONS, return_lse=True)
+def loss(q, k, v, key_mask=None, query_mask=None, pool="auto"):
+    options = dict(OPTIONS, pool=pool, return_lse=True)
+    out, lse = mra_attention(q, k, v, key_mask, query_mask, **options)
     return (out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sin().sum()) / 7
 
 
-def autograd(*args):
+def autograd(*args, pool="auto"):
     """The gradients of ``loss`` without torch.func."""
     tensors = [x.clone().requires_grad_() for x in args[:3]]
-    return torch.autograd.grad(loss(*tensors, *args[3:]), tensors)
+    return torch.autograd.grad(loss(*tensors, *args[3:], pool=pool), tensors)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -128,31 +132,34 @@ def test_grad_and_vjp(device):
     assert same(pull(torch.ones((), device=device)), expected)
 
 
+@pytest.mark.parametrize("pool", ["even", "auto"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_per_sample(device):
-    args = draw(device, V)
-    close(vmap(grad(loss, (0, 1, 2)))(*args), loop(autograd, (0,) * 5, args))
+def test_gradients_per_sample(device, pool):
+    args, alone = draw(device, V), functools.partial(autograd, pool=pool)
+    each = grad(functools.partial(loss, pool=pool), (0, 1, 2))
+    close(vmap(each)(*args), loop(alone, (0,) * 5, args), pool)
     dims = (0, None, None, 0, None)
     args = [x if d == 0 else x[0] for x, d in zip(args, dims, strict=True)]
-    close(vmap(grad(loss, (0, 1, 2)), dims)(*args), loop(autograd, dims, args))
+    close(vmap(each, dims)(*args), loop(alone, dims, args), pool)
 
 
+@pytest.mark.parametrize("pool", ["even", "auto"])
 @pytest.mark.parametrize("how", ["grad of vmap", "backward of vmap"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradient_of_a_vmap(device, how):
+def test_gradient_of_a_vmap(device, how, pool):
     q, k, v, *_ = draw(device, V)
     k, v = k[0], v[0]
 
     def total(q, k, v):
-        return vmap(loss, (0, None, None))(q, k, v).sum()
+        return vmap(functools.partial(loss, pool=pool), (0, None, None))(q, k, v).sum()
 
     if how == "grad of vmap":
         got = grad(total, (0, 1, 2))(q, k, v)
     else:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         got = torch.autograd.grad(total(*leaves), leaves)
-    each = loop(autograd, (0, None, None), (q, k, v))
-    close(got, [each[0], each[1].sum(0), each[2].sum(0)])
+    each = loop(functools.partial(autograd, pool=pool), (0, None, None), (q, k, v))
+    close(got, [each[0], each[1].sum(0), each[2].sum(0)], pool)
 
 
 @pytest.mark.parametrize("device", DEVICES)

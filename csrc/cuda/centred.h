@@ -104,14 +104,13 @@ cudaError_t row_weights(const RowWeightsParams& params, cudaStream_t stream);
 // Products of vectors of each key head with its matrices C and Sigma: without `sums` the centre
 // times either, for `dim` up to 128; with them, where the sums of a part are x and y,
 //
-//   shift[0] = -(x C^T + 2 y Sigma) / n     what every valid query of a group of n gets
-//   shift[1] = centre Sigma
+//   shift = -(x C^T + 2 y Sigma) / n     what every valid query of a group of n gets
 struct CentreProductsParams {
   const void* matrices;  // [B, Hk, 2, dim, dim] of dtype
   const float* centre;   // [B, Hk, D]
   const float* sums;     // [B, H, parts, 2, D] or null
   const int* count;      // [B, nq]: valid queries
-  float* result;         // [B, Hk, 2, dim]; zeros beyond D
+  float* result;         // [B, Hk, 2, dim], shift [B, Hk, dim]; zeros beyond D
   Dtype dtype;
   int B, H, Hk, D, dim, parts, nq;
 };
@@ -154,10 +153,11 @@ cudaError_t key_weights_backward(const KeyWeightsBackwardParams& params, cudaStr
 
 // The centre's gradient, summed over parts, as every valid query of its group gets it.
 struct CentreGradParams {
-  const float* sums;   // [B, Hk, parts, D]
-  const int* count;    // [B, nq]: valid queries
-  float* centre_grad;  // [B, Hk, D]
-  int B, H, Hk, D, nq, parts;
+  const float* sums;      // [B, Hk, parts, D]
+  const float* row_sums;  // [B, Hk, row_parts, D] or null
+  const int* count;       // [B, nq]: valid queries
+  float* centre_grad;     // [B, Hk, D]
+  int B, H, Hk, D, nq, parts, row_parts;
 };
 cudaError_t centre_grad(const CentreGradParams& params, cudaStream_t stream);
 

@@ -48,11 +48,11 @@ struct RowWeights {
     term.launch.check(row_weights(p, term.launch.stream));
     if (walked) return;
     if (term.o.causal) {
-      shift = at::zeros({term.B, term.Hk, 2, term.dim}, term.acc());
+      shift = at::zeros({term.B, term.Hk, term.dim}, term.acc());
       grads_of_centres(term, c, p);
       return;
     }
-    shift = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+    shift = at::empty({term.B, term.Hk, term.dim}, term.acc());
     CentreProductsParams products = products_of(term, c, shift);
     products.sums = p.sums;
     products.parts = p.parts;
@@ -82,16 +82,22 @@ struct RowWeights {
 };
 
 // Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
-// it so.
-Tensor rows_at_once(const Term& term, const Tensor& grad_out, const Centred& c,
-                    const RowWeights& rows, const Grads& grads) {
+// it so. Sets `of_rows`.
+Tensor rows_at_once(const Term& term, const Tensor& grad_out, const FineBackward& back,
+                    const Grads& grads, Tensor& of_rows) {
+  if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
+  const Centred& c = *back.centred;
+  const Tensor products = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+  term.launch.check(centre_products(products_of(term, c, products), term.launch.stream));
   sm90::Order1Rows p{};
-  p.a = rows.a();
-  p.b = rows.b();
+  p.share = back.share.const_data_ptr<float>();
+  p.variance = c.pooled.variance.const_data_ptr<float>();
+  p.slope = c.slope.const_data_ptr<float>();
+  p.coarse_sum = back.coarse_sum.const_data_ptr<float>();
   p.centre = c.centre.const_data_ptr<float>();
-  p.shift = rows.shift.const_data_ptr<float>();
-  p.mask = mask_of(term.in.query_mask);
-  return order1_rows_on_hopper(term, c.moments, grad_out, grads.query, p);
+  p.centre_term = products.const_data_ptr<float>();
+  p.scale = static_cast<float>(term.o.scale);
+  return order1_rows_on_hopper(term, c.moments, grad_out, grads.query, p, &of_rows);
 }
 
 // The same on the generic kernels.
@@ -147,15 +153,20 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
   const Inputs from = order1_inputs(in, c);
   const Term term(launch, from, c.pooled, o);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
-  const RowWeights rows(term, grad_out, back);
-  if (o.causal && !c.queries.defined()) {
-    return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, mass_grad, grads);
+  CentreGrads result;
+  Tensor moment_grads = rows_at_once(term, grad_out, back, grads, result.of_rows);
+  if (!moment_grads.defined()) {
+    const RowWeights rows(term, grad_out, back);
+    if (o.causal && !c.queries.defined()) {
+      return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, mass_grad, grads);
+    }
+    moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
+    result.of_rows = rows.of_centres;
   }
-  Tensor moment_grads = rows_at_once(term, grad_out, c, rows, grads);
-  if (!moment_grads.defined()) moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
   WeightGrads through{shares, mass_grad, c.centre};
   order1_key_grads(term, moment_grads, &through, grads);
-  return {rows.of_centres, through.centre_grads};
+  result.of_keys = through.centre_grads;
+  return result;
 }
 
 namespace {
@@ -241,6 +252,10 @@ void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& m
     p.sums = of_centre.of_keys.const_data_ptr<float>();
     p.nq = static_cast<int>(c.pooled.query_count.size(1));
     p.parts = static_cast<int>(of_centre.of_keys.size(2));
+    if (of_centre.of_rows.defined()) {
+      p.row_sums = of_centre.of_rows.const_data_ptr<float>();
+      p.row_parts = static_cast<int>(of_centre.of_rows.size(2)) * p.H / p.Hk;
+    }
     each = at::empty_like(c.centre);
     p.centre_grad = each.mutable_data_ptr<float>();
     launch.check(centre_grad(p, launch.stream));

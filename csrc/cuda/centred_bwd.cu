@@ -173,9 +173,14 @@ __global__ void __launch_bounds__(kThreads) centre_grad_kernel(const CentreGradP
   n = __reduce_add_sync(kFullWarp, n);
   if (threadIdx.x % 32 == 0) counts[threadIdx.x / 32] = n;
   const Turns<kThreads> own(p.D / 4);
-  const float4* from = reinterpret_cast<const float4*>(p.sums) +
-                       int64_t{blockIdx.x} * p.parts * own.quads + own.quad;
-  const float4 sum = own.sum(sums, p.parts, [&](int i) { return from[int64_t{i} * own.quads]; });
+  const auto of_head = [&](const float* from, int parts) {
+    return reinterpret_cast<const float4*>(from) + int64_t{blockIdx.x} * parts * own.quads +
+           own.quad;
+  };
+  const float4 *from = of_head(p.sums, p.parts), *of_rows = of_head(p.row_sums, p.row_parts);
+  const float4 sum = own.sum(sums, p.parts + p.row_parts, [&](int i) {
+    return i < p.parts ? from[int64_t{i} * own.quads] : of_rows[int64_t{i - p.parts} * own.quads];
+  });
   __syncthreads();
   if (own.turn != 0) return;
   n = 0;
@@ -192,7 +197,7 @@ cudaError_t key_weights_backward(const KeyWeightsBackwardParams& p, cudaStream_t
 }
 
 cudaError_t centre_grad(const CentreGradParams& p, cudaStream_t stream) {
-  return by_length(p.parts, [&](auto threads) {
+  return by_length(p.parts + p.row_parts, [&](auto threads) {
     return launch_grid(centre_grad_kernel<threads()>, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
   });
 }

@@ -10,9 +10,9 @@ namespace mra::cuda {
 Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o);
 
 // Gradients of the centre, float32. Of keys: parts that add up, [B, Hk, parts, D], or undefined
-// where the gradients through the weights are not made yet; under causal of 16 keys each. Of rows,
-// under causal alone: of the centre before each block of queries, [B, Hk, nq, D], or of 16 rows
-// each where the keys are made too, [B, H, parts, D].
+// where the gradients through the weights are not made yet; under causal of 16 keys each. Of rows:
+// likewise, [B, H, parts, D], or undefined where queries have got it; under causal of the centre
+// before each block of queries, [B, Hk, nq, D], or, where the keys are made too, of 16 rows each.
 struct CentreGrads {
   Tensor of_rows, of_keys;
 };

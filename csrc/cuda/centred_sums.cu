@@ -115,7 +115,6 @@ __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProdu
 template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsParams p) {
   __shared__ float4 sums[kThreads];
-  __shared__ float centre[kMaxDim];
   __shared__ int counts[kThreads / 32];
   const int b = blockIdx.x / p.Hk, hk = blockIdx.x % p.Hk, group = p.H / p.Hk;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -124,9 +123,6 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsPar
   for (int x = threadIdx.x; x < p.nq; x += kThreads) n += p.count[int64_t{b} * p.nq + x];
   n = __reduce_add_sync(kFullWarp, n);
   if (lane == 0) counts[warp] = n;
-  for (int d = threadIdx.x; d < p.dim; d += kThreads) {
-    centre[d] = d < p.D ? p.centre[int64_t{blockIdx.x} * p.D + d] : 0.f;
-  }
 
   const Turns<kThreads> own(2 * p.D / 4);
   const float4* from = reinterpret_cast<const float4*>(p.sums) +
@@ -141,23 +137,15 @@ __global__ void __launch_bounds__(kThreads) shift_kernel(const CentreProductsPar
   const float *x = reinterpret_cast<const float*>(sums), *y = x + p.D;
   const S* C = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
   const S* sigma = C + p.dim * p.dim;
-  float* to = p.result + int64_t{blockIdx.x} * 2 * p.dim;
+  float* to = p.result + int64_t{blockIdx.x} * p.dim;
   for (int d = warp; d < p.dim; d += kThreads / 32) {
-    float every = 0.f, less = 0.f;
+    float every = 0.f;
     for (int e = lane; e < p.D; e += 32) {
-      const float s = to_float(sigma[d * p.dim + e]);
-      every += x[e] * to_float(C[d * p.dim + e]) + 2 * y[e] * s;
-      less += centre[e] * s;
+      every += x[e] * to_float(C[d * p.dim + e]) + 2 * y[e] * to_float(sigma[d * p.dim + e]);
     }
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      every += __shfl_xor_sync(kFullWarp, every, step);
-      less += __shfl_xor_sync(kFullWarp, less, step);
-    }
-    if (lane == 0) {
-      to[d] = every * over_n;
-      to[p.dim + d] = less;
-    }
+    for (int step = 16; step > 0; step /= 2) every += __shfl_xor_sync(kFullWarp, every, step);
+    if (lane == 0) to[d] = every * over_n;
   }
 }
 

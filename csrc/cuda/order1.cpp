@@ -135,7 +135,8 @@ Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tens
 }  // namespace
 
 Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                             const Tensor& grad_query, sm90::Order1Rows p) {
+                             const Tensor& grad_query, sm90::Order1Rows p,
+                             Tensor* row_sums) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;
@@ -154,6 +155,10 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   p.grad_q_strides = strides_of(grad_query);
   const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
   p.sums = sums.mutable_data_ptr<float>();
+  if (row_sums != nullptr) {
+    *row_sums = at::empty({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
+    p.row_sums = row_sums->mutable_data_ptr<float>();
+  }
   const cudaError_t error = term.dim <= 64
                                 ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
                                 : sm90::launch_order1_rows<128>(p, device, term.launch.stream);

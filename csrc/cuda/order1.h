@@ -104,7 +104,7 @@ struct Order1Rows : Order1Products {
   const uint8_t* mask;         // [B, N] or null
   float *variance, *row_bias;  // [B, H, N]: t and log(1 + gamma t / 2)
   float* slope;                // [B, H, N]: gamma u.dO
-  const float* shift;          // [B, Hk, 2, dim]: the first is what every valid query gets
+  const float* shift;          // [B, Hk, dim]: what every valid query gets
 
   void* out;  // forward: [B, H, N, D] T, added to
   Strides out_strides;

@@ -52,7 +52,7 @@ struct Start {
     const int64_t key_head = int64_t{range.b} * p.Hk + h / (p.H / p.Hk);
     row_base = int64_t{range.head} * p.L;
     centre = p.centre == nullptr ? nullptr : p.centre + key_head * p.D;
-    shift = p.shift + key_head * 2 * DP;
+    shift = p.shift + key_head * DP;
     matrices.from = static_cast<const S*>(p.matrices) +
                     (key_head * p.units + range.unit) * 2 * int64_t{DP * DP};
     matrices.room = reinterpret_cast<S*>(shared);

@@ -7,8 +7,8 @@
 // in one reading. C and Sigma stay in shared memory; a block of threads walks a chunk of a head's
 // tiles. Warpgroup w makes columns 64 w to 64 w + 63 of dq and those rows of both sums.
 //
-// With weighted means a and b are given, q is q - centre but in dO C^T, and what the centre's own
-// gradient gives to every query that counts is added to its dq.
+// With weighted means q is q - centre but in dO C^T, a and b are made of what the rows had before,
+// and dq but for what comes through the centre is summed up for its gradient.
 #pragma once
 
 #include <climits>
@@ -32,14 +32,13 @@ struct Order1RowsTraits {
   static constexpr int kThreads = DP == 64 ? 256 : 384;
 };
 
-template <int DP, bool kCentred>
+template <int DP>
 struct Order1RowsShared {
   static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
   uint16_t moments[2][kPanels][DP][64];  // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   uint16_t weighted[2][2][kPanels][64][64];  // of even and odd tiles: a dO, b q
-  // u and v of each panel's columns and row; or centre, what every query gets, centre Sigma
-  float vectors[kCentred ? 3 : 2][DP];
+  float vectors[2][DP];  // u and v of each panel's columns and row; or centre, and centre Sigma
   uint64_t moments_full, full[kStages], empty[kStages];
 };
 
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Shared = Order1RowsShared<DP, kCentred>;
+  using Shared = Order1RowsShared<DP>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
@@ -83,8 +82,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     const int64_t key_head = static_cast<int64_t>(b) * p.Hk + h / (p.H / p.Hk);
     for (int d = threadIdx.x; d < DP; d += blockDim.x) {
       s.vectors[0][d] = d < p.D ? p.centre[key_head * p.D + d] : 0.f;
-      s.vectors[1][d] = d < dim ? p.shift[key_head * 2 * dim + d] : 0.f;
-      s.vectors[2][d] = d < dim ? p.shift[(key_head * 2 + 1) * dim + d] : 0.f;
+      s.vectors[1][d] = d < dim ? p.centre_term[(key_head * 2 + 1) * dim + d] : 0.f;
     }
   }
   __syncthreads();
@@ -100,12 +98,8 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const int row = threadIdx.x / 32 % 4 * 16 + g;
   const auto group_sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory"); };
   const int64_t first_row = static_cast<int64_t>(head) * p.N + first;
-  // A row's share; or a and b, and whether the query counts.
-  const float* const share_of = (kCentred ? p.a : p.share) + first_row;
-  const float* const b_of = kCentred ? p.b + first_row : nullptr;
-  const uint8_t* const counts =
-      kCentred && p.mask != nullptr ? p.mask + static_cast<int64_t>(b) * p.N + first : nullptr;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
+  [[maybe_unused]] float row_sum[8][2] = {};  // of dq, of this thread's rows
 
   const auto add_sums = [&](int tile) {
     const auto& q = s.q[tile % kStages][panel];
@@ -117,17 +111,18 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   // A tile but for its part of the sums, which the tensor cores add beside the tile behind it.
   const auto walk = [&](int tile, auto first_tile) {
     const int stage = tile % kStages;
-    float share[2];
-    [[maybe_unused]] float b_row[2];
-    [[maybe_unused]] bool query[2];
+    float share[2];  // then, with weighted means, a
+    [[maybe_unused]] float b_row[2] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int i = 64 * tile + row + 8 * half;
-      const bool there = first + i < p.N;
-      share[half] = there ? share_of[i] : 0.f;
-      if constexpr (kCentred) {
-        b_row[half] = there ? b_of[i] : 0.f;
-        query[half] = there && (counts == nullptr || counts[i]);
+      share[half] = first + i < p.N ? p.share[first_row + i] : 0.f;
+      if (kCentred && share[half] != 0.f) {
+        const float t = p.variance[first_row + i], gamma = 1.f / (1.f + t / 4);
+        b_row[half] = p.scale * p.scale *
+                      (share[half] * p.slope[first_row + i] * gamma * -0.25f +
+                       (0.75f / (1.f + 0.75f * t) - gamma / 4) * p.coarse_sum[first_row + i]);
+        share[half] *= gamma * p.scale;
       }
     }
     barrier_wait(&s.full[stage], tile / kStages & 1);
@@ -186,8 +181,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           const int d = 64 * panel + 8 * n + 2 * t;
-          const float2 centre = load_pair(&s.vectors[0][d]), every = load_pair(&s.vectors[1][d]);
-          const float2 less = load_pair(&s.vectors[2][d]);
+          const float2 centre = load_pair(&s.vectors[0][d]), less = load_pair(&s.vectors[1][d]);
           uint32_t* const q_at = place(s.q[stage], n, half);
           uint32_t* const grad_at = place(s.grad_out[stage], n, half);
           float2 q = unpack2(*q_at, T{});
@@ -197,11 +191,12 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
           *place(s.weighted[tile % 2][0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
           *place(s.weighted[tile % 2][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
           *q_at = any ? Mma<T>::pack(q.x, q.y) : 0;
-          float2 dq = query[half] ? every : float2{};
+          float2 dq{};
           if (any) {
-            dq.x += a * x[n][2 * half] + 2 * c * (w[n][2 * half] - less.x);
-            dq.y += a * x[n][2 * half + 1] + 2 * c * (w[n][2 * half + 1] - less.y);
+            dq.x = a * x[n][2 * half] + 2 * c * (w[n][2 * half] - less.x);
+            dq.y = a * x[n][2 * half + 1] + 2 * c * (w[n][2 * half + 1] - less.y);
           }
+          row_sum[n][0] += dq.x, row_sum[n][1] += dq.y;
           *grad_at = Mma<T>::pack(dq.x, dq.y);
         }
         continue;
@@ -254,6 +249,22 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   pin(ds);
   if (threadIdx.x == 0) store_wait();
 
+  if constexpr (kCentred) {
+    float* const to = p.row_sums +
+                      (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32 % 4) * p.D +
+                      64 * panel + 2 * t;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) {
+        row_sum[n][0] += __shfl_xor_sync(kFullWarp, row_sum[n][0], step);
+        row_sum[n][1] += __shfl_xor_sync(kFullWarp, row_sum[n][1], step);
+      }
+      if (g == 0 && 64 * panel + 8 * n + 2 * t < p.D) {
+        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(-row_sum[n][0], -row_sum[n][1]);
+      }
+    }
+  }
   if (64 * panel + row >= dim) return;
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
 #pragma unroll
@@ -282,15 +293,13 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
       matrices_map(&p.moments_map, p.moments, p.B, p.Hk, matrix_dim<DP>(p.D));
-  const bool centred = params.a != nullptr;
-  constexpr int kPlain = sizeof(Order1RowsShared<DP, false>) + 1024;
-  constexpr int kCentred = sizeof(Order1RowsShared<DP, true>) + 1024;
-  const int bytes = centred ? kCentred : kPlain;
+  constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
-  if (!maps || bytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = centred ? order1_rows_kernel<DP, true> : order1_rows_kernel<DP, false>;
-  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, bytes, stream, p);
+  const auto kernel =
+      p.centre != nullptr ? order1_rows_kernel<DP, true> : order1_rows_kernel<DP, false>;
+  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
 }
 
 }  // namespace mra::cuda::sm90

@@ -13,11 +13,12 @@ struct Order1Rows {
   int B, H, Hk, N, D, chunks;
   float scale;
 
-  // Weighted means (else null): a and b of each row, [B, H, N], in place of share, delta and
-  // coarse_delta; the centre, [B, Hk, D]; what CentreProductsParams calls shift, [B, Hk, 2, dim];
-  // and which queries count, [B, N] or null. grad_q is then added to.
-  const float *a, *b, *centre, *shift;
-  const uint8_t* mask;
+  // Weighted means (else null): of each row what makes b (RowWeightsParams), [B, H, N], in place of
+  // delta and coarse_delta; the centre, [B, Hk, D], and its products with C and Sigma, [B, Hk, 2,
+  // dim]. grad_q is then added to, and what the centre gets of rows is left in parts, [B, H,
+  // chunks, 4, D].
+  const float *variance, *slope, *coarse_sum, *centre, *centre_term;
+  float* row_sums;
 
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
