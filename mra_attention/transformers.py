@@ -146,18 +146,26 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         return exact_attention(
             query, key, value, mask, is_causal=is_causal, dropout=dropout, scale=scale
         )[0]
+    if is_causal:
+        past = torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
+        mask = past if mask is None else mask & past
+
+    def add_to(scores):
+        if mask is None:
+            return scores
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores + mask
+
+    if softcap is None and sinks is None:  # as the models themselves: a mask that is added
+        bias = add_to(bias[..., :M].to(query.dtype))
+        return exact_attention(query, key, value, bias, dropout=dropout, scale=scale)[0]
     logits = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     if bias is not None:
         logits = logits + bias[..., :M]
-    if is_causal:
-        past = torch.ones(N, M, dtype=torch.bool, device=query.device).tril()
-        mask = past if mask is None else mask & past
-    if mask is not None and mask.dtype == torch.bool:
-        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
-    elif mask is not None:
-        logits = logits + mask
+    logits = add_to(logits)
     if sinks is not None:  # one more logit per head, whose weight goes nowhere
         sinks = sinks.view(1, H, 1, 1).expand(len(query), H, N, 1)
         logits = torch.cat([logits, sinks.to(logits.dtype)], -1)
