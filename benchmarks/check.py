@@ -11,7 +11,6 @@ import functools
 import torch
 
 from benchmarks.backends import Prepared
-from benchmarks.cases import Unsupported
 from mra_attention import Plan, make_plan, mra_attention, reference
 from mra_attention.layout import Tiles
 
@@ -55,10 +54,8 @@ def check(context, prepared, which):
     inputs, grad_out, plan = prepared.inputs, context.grad_out, prepared.plan
     bq, bk = case.block_size if plan is None or plan == "all" else plan.block_size
     weighted = form is not None and form.pool != "even"
-    if weighted and case.H != case.Hk:
-        raise Unsupported("weighted means are checked where every query head has keys of its own")
+    group = case.H // case.Hk
     if case.is_causal:
-        group = case.H // case.Hk
         inputs = tuple(
             t[:1, :n, :PREFIX] for t, n in zip(inputs, (group, 1, 1), strict=True)
         )  # fmt: skip
@@ -67,22 +64,25 @@ def check(context, prepared, which):
     nq, nk = -(-N // bq), -(-M // bk)
     batch, head = inputs[0].shape[0] - 1, inputs[0].shape[1] - 1
     key_head = inputs[1].shape[1] - 1
+    # Weighted means are those of all queries of a group.
+    heads = list(range(head + 1 - group, head + 1)) if weighted else [head]
     if plan == "all":
-        dense = torch.ones(nq, nk, dtype=torch.bool, device=context.device)
+        dense = torch.ones(len(heads), nq, nk, dtype=torch.bool, device=context.device)
     else:
         if plan is None:
             options = case.selection_options | {"selection": form.selection, "pool": form.pool}
             plan = make_plan(*inputs[:2], **options)
-        dense = _dense(plan, batch, head)
+        dense = torch.stack([_dense(plan, batch, h) for h in heads])
     some = list(range(nq)) if case.is_causal or weighted else sorted({0, nq // 2, nq - 1})
     rows = torch.cat([torch.arange(x * bq, min((x + 1) * bq, N)) for x in some]).to(context.device)
     some = torch.tensor(some, device=context.device)
 
     def sample(t):
-        return t[batch, head].index_select(0, rows)[None, None]
+        return t[batch, heads].index_select(1, rows)[None]
 
     masked = torch.zeros_like(grad_out)
-    masked[batch, head, rows] = grad_out[batch, head, rows]
+    for h in heads:
+        masked[batch, h, rows] = grad_out[batch, h, rows]
     # Everything that a pass computes, on the sample: out, dq of its rows, dk and dv of its keys.
     ours = _run(Prepared(prepared.attend, inputs, masked, around=prepared.around), which)
     ours["out"] = sample(ours["out"])
@@ -90,7 +90,7 @@ def check(context, prepared, which):
         ours["dq"] = sample(ours["dq"])
         ours |= {n: ours[n][batch, key_head][None, None] for n in ("dk", "dv")}
     key, value = (t[batch, key_head][None, None] for t in inputs[1:])
-    part = dense[some][None, None]
+    part = dense[None, :, some]
 
     def attend(q, k, v):
         return reference.mra_attention_reference(
@@ -114,7 +114,7 @@ def check(context, prepared, which):
         mra = mra_attention(*inputs, plan=prepared.plan, **options)
         difference = _error(prepared.forward(), mra)
     if prepared.plan is None:
-        agreement = _agreement(case, form, inputs[0][batch, head], key, dense)
+        agreement = _agreement(case, form, inputs[0][batch, heads], key, dense[-1])
     return Check(errors, limits, agreement, difference)
 
 
@@ -156,15 +156,19 @@ def _limit(dtype, device_type, same):
     return max(2 * same, floor)
 
 
-def _agreement(case, form, query, key, dense):
-    """Share of one head's plan, bool (nq, nk), that the reference selects from float64 scores."""
+def _agreement(case, form, queries, key, dense):
+    """Share of the last head's plan, bool (nq, nk), that the reference selects from float64 scores.
+
+    queries: (heads, N, D), of a group."""
     bq, bk = case.block_size
-    query, key = query.double()[None, None], key.double()
+    queries, key = queries.double()[None], key.double()
+    query = queries[:, -1:]
     q_mean, q_count = reference.pool(query, None, bq)
     k_mean, k_count = reference.pool(key, None, bk)
     scores = case.D**-0.5 * q_mean @ k_mean.mT
     if form.pool != "even":
-        *_, bias = reference.centre(form.pool, case.D**-0.5, query, key, None, None, bk)
+        causal = bq if case.is_causal else None
+        *_, bias = reference.centre(form.pool, case.D**-0.5, queries, key, None, None, bk, causal)
         scores = scores + bias.unsqueeze(-2)
     budgets = reference.row_budgets(
         dense.shape, bq, bk, case.density, case.blocks_per_row, case.is_causal
