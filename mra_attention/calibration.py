@@ -100,8 +100,8 @@ def calibrate(model, batch, target_error=0.1, densities=DENSITIES, pools=()):
         task to task: measure its own figure with the proposal.
     densities: what to try, each in (0, 1].
     pools: values of :attr:`MRAConfig.pool` to try each density with; empty: that of the calls. A
-        call that has even means alone (causal, with levels, or another coarse form than "row") is
-        measured with these.
+        call that doesn't take one of them ("sampled" under causal; all but "even" with levels and
+        in other coarse forms than "row") is measured with its own in its place.
 
     Returns a :class:`Calibration`; ``print`` shows it. To use its proposal::
 
@@ -163,9 +163,11 @@ class _Measure(TorchDispatchMode):
         exact, lse = _exact(call)
         as_is = _error(result[0], exact, call["query_mask"])
         free = {**call, "row_start": None, "row_count": None, "row_index": None}
-        even_alone = call["coarse"] != "row" or call["is_causal"] or call["levels"]
+        served = {"even"}
+        if call["coarse"] == "row" and not call["levels"]:
+            served |= {"centred"} if call["is_causal"] else {"centred", "sampled"}
         errors_of = {}
-        wanted = [call["pool"] if pool is None or even_alone else pool for pool in self.pools]
+        wanted = [pool if pool in served else call["pool"] for pool in self.pools]
         for pool in dict.fromkeys(wanted):
             options = {**free, "blocks_per_row": None, "pool": pool}
             outs = (func(**{**options, "density": density})[0] for density in self.densities)

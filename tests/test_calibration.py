@@ -105,19 +105,33 @@ def test_pools():
     assert not torch.allclose(reports["even"].layers[0].errors, reports["centred"].layers[0].errors)
 
 
-def test_pools_of_calls_that_have_even_means_alone():
+def test_pools_that_calls_do_not_take():
+    """Measured with the calls' own in their place: under causal "sampled", without a coarse part
+    all."""
     q, k, v = 2 * torch.randn(3, B, 4, N, 8, dtype=torch.float64)
-    report = calibrate(Direct(), [q, k, v], 0.1, DENSITIES, ("centred", "even"))
-    other = report.others["even"]
-    assert report.pool == "centred" and torch.equal(report.layers[0].errors, other.layers[0].errors)
+    names = ("centred", "even", "sampled")
+
+    def errors(model):
+        report = calibrate(model, [q, k, v], 0.1, DENSITIES, names)
+        reports = {report.pool: report} | report.others
+        return [reports[name].layers[0].errors for name in names]
+
+    centred, even, sampled = errors(Direct())
+    assert torch.equal(sampled, centred) and not torch.allclose(even, centred)
+    centred, even, sampled = errors(Direct(coarse="none"))
+    assert torch.equal(sampled, even) and torch.equal(centred, even)
 
 
 class Direct(nn.Module):
     """Attends by the function, twice, with grouped heads and causally."""
 
+    def __init__(self, **options):
+        super().__init__()
+        self.config = CONFIG.replace(**options)
+
     def forward(self, q, k, v):
-        first = mra_attention(q, k, v, config=CONFIG, is_causal=True)
-        return mra_attention(first, k, v, config=CONFIG, is_causal=True, return_lse=True)
+        first = mra_attention(q, k, v, config=self.config, is_causal=True)
+        return mra_attention(first, k, v, config=self.config, is_causal=True, return_lse=True)
 
 
 def test_calls_of_the_function():
