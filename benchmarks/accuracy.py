@@ -56,6 +56,7 @@ def parser():
     add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
         help="32; may be given several times")  # fmt: skip
     add("--kind", type=listed(str, KINDS), default=list(KINDS), help=", ".join(KINDS))
+    add("--causal", action="store_true", help="queries see keys up to their own; kind mra alone")
     add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
     add("--windows", type=int, help="texts or recordings, at most; all that there are")
     add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
@@ -100,14 +101,19 @@ class Method:
     fast: object = None
 
 
-def methods(kinds, block_size, density):
+def methods(kinds, block_size, density, causal=False):
     """What is measured at one block size and density. Peers know no blocks, so they are measured
-    at the first block size only; their windows belong to 32 queries."""
+    at the first block size only; their windows belong to 32 queries. Of causal calls the forms that
+    take them."""
     options = {"block_size": block_size, "density": density}
+    attend = functools.partial(mra_attention, **options, is_causal=causal)
     found = [
-        Method("mra", f.name, functools.partial(mra_attention, **options, **dataclasses.asdict(f)))
+        Method("mra", f.name, functools.partial(attend, **dataclasses.asdict(f)))
         for f in MRA_FORMS
+        if not (causal and f.pool == "sampled")
     ]
+    if causal:
+        return [method for method in found if method.kind in kinds]
     for kind, name, score, attention in DENSE:
         run = functools.partial(candidates.planned, score, attention, block_size, density)
         found.append(Method(kind, name, run, dense=True))
@@ -162,12 +168,16 @@ def load(name, args):
     return qkv[:, : args.windows * LAYERS[name]] if args.windows else qkv
 
 
-def exact_attention(query, key, value):
+def exact_attention(query, key, value, causal=False):
     """In float64, one entry of the batch at a time: out, and the entropy of each head's rows in
     nats, mean over its rows (B, H)."""
     outs, entropies = [], []
     for q, k, v in zip(query.double(), key.double(), value.double(), strict=True):
-        p = (q.shape[-1] ** -0.5 * q @ k.mT).softmax(-1)
+        logits = q.shape[-1] ** -0.5 * q @ k.mT
+        if causal:
+            future = torch.ones_like(logits, dtype=torch.bool).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        p = logits.softmax(-1)
         outs.append(p @ v)
         entropies.append(torch.special.entr(p).sum(-1).mean(-1))
     return torch.stack(outs), torch.stack(entropies)
@@ -230,18 +240,17 @@ def fastest(method, qkv, timer):
     return ms, reason
 
 
-def measure_exact(inputs, exact, layers, timer):
+def measure_exact(inputs, exact, layers, timer, causal=False):
     """The row of exact attention: the rounding and the time of the fastest of torch's kernels."""
     count = min(len(exact), len(inputs.timed[0]))
     qkv, exact = Inputs(tuple(t[:count] for t in inputs.timed), inputs.timed), exact[:count]
+    attend = functools.partial(F.scaled_dot_product_attention, is_causal=causal)
     if inputs.timed[0].device.type != "cuda":
-        return measure(
-            Method("exact", "exact", F.scaled_dot_product_attention), qkv, exact, layers, timer
-        )
+        return measure(Method("exact", "exact", attend), qkv, exact, layers, timer)
     rows = []
     for name in ("cudnn", "flash", "efficient"):
         with sdpa_kernel(SDPA[name]):
-            method = Method("exact", f"exact {name}", F.scaled_dot_product_attention)
+            method = Method("exact", f"exact {name}", attend)
             rows.append(measure(method, qkv, exact, layers, timer))
     return min(rows, key=lambda row: row.get("ms") or math.inf)
 
@@ -260,9 +269,9 @@ def measure_inputs(name, args, device, result):
         return
     inputs = Inputs.of(qkv, device, DTYPES[dtype], args.batch)
     layers = layers if qkv.shape[1] % layers == 0 else 1
-    exact, entropy = exact_attention(*inputs.qkv)
+    exact, entropy = exact_attention(*inputs.qkv, args.causal)
     timer = make_timer(device, args.seconds) if args.time else None
-    whole = measure_exact(inputs, exact, layers, timer)
+    whole = measure_exact(inputs, exact, layers, timer, args.causal)
     entry |= {"status": "ok", "shape": list(qkv.shape[1:]), "batch": len(inputs.timed[0])}
     entry |= {"layers": layers, "entropy": by_head(entropy, layers), "exact": whole}
     cell = functools.partial(_cell, unit=report.time_unit(device.type))
@@ -275,7 +284,7 @@ def measure_inputs(name, args, device, result):
             f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and time" * args.time
         )
         report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
-        lists = [methods(kinds, size, density) for density in args.density]
+        lists = [methods(kinds, size, density, args.causal) for density in args.density]
         for group in zip(*lists, strict=True):
             rows = []
             for density, method in zip(args.density, group, strict=True):

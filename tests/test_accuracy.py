@@ -56,6 +56,18 @@ def test_synthetic_inputs(tmp_path, capsys):
     assert f"| centred, curved | {some['centred, curved']:.3f} |" in table
 
 
+def test_causal(tmp_path):
+    file = tmp_path / "accuracy.json"
+    main([*SMALL, "--density", "1/4,1", "--block-size", "32", "--causal", "--json", str(file)])
+    report = json.loads(file.read_text())
+    (entry,) = report["inputs"]
+    assert entry["exact"]["error"] < 1e-5 and all(0 < e < 5.55 for e in entry["entropy"])
+    some, whole = (errors(report, density) for density in (1 / 4, 1.0))
+    assert len(some) == len(accuracy.MRA_FORMS) - 1 and "row + order 1, sampled" not in some
+    assert max(whole.values()) < 1e-5
+    assert some["none"] > some["block"] > some["row"] > some["row + order 1, centred"] > 0.01
+
+
 def test_heads_are_means_over_windows():
     x = torch.arange(8.0).view(4, 2)  # two windows of two layers, two heads
     assert accuracy.by_head(x, 2) == [2.0, 3.0, 4.0, 5.0]
@@ -67,6 +79,10 @@ def test_exact_attention_and_entropy():
     torch.testing.assert_close(out, v.double().mean(2, keepdim=True).expand_as(out))
     torch.testing.assert_close(entropy, torch.full((2, 3), 40.0).double().log())
     assert accuracy.errors(out, out).max() == 0 and accuracy.errors(0 * out, out).min() == 1
+    out, entropy = accuracy.exact_attention(torch.zeros_like(q), k, v, causal=True)
+    each = torch.arange(1, 41, dtype=torch.float64)
+    torch.testing.assert_close(out, v.double().cumsum(2) / each[:, None])
+    torch.testing.assert_close(entropy, each.log().mean().expand(2, 3))
 
 
 def test_files_of_real_inputs(tmp_path, capsys):
