@@ -158,7 +158,7 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         return scores + mask
 
     if softcap is None and sinks is None:  # as the models themselves: a mask that is added
-        bias = add_to(bias[..., :M].to(query.dtype))
+        bias = add_to(bias[..., :M]).to(query.dtype)
         return exact_attention(query, key, value, bias, dropout=dropout, scale=scale)[0]
     logits = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:

@@ -150,6 +150,20 @@ def test_terms_without_a_block_form():
         assert sum(counts.values()) == 2 and "mra" not in counts
 
 
+def test_position_bias_in_half_precision():
+    """Masks are wider than queries under autocast. Rows without a key are zeros, never NaN."""
+    q, k, v = torch.randn(3, 2, 4, 20, 16).bfloat16()
+    bias, mask = torch.randn(1, 4, 20, 20), torch.zeros(2, 1, 20, 20)
+    mask[0, :, :, 10:] = mask[1, :, :5] = torch.finfo(mask.dtype).min
+    out = mra.transformers._exact(None, q, k, v, mask, 1.0, 0.0, False, {"position_bias": bias})
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.float() for x in (q, k, v)), bias + mask, scale=1.0
+    )
+    expected[1, :, :5] = 0
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.05)
+
+
 def test_compiles_whole():
     ids, mask = batch()
     model = transformers.BertModel(transformers.BertConfig(**MODEL_SIZES)).eval()
