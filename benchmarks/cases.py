@@ -35,7 +35,7 @@ class Form:
 
 FORMS = (Form("none"), Form("block"), Form("block", 1), Form("row"), Form("row", 1))
 ROW1 = Form("row", 1)  # of even means
-# Of these the first is the package's default, where neither is_causal nor levels rule it out.
+# Of these the first is the package's default, where levels don't rule it out.
 WEIGHTED_FORMS = (Form("row", 1, pool="centred"), Form("row", 1, pool="sampled"))
 # MRA-2 and MRA-2-s are the paper's; then its budget with row selection, and row + order 1.
 PAPER_FORMS = (Form("block", 0, "global"), Form("none", 0, "global"), Form("block"), ROW1)

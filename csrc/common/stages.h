@@ -58,7 +58,7 @@ struct Options {
   // and row lists then hold the blocks of all resolutions, in this order, where their shapes say
   // nq or nk; list entries count the blocks of their own resolution.
   std::vector<Resolution> resolutions{};
-  Pool pool = Pool::even;  // else coarse = row, no levels, not causal
+  Pool pool = Pool::even;  // else coarse = row, no levels; causal: centred
 };
 
 // Means over the valid rows of each block, and how many there are.
@@ -138,7 +138,8 @@ struct Centred {
   // each block of queries, and of all.
   Tensor centre;
   Tensor key_bias{};  // [B, Hk, nk], where asked for: Pooled.bias, beta_y of docs/algorithm.md
-  // With order 1, C and Sigma: [B, Hk, 2, D, D], on CUDA as moments are kept.
+  // With order 1, C and Sigma: [B, Hk, 2, D, D], on CUDA as moments are kept. Under causal, where
+  // they are in memory, of each unit of rows: [B, Hk, units, 2, D, D].
   Tensor moments{};
   Tensor slope{};  // CUDA, set by centred_delta: gamma_i u_i . dO_i, [B, H, N]
   // CUDA, under causal with order 1: queries less their centres, zeros where masked, [B, H, N, D]

@@ -145,8 +145,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
     };
     float u[2] = {}, v[2] = {};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (kGradient) break;
+    for (int half = 0; half < (kGradient ? 0 : 2); ++half) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float2 y = unpack2(*place(q, n, half), T{});
