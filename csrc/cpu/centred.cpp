@@ -47,7 +47,7 @@ Tensor score_bias(const Tensor& logits, const Tensor& no_key) {
 }  // namespace
 
 Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o) {
-  const int64_t B = in.query.size(0), N = in.query.size(2), D = in.query.size(3);
+  const int64_t B = in.query.size(0), D = in.query.size(3);
   const int64_t Hk = in.key.size(1), nk = plain.key_count.size(1);
   const auto options = in.query.options().dtype(acc_type(in.query.scalar_type()));
   Centred c;

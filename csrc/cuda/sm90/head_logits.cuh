@@ -64,7 +64,6 @@ template <typename T, int DP>
 __device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
                                               const float (&mean)[DP / 32], float scale,
                                               const PanelLane<DP>& panel) {
-  const int lane = threadIdx.x % 32;
   float c[2][4] = {};
   const uint32_t base = smem_address(keys);
 #pragma unroll
