@@ -155,12 +155,13 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   FineBackward grads;
   grads.grad_out = grad_out;
   grads.lse = lse;
+  grads.share = share;
   // Order 1 changes what block rows are summed from.
   std::optional<BlockRows> block_rows;
   if (o.coarse == Coarse::block && !has_order1(o) && o.levels.empty()) {
     std::tie(grads.delta, block_rows) =
         stages.delta_and_block_rows(grad_out, out, grad_lse, lse, o.block_q);
-  } else {
+  } else if (!has_order1(o) || o.pool == Pool::even) {  // else centred_delta makes both
     grads.delta = stages.delta(grad_out, out, grad_lse);
   }
   grads.coarse_delta = grads.delta;
@@ -195,9 +196,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   // order 1
   if (centred) grads.centred = &*centred;
   if (has_order1(o) && centred) {
-    grads.coarse_delta = stages.centred_delta(grad_out, share, grads.delta, in, *centred, o);
+    stages.centred_delta(grads, out, grad_lse, in, *centred, o);
     grads.coarse_sum = at::empty_like(grads.delta);
-    grads.share = share;
   } else if (has_order1(o)) {
     const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;

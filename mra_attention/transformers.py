@@ -158,7 +158,8 @@ def _exact(module, query, key, value, mask, scale, dropout, is_causal, kwargs):
         return scores + mask
 
     if softcap is None and sinks is None:  # as the models themselves: a mask that is added
-        bias = add_to(bias[..., :M]).to(query.dtype)
+        # Contiguous: with other strides, as T5's have, torch takes its slowest kernel.
+        bias = add_to(bias[..., :M]).to(query.dtype).contiguous()
         return exact_attention(query, key, value, bias, dropout=dropout, scale=scale)[0]
     logits = (scale * query @ key.mT).to(torch.promote_types(query.dtype, torch.float32))
     if softcap is not None:

@@ -74,16 +74,20 @@ def test_every_block_is_the_model_as_it_was(case):
 )
 def test_every_block_in_every_dtype(case, device, dtype):
     """Outputs and gradients, with at most twice the error that the model has in that dtype with
-    torch's attention; in float32 on a GPU what one attention may err by, for each."""
+    torch's attention, fused or not; in float32 on a GPU what one attention may err by, for each."""
     build, inputs, counts = CASES[case]
     model = spread(build()).to(dtype).eval()  # to weights that all of these dtypes have
     inputs = placed(inputs(), "cpu", dtype)
     exact = run(model, "sdpa", inputs, torch.float64)
-    theirs, ours = (run(model, name, inputs, dtype, device) for name in ("sdpa", DENSE))
+    names = ("sdpa", "eager", DENSE)
+    *theirs, ours = (run(model, name, inputs, dtype, device) for name in names)
     assert mra.transformers.stats(reset=True) == counts
     each = sum(counts.values()) if (device, dtype) == ("cuda", torch.float32) else 1
     for name in exact:
-        error, same = (relative_error(x[name].cpu(), exact[name]) for x in (ours, theirs))
+        # Two exact attentions round differently, and how much of it meets is chance: of float16
+        # gradients up to twice as much in one as in the other.
+        error, *same = (relative_error(x[name].cpu(), exact[name]) for x in (ours, *theirs))
+        same = max(same)
         assert error <= each * limit(dtype, device, same), (name, error, same)
 
 

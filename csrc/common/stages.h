@@ -303,14 +303,14 @@ struct Stages {
   // the weights from the means and counts of queries, and what a plan asks for: its bias, and the
   // means and counts of keys that `plain` lacks. `centre` adds means and moments and, unless the
   // call is of a backward pass and centred_delta makes them, variance and row_bias or what fine
-  // makes them from. The others are order 1: the term, added to result.out in place; coarse_delta
-  // as in Order1Grads; and the gradients but those through the logits, added in place. The last is
-  // null where fine_backward does it.
+  // makes them from. The others are order 1: the term, added to result.out in place; grads.delta
+  // and coarse_delta, from its grad_out and share; and the gradients but those through the logits,
+  // added in place. The last is null where fine_backward does it.
   Centred (*weigh_keys)(const Inputs&, PooledInputs& plain, bool bias, const Options&) = nullptr;
   void (*centre)(Centred&, const Inputs&, bool backward, const Options&) = nullptr;
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
-  Tensor (*centred_delta)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                          const Inputs&, Centred&, const Options&) = nullptr;
+  void (*centred_delta)(FineBackward& grads, const Tensor& out, const Tensor& grad_lse,
+                        const Inputs&, Centred&, const Options&) = nullptr;
   void (*centred_grads)(const Grads&, const FineBackward&, const Inputs&, const Options&) = nullptr;
 };
 

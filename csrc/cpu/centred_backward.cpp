@@ -3,16 +3,17 @@
 
 namespace mra::cpu {
 
-Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, Centred& c, const Options& o) {
-  const Tensor result = at::empty_like(delta);
+void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
+                   Centred& c, const Options& o) {
+  grads.delta = delta(grads.grad_out, out, grad_lse);
+  grads.coarse_delta = at::empty_like(grads.delta);
   for_heads(in, [&](int64_t item) {
     const Head at(in, o, item);
-    const Rows1 r(at, in, c, share);
-    const Tensor term = (r.u * at.by_units(at.rows(grad_out))).sum(2) * r.gamma;
-    at.view(result).copy_(at.view(delta) - at.from_units(r.there(term)).view({at.G, at.N}));
+    const Rows1 r(at, in, c, grads.share);
+    const Tensor term = (r.u * at.by_units(at.rows(grads.grad_out))).sum(2) * r.gamma;
+    at.view(grads.coarse_delta)
+        .copy_(at.view(grads.delta) - at.from_units(r.there(term)).view({at.G, at.N}));
   });
-  return result;
 }
 
 namespace {

@@ -46,8 +46,8 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
 Centred weigh_keys(const Inputs&, PooledInputs& plain, bool bias, const Options&);
 void centre(Centred&, const Inputs&, bool backward, const Options&);
 void centred_term(FineResult& result, const Inputs&, const Centred&, const Options&);
-Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs&, Centred&, const Options&);
+void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs&,
+                   Centred&, const Options&);
 void centred_grads(const Grads&, const FineBackward&, const Inputs&, const Options&);
 
 }  // namespace mra::cpu

@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "centred_term.h"
+#include "sm90/moments.h"
+#include "sm90/order1_delta.h"
 
 namespace mra::cuda {
 namespace {
@@ -81,14 +83,76 @@ struct RowWeights {
   }
 };
 
+// What a centred_delta makes of each row beside grads.delta.
+void empty_row_numbers(FineBackward& grads, Centred& c) {
+  grads.coarse_delta = at::empty_like(grads.delta);
+  c.pooled.variance = at::empty_like(grads.delta);
+  c.pooled.row_bias = at::empty_like(grads.delta);
+  c.slope = at::empty_like(grads.delta);
+}
+
+// The centre times C and Sigma, [B, Hk, 2, dim].
+Tensor centre_matrices(const Term& term, const Centred& c) {
+  const Tensor result = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+  term.launch.check(centre_products(products_of(term, c, result), term.launch.stream));
+  return result;
+}
+
+// All of centred_delta in one reading; false where no kernel does it. Leaves the centre's products
+// in `c` for rows_at_once.
+bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& grad_lse,
+                     const Term& term, Centred& c) {
+#ifdef MRA_SM90A
+  if (!order1_on_hopper(term.in.key, term.o, term.launch)) return false;
+  const Tensor grad_out = with_aligned_rows(grads.grad_out), out = with_aligned_rows(out_in);
+  const Device& device = term.launch.device;
+  grads.delta = at::empty({term.B, term.H, term.N}, term.acc());
+  empty_row_numbers(grads, c);
+  c.pooled.centre_term = centre_matrices(term, c);
+  sm90::Order1Delta p{};
+  p.q = term.in.query.const_data_ptr();
+  p.grad_out = grad_out.const_data_ptr();
+  p.out = out.const_data_ptr();
+  p.q_strides = strides_of(term.in.query);
+  p.grad_out_strides = strides_of(grad_out);
+  p.out_strides = strides_of(out);
+  p.moments = c.moments.const_data_ptr();
+  p.centre = c.centre.const_data_ptr<float>();
+  p.centre_term = c.pooled.centre_term.const_data_ptr<float>();
+  p.share = grads.share.const_data_ptr<float>();
+  p.grad_lse = data_of<float>(grad_lse);
+  if (grad_lse.defined()) p.lse_strides = strides_of(grad_lse);
+  p.B = term.B;
+  p.H = term.H;
+  p.Hk = term.Hk;
+  p.N = term.N;
+  p.D = term.D;
+  p.chunks = sm90::tile_chunks(p.B * p.H, p.N, sm90::order1_delta_resident(term.dim), device);
+  p.scale = static_cast<float>(term.o.scale);
+  p.delta = grads.delta.mutable_data_ptr<float>();
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
+  p.variance = c.pooled.variance.mutable_data_ptr<float>();
+  p.row_bias = c.pooled.row_bias.mutable_data_ptr<float>();
+  p.slope = c.slope.mutable_data_ptr<float>();
+  const cudaError_t error = term.dim <= 64
+                                ? sm90::launch_order1_delta<64>(p, device, term.launch.stream)
+                                : sm90::launch_order1_delta<128>(p, device, term.launch.stream);
+  if (error == cudaErrorNotSupported) return false;
+  term.launch.check(error);
+  return true;
+#else
+  return false;
+#endif
+}
+
 // Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
 // it so. Sets `of_rows`.
 Tensor rows_at_once(const Term& term, const Tensor& grad_out, const FineBackward& back,
                     const Grads& grads, Tensor& of_rows) {
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Centred& c = *back.centred;
-  const Tensor products = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
-  term.launch.check(centre_products(products_of(term, c, products), term.launch.stream));
+  const Tensor& made = c.pooled.centre_term;
+  const Tensor products = made.defined() ? made : centre_matrices(term, c);
   sm90::Order1Rows p{};
   p.share = back.share.const_data_ptr<float>();
   p.variance = c.pooled.variance.const_data_ptr<float>();
@@ -118,32 +182,32 @@ Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
 
 }  // namespace
 
-Tensor centred_delta(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, Centred& c, const Options& o) {
+void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
+                   Centred& c, const Options& o) {
   const Launch launch(in.query);
+  if (!o.causal && delta_on_hopper(grads, out, grad_lse, Term(launch, in, c.pooled, o), c)) return;
+  grads.delta = row_dots(grads.grad_out, out, grad_lse);
   if (o.causal && !c.queries.defined()) {
     const Term term(launch, in, c.pooled, o);
     if (walk_prepare(c, term)) {
       const Tensor of_rows = std::exchange(c.pooled.term, {});
-      c.slope = row_dots(grad_out_in, of_rows).masked_fill_(share.eq(0), 0);
-      return delta.sub(c.slope);
+      c.slope = row_dots(grads.grad_out, of_rows).masked_fill_(grads.share.eq(0), 0);
+      grads.coarse_delta = grads.delta.sub(c.slope);
+      return;
     }
     less_centres(c, in, o);
   }
   const Inputs from = order1_inputs(in, c);
   const Term term(launch, from, c.pooled, o);
-  const Tensor grad_out = with_aligned_rows(grad_out_in), result = at::empty_like(delta);
-  c.pooled.variance = at::empty_like(delta);
-  c.pooled.row_bias = at::empty_like(delta);
-  c.slope = at::empty_like(delta);
-  Order1Rows p = centred_rows(term, c, share, RowsStep::delta);
+  const Tensor grad_out = with_aligned_rows(grads.grad_out);
+  empty_row_numbers(grads, c);
+  Order1Rows p = centred_rows(term, c, grads.share, RowsStep::delta);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  p.delta = delta.const_data_ptr<float>();
+  p.delta = grads.delta.const_data_ptr<float>();
   p.slope = c.slope.mutable_data_ptr<float>();
-  p.coarse_delta = result.mutable_data_ptr<float>();
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   launch.check(order1_rows(p, launch.stream));
-  return result;
 }
 
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,

@@ -25,8 +25,9 @@ struct CentreGrads {
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
                           const FineBackward& back, const Inputs& in, const Options& o);
 
-// rowsum(x * y) of [B, H, N, D], float32: as delta, but behind a launch that writes x or y.
-Tensor row_dots(const Tensor& x, const Tensor& y);
+// As delta, for x and y that the launch before may write, or where memory of its inputs may have
+// been given back: it runs behind that launch.
+Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse = {});
 
 // Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
 // grads.key. mass_grad: of pooled_shares.

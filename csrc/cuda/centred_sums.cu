@@ -88,27 +88,36 @@ struct LaunchRowWeights {
 
 constexpr int kMaxDim = 256;
 
-// One block of threads for one key head: the centre times C and times Sigma.
+// One block of threads for one key head: the centre times C and times Sigma. A thread has 16 bytes
+// of columns of a matrix, rows in turns.
 template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProductsParams p) {
-  __shared__ float centre[kMaxDim], sums[kThreads];
+  constexpr int kCount = kVec<S>;
+  __shared__ float centre[kMaxDim], sums[kThreads * kCount];
   const S* matrices = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
   for (int d = threadIdx.x; d < p.dim; d += kThreads) {
     centre[d] = d < p.D ? p.centre[int64_t{blockIdx.x} * p.D + d] : 0.f;
   }
   __syncthreads();
-  // A column of a matrix a thread, rows in turns.
-  const int width = 2 * p.dim, column = threadIdx.x % width, d = column % p.dim;
+  const int width = 2 * p.dim / kCount, at = threadIdx.x % width * kCount;  // of both matrices
   const int turn = threadIdx.x / width, turns = kThreads / width;
-  const S* from = matrices + column / p.dim * p.dim * p.dim + d;
-  float sum = 0.f;
-#pragma unroll 16
-  for (int e = turn; e < p.dim; e += turns) sum += centre[e] * to_float(from[e * p.dim]);
-  sums[threadIdx.x] = sum;
+  const S* from = matrices + at / p.dim * p.dim * p.dim + at % p.dim;
+  float sum[kCount] = {};
+#pragma unroll 8
+  for (int e = turn; e < p.dim; e += turns) {
+    float x[kCount];
+    unpack16<S>(load16(from + e * p.dim), x);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = fmaf(centre[e], x[i], sum[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[turn * 2 * p.dim + at + i] = sum[i];
   __syncthreads();
-  if (turn != 0) return;
-  for (int i = 1; i < turns; ++i) sum += sums[i * width + column];
-  p.result[int64_t{blockIdx.x} * width + column] = sum;
+  for (int d = threadIdx.x; d < 2 * p.dim; d += kThreads) {
+    float total = 0.f;
+    for (int i = 0; i < turns; ++i) total += sums[i * 2 * p.dim + d];
+    p.result[int64_t{blockIdx.x} * 2 * p.dim + d] = total;
+  }
 }
 
 // One block of threads for one key head: parts' sums to their totals, and these times the matrices.

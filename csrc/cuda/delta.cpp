@@ -85,9 +85,9 @@ Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse) 
   return d.result;
 }
 
-Tensor row_dots(const Tensor& x, const Tensor& y) {
+Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse) {
   const Launch launch(y);
-  Delta d(x, y, {}, launch.device);
+  Delta d(x, y, grad_lse, launch.device);
   d.p.beside = false;
   if (d.result.numel() > 0) launch.check(delta_backward(d.p, launch.stream));
   return d.result;

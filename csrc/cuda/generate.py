@@ -35,6 +35,7 @@ SM90_WIDE = {
 # Of order 1: head_dim is their one argument.
 SM90_ORDER1 = {
     "moments": "Moments",
+    "order1_delta": "Order1Delta",
     "order1_rows": "Order1Rows",
     "order1_keys": "Order1Keys",
     "order1_walk_rows": "WalkRows",

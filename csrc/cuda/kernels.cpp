@@ -208,6 +208,8 @@ std::vector<KernelInfo> kernel_table() {
        "float16, bfloat16", "8..128 (64, 128)"},
 #endif
 #ifdef MRA_SM90A
+      {"order1", "delta", "csrc/cuda/sm90/order1_delta.cuh", "sm_90a", "bfloat16",
+       "8..128 (64, 128)"},
       {"order1", "rows", "csrc/cuda/sm90/order1_rows.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
       {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",

@@ -92,7 +92,8 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
   p.nk = term.nk;
   p.log2_block_k = term.block_shift;
   p.weights = data_of<float>(term.pooled.weights);
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, term.dim <= 64 ? 2 : 1, device);
+  const int resident = sm90::order1_keys_resident(term.dim, p.weights != nullptr, p.log2_block_k);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, resident, device);
   Tensor centre_grads;
   if (through != nullptr) {
     const int64_t parts = int64_t{p.chunks} * sm90::order1_keys_warps(term.dim);
@@ -135,8 +136,7 @@ Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tens
 }  // namespace
 
 Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                             const Tensor& grad_query, sm90::Order1Rows p,
-                             Tensor* row_sums) {
+                             const Tensor& grad_query, sm90::Order1Rows p, Tensor* row_sums) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;

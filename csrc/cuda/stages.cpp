@@ -23,8 +23,8 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o);
 Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o);
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o);
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o);
-Tensor centred_delta(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                     const Inputs& in, Centred& c, const Options& o);
+void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
+                   Centred& c, const Options& o);
 }  // namespace cuda
 
 const Stages& cuda_stages() {

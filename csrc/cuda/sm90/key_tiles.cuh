@@ -8,6 +8,12 @@
 
 namespace mra::cuda::sm90 {
 
+// What comes with a tile of keys besides: nothing.
+struct NothingElse {
+  __device__ __forceinline__ int bytes(int) const { return 0; }
+  __device__ __forceinline__ void copy(int, int, uint64_t*) const {}
+};
+
 template <int DP, int kPlaces, bool kWeighted, typename Value = __nv_bfloat16>
 struct KeyTiles {
   using T = Value;
@@ -22,10 +28,11 @@ struct KeyTiles {
   __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
   // By one warp: `tiles` tiles from key `first` on, `step` keys apart. mask: [B, M] or null;
-  // weights: of the M keys.
+  // weights: of the M keys. `also` fetches `bytes(tile)` more into its own `stage`, by one lane.
+  template <class Also = NothingElse>
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
                         const float* weights, int M, int b, int h, int first, int tiles,
-                        int step = 64) {
+                        int step = 64, const Also& also = {}) {
     const int lane = threadIdx.x % 32;
     float next[2];  // weights of the next tile, on their way
     const auto look_up = [&](int key) {
@@ -56,8 +63,9 @@ struct KeyTiles {
         valid[stage][0] = bits[0];
         valid[stage][1] = bits[1];
       }
-      barrier_expect(&full[stage], 2 * 64 * DP * 2);
+      barrier_expect(&full[stage], 2 * 64 * DP * 2 + also.bytes(tile));
       if (lane == 0) {
+        also.copy(tile, stage, &full[stage]);
         for (int i = 0; i < kPanels; ++i) {
           copy_panel(x[stage][0][i], k_map, &full[stage], 64 * i, key, h, b);
           copy_panel(x[stage][1][i], v_map, &full[stage], 64 * i, key, h, b);

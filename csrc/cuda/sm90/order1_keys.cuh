@@ -18,20 +18,46 @@ struct Order1KeysMaps : Order1Keys {
   int tiles;  // of a chunk
 };
 
-// Measured choices (docs/kernels.md).
-template <int DP>
+// Measured choices (docs/kernels.md). kBlocks: key blocks of a tile.
+template <int DP, int kBlocks, bool kWeighted>
 struct Order1KeysTraits {
-  static constexpr int kStages = 4, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kLog2BlockK = kBlocks == 1 ? 6 : kBlocks == 2 ? 5 : 4;
+  static constexpr int kResident = order1_keys_resident(DP, kWeighted, kLog2BlockK);
+  static constexpr int kStages = kResident == 3 ? 3 : 4;
   static constexpr int kThreads = DP == 64 ? 160 : 384;
 };
 
-template <int DP, bool kWeighted>
+template <int DP, int kBlocks, bool kWeighted>
 struct Order1KeysShared {
+  static constexpr int kStages = Order1KeysTraits<DP, kBlocks, kWeighted>::kStages;
   uint16_t matrices[2][DP / 64][DP][64];  // dC, dSigma
-  KeyTiles<DP, Order1KeysTraits<DP>::kStages, kWeighted> keys;
+  KeyTiles<DP, kStages, kWeighted> keys;
+  // Gradients of the pooled keys and values of a tile's blocks, D columns each.
+  alignas(16) float shares[kWeighted ? kStages : 1][2][kWeighted ? kBlocks * DP : 4];
   uint64_t matrices_full;
   alignas(8) float centre[kWeighted ? DP : 2];
   float totals[kWeighted ? DP / 64 : 1][4];  // of the 16 keys of each warp
+};
+
+// Those gradients, with the tile.
+template <int kBlocks, class Shared>
+struct TileShares {
+  const Order1KeysMaps& p;
+  Shared& s;
+  int head, first;  // first: tile of the chunk
+
+  __device__ __forceinline__ int first_block(int tile) const { return (first + tile) * kBlocks; }
+  __device__ __forceinline__ int one(int tile) const {  // bytes of either
+    return min(kBlocks, p.nk - first_block(tile)) * p.D * 4;
+  }
+  __device__ __forceinline__ int bytes(int tile) const { return 2 * one(tile); }
+  __device__ __forceinline__ void copy(int tile, int stage, uint64_t* barrier) const {
+    for (int which = 0; which < 2; ++which) {
+      const int64_t heads = static_cast<int64_t>(p.B) * p.Hk;
+      const int64_t block = (which * heads + head) * p.nk + first_block(tile);
+      copy_bytes(s.shares[stage][which], p.shares + block * p.D, one(tile), barrier);
+    }
+  }
 };
 
 // Keys that count of the block that key r of a tile is in.
@@ -43,8 +69,8 @@ __device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
 }
 
 // Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
-// block has of it), x_j in docs/algorithm.md, from the products of their deviations, which lie in
-// shared memory, and the block's shares. Of a product of two deviations each has a half.
+// block has of it), x_j in docs/algorithm.md, from their deviations, which lie in shared memory,
+// the block's shares, and the products. Of a product of two deviations each has a half.
 template <int DP, int kBlocks, class Shared>
 struct WeightsBackward {
   static constexpr int kPanels = DP / 64;
@@ -53,36 +79,40 @@ struct WeightsBackward {
   const float *of_key, *of_value;  // shares of the block, from column 2 t on
   int D;
 
+  // The part of the shares, which needs no product, but for the weights.
+  __device__ __forceinline__ void start(float (&grad)[2]) const {
+    grad[0] = grad[1] = 0.f;
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+      if (8 * n >= D) break;
+      const float2 u = load_pair(of_key + 8 * n), w = load_pair(of_value + 8 * n);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 kappa = deviation(0, n, half), nu = deviation(1, n, half);
+        grad[half] += kappa.x * u.x + kappa.y * u.y + nu.x * w.x + nu.y * w.y;
+      }
+    }
+  }
+
   template <class Sync>
-  __device__ __forceinline__ void run(float (&grad)[2], const float (&dk)[8 * kPanels][4],
-                                      const float (&dv)[8 * kPanels][4], float mass_grad,
-                                      float scale, const Sync& group_sync) const {
-    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    auto& x = s.keys.x[stage];
-    float weight[2], factor[2];
+  __device__ __forceinline__ void finish(float (&grad)[2], const float (&dk)[8 * kPanels][4],
+                                         const float (&dv)[8 * kPanels][4], float mass_grad,
+                                         float scale, const Sync& group_sync) const {
+    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4;
+    float weight[2], dots[2] = {};
+#pragma unroll
+    for (int n = 0; n < 8 * kPanels; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 kappa = deviation(0, n, half), nu = deviation(1, n, half);
+        dots[half] += kappa.x * dk[n][2 * half] + kappa.y * dk[n][2 * half + 1] +
+                      nu.x * dv[n][2 * half] + nu.y * dv[n][2 * half + 1];
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
-      factor[half] = 0.5f * weight[half] * static_cast<float>(count);
-      grad[half] = 0.f;
-    }
-#pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
-      const bool there = 8 * n + 2 * t < D;
-      const float2 u = there ? load_pair(of_key + 8 * n) : float2{};
-      const float2 w = there ? load_pair(of_value + 8 * n) : float2{};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
-        const float2 kappa = pair_of(&x[0][n / 8][r][at]), nu = pair_of(&x[1][n / 8][r][at]);
-        const float2 of_k =
-            make_float2(fmaf(factor[half], dk[n][2 * half], weight[half] * u.x),
-                        fmaf(factor[half], dk[n][2 * half + 1], weight[half] * u.y));
-        const float2 of_v =
-            make_float2(fmaf(factor[half], dv[n][2 * half], weight[half] * w.x),
-                        fmaf(factor[half], dv[n][2 * half + 1], weight[half] * w.y));
-        grad[half] += kappa.x * of_k.x + kappa.y * of_k.y + nu.x * of_v.x + nu.y * of_v.y;
-      }
+      grad[half] = weight[half] * (grad[half] + 0.5f * static_cast<float>(count) * dots[half]);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -102,19 +132,26 @@ struct WeightsBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) grad[half] = scale * (grad[half] - weight[half] * total);
   }
-  static __device__ __forceinline__ float2 pair_of(const uint16_t* pair) {
+
+ private:
+  // Of the key (0) or value (1) less its mean, this thread's columns of tile n.
+  __device__ __forceinline__ float2 deviation(int which, int n, int half) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
+    const uint16_t* const pair =
+        &s.keys.x[stage][which][n / 8][16 * warp + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
     return cuda::unpack2(*reinterpret_cast<const uint32_t*>(pair), __nv_bfloat16{});
   }
 };
 
 // kNarrow: head dims up to 32.
 template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
-__global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTraits<DP>::kBlocks)
+__global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThreads,
+                                  Order1KeysTraits<DP, kBlocks, kWeighted>::kResident)
     order1_keys_kernel(const __grid_constant__ Order1KeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Shared = Order1KeysShared<DP, kWeighted>;
-  constexpr int kStages = Order1KeysTraits<DP>::kStages, kPanels = DP / 64, kGroups = kPanels;
+  using Shared = Order1KeysShared<DP, kBlocks, kWeighted>;
+  constexpr int kStages = Shared::kStages, kPanels = DP / 64, kGroups = kPanels;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   auto& keys = s.keys;
@@ -140,9 +177,13 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
       copy_matrices<DP>(s.matrices, p.matrices_map, &s.matrices_full, h, b);
     }
     __syncwarp();
-    const float* weights =
-        kWeighted ? p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k) : nullptr;
-    keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles);
+    if constexpr (kWeighted) {
+      const float* weights = p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k);
+      keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles, 64,
+                 TileShares<kBlocks, Shared>{p, s, head, first});
+    } else {
+      keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.M, b, h, 64 * first, tiles);
+    }
     return;
   }
   if constexpr (DP > 64) take_registers<240>();
@@ -157,6 +198,10 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
   for (int tile = group; tile < tiles; tile += kGroups) {
     const int stage = tile % kStages;
     auto& x = keys.x[stage];
+    // Both rows of a thread lie in one block.
+    const int y = min((64 * (first + tile) + 16 * warp) >> p.log2_block_k, p.nk - 1);
+    float mass_grad = 0.f;
+    if constexpr (kWeighted) mass_grad = p.mass_grad[static_cast<int64_t>(head) * p.nk + y];
     barrier_wait(&keys.full[stage], tile / kStages & 1);
 #pragma unroll 1
     for (int unit = warp; unit < keys.kUnits; unit += 4) {
@@ -172,6 +217,17 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     multiply_matrix<T, false>(dk, x[0], s.matrices[1], DP * 128, false);
     multiply_matrix<T, true>(dk, x[1], s.matrices[0], DP * 128, true);
     wgmma_commit();
+    const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
+    const float *share = nullptr, *value_share = nullptr;  // gradients of the pooled key and value
+    float through[2] = {};                                 // gradients of log weights
+    if constexpr (kWeighted) {
+      const int at = (y - (first + tile) * kBlocks) * p.D + 2 * t;
+      share = s.shares[stage][0] + at;
+      value_share = s.shares[stage][1] + at;
+    }
+    const WeightsBackward<DP, kBlocks, Shared> weights{s,     stage,       group, count,
+                                                       share, value_share, p.D};
+    if constexpr (kWeighted) weights.start(through);
     // The place of the tile before is given back once its gradients have left.
     if (leader) store_wait();
     if (tile >= kGroups) barrier_arrive(&keys.empty[(tile - kGroups) % kStages]);
@@ -179,19 +235,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP>::kThreads, Order1KeysTrai
     pin(dk);
     pin(dv);
     group_sync();
-    // Both rows of a thread lie in one block; `share`: gradients of its pooled key, then value.
-    const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
-    const int y = min((64 * (first + tile) + 16 * warp) >> p.log2_block_k, p.nk - 1);
-    const float *share = nullptr, *value_share = nullptr;
-    float through[2] = {};  // gradients of log weights
-    if constexpr (kWeighted) {
-      const int64_t block = static_cast<int64_t>(head) * p.nk + y;
-      share = p.shares + block * p.D + 2 * t;
-      value_share = share + static_cast<int64_t>(p.B) * p.Hk * p.nk * p.D;
-      const WeightsBackward<DP, kBlocks, Shared> weights{s,     stage,       group, count,
-                                                         share, value_share, p.D};
-      weights.run(through, dk, dv, p.mass_grad[block], p.scale, group_sync);
-    }
+    if constexpr (kWeighted) weights.finish(through, dk, dv, mass_grad, p.scale, group_sync);
     const auto place = [&](bool of_keys, uint16_t(&to)[kPanels][64][64],
                            const float(&grad)[8 * kPanels][4]) {
 #pragma unroll
@@ -264,14 +308,20 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
                     map(&p.grad_k_map, p.grad_k, p.grad_k_strides) &&
                     map(&p.grad_v_map, p.grad_v, p.grad_v_strides) &&
                     matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, matrix_dim<DP>(p.D));
-  constexpr int kBytes = sizeof(Order1KeysShared<DP, kWeighted>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
-  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  if (!maps || p.D % 8 != 0 || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel = p.log2_block_k == 6   ? order1_keys_kernel<DP, 1, kWeighted, kNarrow>
-                      : p.log2_block_k == 5 ? order1_keys_kernel<DP, 2, kWeighted, kNarrow>
-                                            : order1_keys_kernel<DP, 4, kWeighted, kNarrow>;
-  return launch_grid(kernel, blocks, Order1KeysTraits<DP>::kThreads, kBytes, stream, p);
+  const auto launch = [&](auto key_blocks) {
+    constexpr int kBlocks = key_blocks();
+    constexpr int kBytes = sizeof(Order1KeysShared<DP, kBlocks, kWeighted>) + 1024;
+    if (kBytes > device.max_smem) return cudaErrorNotSupported;
+    constexpr bool kFits = kNarrow && !(kWeighted && kBlocks == 4);  // else it spills
+    return launch_grid(order1_keys_kernel<DP, kBlocks, kWeighted, kFits>, blocks,
+                       Order1KeysTraits<DP, kBlocks, kWeighted>::kThreads, kBytes, stream, p);
+  };
+  return p.log2_block_k == 6   ? launch(std::integral_constant<int, 1>{})
+         : p.log2_block_k == 5 ? launch(std::integral_constant<int, 2>{})
+                               : launch(std::integral_constant<int, 4>{});
 }
 
 template <int DP>

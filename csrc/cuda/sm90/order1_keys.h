@@ -26,6 +26,11 @@ struct Order1Keys {
 // Warps that multiply.
 constexpr int order1_keys_warps(int dim) { return dim <= 64 ? 4 : 8; }
 
+// Blocks of threads that a multiprocessor holds.
+constexpr int order1_keys_resident(int dim, bool weighted, int log2_block_k) {
+  return dim > 64 ? 1 : weighted || log2_block_k < 6 ? 3 : 2;
+}
+
 // Head dims up to DP = 64 or 128, key blocks of 16, 32 or 64.
 template <int DP>
 cudaError_t launch_order1_keys(const Order1Keys&, const Device&, cudaStream_t);

@@ -28,7 +28,7 @@ struct Order1RowsMaps : Order1Rows {
 // Measured choices (docs/kernels.md).
 template <int DP>
 struct Order1RowsTraits {
-  static constexpr int kStages = 3, kBlocks = DP == 64 ? 2 : 1;
+  static constexpr int kStages = DP == 64 ? 4 : 3, kBlocks = DP == 64 ? 2 : 1;
   static constexpr int kThreads = DP == 64 ? 256 : 384;
 };
 
@@ -61,15 +61,17 @@ __device__ void fetch_rows(const Order1RowsMaps& p, Shared& s, int b, int h, int
   }
 }
 
-template <int DP, bool kCentred>
+// kNarrow: head dims up to 32.
+template <int DP, bool kCentred, bool kNarrow>
 __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTraits<DP>::kBlocks)
     order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
   using Shared = Order1RowsShared<DP>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64;
-  extern __shared__ char raw[];
-  Shared& s = aligned<Shared>(raw);
+  constexpr int kColumns = kNarrow ? 32 : 64, kTiles = kColumns / 8;  // of a panel that count
+  extern __shared__ __align__(1024) char raw[];  // not a byte to round up: two blocks just fit
+  Shared& s = *reinterpret_cast<Shared*>(raw);
   if (threadIdx.x == 0) {
     barrier_init(&s.moments_full, 1);
     barrier_init_ring(s.full, s.empty, 4 * kPanels);
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const auto group_sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory"); };
   const int64_t first_row = static_cast<int64_t>(head) * p.N + first;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
-  [[maybe_unused]] float row_sum[8][2] = {};  // of dq, of this thread's rows
+  [[maybe_unused]] float row_sum[kTiles][2] = {};  // of dq, of this thread's rows
 
   const auto add_sums = [&](int tile) {
     const auto& q = s.q[tile % kStages][panel];
@@ -108,34 +110,53 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     multiply_tn<T>(ds, q, s.weighted[tile % 2][1], tile > 0);
     wgmma_commit();
   };
+  // Of this thread's rows of the next tile, asked for a tile early: share, and delta or, with
+  // weighted means, variance, slope and coarse_sum.
+  float next[kCentred ? 4 : 2][2];
+  const auto look_up = [&](int tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = 64 * tile + row + 8 * half;
+      const bool there = tile < tiles && first + i < p.N;
+      next[0][half] = there ? p.share[first_row + i] : 0.f;
+      if constexpr (kCentred) {
+        next[1][half] = there ? p.variance[first_row + i] : 0.f;
+        next[2][half] = there ? p.slope[first_row + i] : 0.f;
+        next[3][half] = there ? p.coarse_sum[first_row + i] : 0.f;
+      } else {
+        next[1][half] = there && panel == 0 && t == 0 ? p.delta[first_row + i] : 0.f;
+      }
+    }
+  };
   // A tile but for its part of the sums, which the tensor cores add beside the tile behind it.
   const auto walk = [&](int tile, auto first_tile) {
     const int stage = tile % kStages;
     float share[2];  // then, with weighted means, a
-    [[maybe_unused]] float b_row[2] = {};
+    [[maybe_unused]] float b_row[2] = {}, delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = 64 * tile + row + 8 * half;
-      share[half] = first + i < p.N ? p.share[first_row + i] : 0.f;
+      share[half] = next[0][half];
+      delta[half] = next[1][half];
       if (kCentred && share[half] != 0.f) {
-        const float t = p.variance[first_row + i], gamma = 1.f / (1.f + t / 4);
+        const float t = next[1][half], gamma = 1.f / (1.f + t / 4);
         b_row[half] = p.scale * p.scale *
-                      (share[half] * p.slope[first_row + i] * gamma * -0.25f +
-                       (0.75f / (1.f + 0.75f * t) - gamma / 4) * p.coarse_sum[first_row + i]);
+                      (share[half] * next[2][half] * gamma * -0.25f +
+                       (0.75f / (1.f + 0.75f * t) - gamma / 4) * next[3][half]);
         share[half] *= gamma * p.scale;
       }
     }
+    look_up(tile + 1);
     barrier_wait(&s.full[stage], tile / kStages & 1);
-    float x[8][4], w[8][4];
+    float x[kTiles][4], w[kTiles][4];
     pin(x);
     pin(w);
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < 4 * kPanels; ++i) {
-      Wgmma<T, 64>::template multiply<false, false>(
+    for (int i = 0; i < kColumns / 16 * kPanels; ++i) {
+      Wgmma<T, kColumns>::template multiply<false, false>(
           x, descriptor(s.grad_out[stage][i / 4]) + 2 * (i % 4),
           descriptor(s.moments[0][i / 4][64 * panel]) + 2 * (i % 4), i > 0);
-      Wgmma<T, 64>::template multiply<false, false>(
+      Wgmma<T, kColumns>::template multiply<false, false>(
           w, descriptor(s.q[stage][i / 4]) + 2 * (i % 4),
           descriptor(s.moments[1][i / 4][64 * panel]) + 2 * (i % 4), i > 0);
     }
@@ -159,7 +180,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
 #pragma unroll
     for (int half = 0; half < (kCentred ? 0 : 2); ++half) {
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
         const float2 q = unpack2(*place(s.q[stage], n, half), T{});
         u[half] += q.x * x[n][2 * half] + q.y * x[n][2 * half + 1];
         v[half] += q.x * w[n][2 * half] + q.y * w[n][2 * half + 1];
@@ -172,16 +193,15 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       }
     }
     group_sync();  // no product reads this tile, or the weighted one before, any more
+    if constexpr (kCentred) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = row + 8 * half;
-      if constexpr (kCentred) {
-        const bool any = share[half] != 0.f || b_row[half] != 0.f;
-        const float a = share[half], c = b_row[half];
+      for (int n = 0; n < kTiles; ++n) {
+        const int d = 64 * panel + 8 * n + 2 * t;
+        const float2 centre = load_pair(&s.vectors[0][d]), less = load_pair(&s.vectors[1][d]);
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-          const int d = 64 * panel + 8 * n + 2 * t;
-          const float2 centre = load_pair(&s.vectors[0][d]), less = load_pair(&s.vectors[1][d]);
+        for (int half = 0; half < 2; ++half) {
+          const float a = share[half], c = b_row[half];
+          const bool any = a != 0.f || c != 0.f;
           uint32_t* const q_at = place(s.q[stage], n, half);
           uint32_t* const grad_at = place(s.grad_out[stage], n, half);
           float2 q = unpack2(*q_at, T{});
@@ -199,8 +219,11 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
           row_sum[n][0] += dq.x, row_sum[n][1] += dq.y;
           *grad_at = Mma<T>::pack(dq.x, dq.y);
         }
-        continue;
       }
+    }
+#pragma unroll
+    for (int half = 0; half < (kCentred ? 0 : 2); ++half) {
+      const int r = row + 8 * half;
       if constexpr (kPanels > 1) {
         u[half] = s.vectors[0][r] + s.vectors[0][64 + r];
         v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
@@ -212,10 +235,10 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;
       if (panel == 0 && t == 0 && first + 64 * tile + r < p.N) {
         const int64_t i = static_cast<int64_t>(head) * p.N + first + 64 * tile + r;
-        p.coarse_delta[i] = p.delta[i] - (any ? gu : 0.f);
+        p.coarse_delta[i] = delta[half] - (any ? gu : 0.f);
       }
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
+      for (int n = 0; n < kTiles; ++n) {
         uint32_t* const q_at = place(s.q[stage], n, half);
         uint32_t* const grad_at = place(s.grad_out[stage], n, half);
         const float2 q = unpack2(*q_at, T{}), grad = unpack2(*grad_at, T{});
@@ -239,6 +262,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     }
     __syncwarp();
   };
+  look_up(0);
   barrier_wait(&s.moments_full, 0);
   walk(0, std::true_type{});
 #pragma unroll 1
@@ -254,7 +278,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
                       (static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32 % 4) * p.D +
                       64 * panel + 2 * t;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
         row_sum[n][0] += __shfl_xor_sync(kFullWarp, row_sum[n][0], step);
@@ -293,13 +317,18 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
       matrices_map(&p.moments_map, p.moments, p.B, p.Hk, matrix_dim<DP>(p.D));
-  constexpr int kBytes = sizeof(Order1RowsShared<DP>) + 1024;
+  constexpr int kBytes = sizeof(Order1RowsShared<DP>);
+  static_assert(Order1RowsTraits<DP>::kBlocks * (kBytes + 1024) <= 228 * 1024);
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
-  const auto kernel =
-      p.centre != nullptr ? order1_rows_kernel<DP, true> : order1_rows_kernel<DP, false>;
-  return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
+  const auto launch = [&](auto narrow) {
+    const auto kernel = p.centre != nullptr ? order1_rows_kernel<DP, true, narrow()>
+                                            : order1_rows_kernel<DP, false, narrow()>;
+    return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
+  };
+  constexpr bool kCanBeNarrow = DP == 64;
+  return p.D <= 32 ? launch(std::bool_constant<kCanBeNarrow>{}) : launch(std::false_type{});
 }
 
 }  // namespace mra::cuda::sm90
