@@ -287,14 +287,6 @@ __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float 
   for (int half = 0; half < 2; ++half) {
     factor[half] = share[half] == 0.f ? 0.f : share[half] * gamma[half] * scale;
   }
-  // What the centre takes off is on its way beside the product, where there are registers for it.
-  constexpr bool kAhead = kTiles <= 8 && kRows == 64;
-  float2 ahead[kAhead ? kTiles : 1];
-  if (kAhead && centred) {
-    const Centre<64 * kPanels> centre(p, at);
-#pragma unroll
-    for (int n = 0; n < (kAhead ? kTiles : 0); ++n) ahead[n] = centre.times_c(n);
-  }
   with_place(ring, place, kBoth || centred, true,
              [&](int stage) { multiply(x, kBoth ? ring.k[stage] : ring.v[stage], ring.v[stage]); });
   ++place;
@@ -302,7 +294,7 @@ __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float 
     const Centre<64 * kPanels> centre(p, at);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const float2 u = kAhead ? ahead[kAhead ? n : 0] : centre.times_c(n);
+      const float2 u = centre.times_c(n);
       x[n][0] -= u.x, x[n][1] -= u.y, x[n][2] -= u.x, x[n][3] -= u.y;
     }
   }

@@ -69,9 +69,9 @@ __device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
 }
 
 // Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
-// block has of it), x_j in docs/algorithm.md, from their deviations, which lie in shared memory,
-// the block's shares, and the products. Of a product of two deviations each has a half.
-template <int DP, int kBlocks, class Shared>
+// block has of it), x_j in docs/algorithm.md, from the products of their deviations, which lie in
+// shared memory, and the block's shares. Of a product of two deviations each has a half.
+template <int DP, int kBlocks, int kTiles, class Shared>
 struct WeightsBackward {
   static constexpr int kPanels = DP / 64;
   Shared& s;
@@ -79,40 +79,36 @@ struct WeightsBackward {
   const float *of_key, *of_value;  // shares of the block, from column 2 t on
   int D;
 
-  // The part of the shares, which needs no product, but for the weights.
-  __device__ __forceinline__ void start(float (&grad)[2]) const {
-    grad[0] = grad[1] = 0.f;
-#pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
-      if (8 * n >= D) break;
-      const float2 u = load_pair(of_key + 8 * n), w = load_pair(of_value + 8 * n);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 kappa = deviation(0, n, half), nu = deviation(1, n, half);
-        grad[half] += kappa.x * u.x + kappa.y * u.y + nu.x * w.x + nu.y * w.y;
-      }
-    }
-  }
-
   template <class Sync>
-  __device__ __forceinline__ void finish(float (&grad)[2], const float (&dk)[8 * kPanels][4],
-                                         const float (&dv)[8 * kPanels][4], float mass_grad,
-                                         float scale, const Sync& group_sync) const {
-    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4;
-    float weight[2], dots[2] = {};
-#pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 kappa = deviation(0, n, half), nu = deviation(1, n, half);
-        dots[half] += kappa.x * dk[n][2 * half] + kappa.y * dk[n][2 * half + 1] +
-                      nu.x * dv[n][2 * half] + nu.y * dv[n][2 * half + 1];
-      }
-    }
+  __device__ __forceinline__ void run(float (&grad)[2], const float (&dk)[8 * kPanels][4],
+                                      const float (&dv)[8 * kPanels][4], float mass_grad,
+                                      float scale, const Sync& group_sync) const {
+    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto& x = s.keys.x[stage];
+    float weight[2], factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
-      grad[half] = weight[half] * (grad[half] + 0.5f * static_cast<float>(count) * dots[half]);
+      factor[half] = 0.5f * weight[half] * static_cast<float>(count);
+      grad[half] = 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const bool there = 8 * n + 2 * t < D;
+      const float2 u = there ? load_pair(of_key + 8 * n) : float2{};
+      const float2 w = there ? load_pair(of_value + 8 * n) : float2{};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
+        const float2 kappa = pair_of(&x[0][n / 8][r][at]), nu = pair_of(&x[1][n / 8][r][at]);
+        const float2 of_k =
+            make_float2(fmaf(factor[half], dk[n][2 * half], weight[half] * u.x),
+                        fmaf(factor[half], dk[n][2 * half + 1], weight[half] * u.y));
+        const float2 of_v =
+            make_float2(fmaf(factor[half], dv[n][2 * half], weight[half] * w.x),
+                        fmaf(factor[half], dv[n][2 * half + 1], weight[half] * w.y));
+        grad[half] += kappa.x * of_k.x + kappa.y * of_k.y + nu.x * of_v.x + nu.y * of_v.y;
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -132,13 +128,7 @@ struct WeightsBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) grad[half] = scale * (grad[half] - weight[half] * total);
   }
-
- private:
-  // Of the key (0) or value (1) less its mean, this thread's columns of tile n.
-  __device__ __forceinline__ float2 deviation(int which, int n, int half) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warp = threadIdx.x / 32 % 4;
-    const uint16_t* const pair =
-        &s.keys.x[stage][which][n / 8][16 * warp + g + 8 * half][(n % 8 ^ g) * 8 + 2 * t];
+  static __device__ __forceinline__ float2 pair_of(const uint16_t* pair) {
     return cuda::unpack2(*reinterpret_cast<const uint32_t*>(pair), __nv_bfloat16{});
   }
 };
@@ -152,6 +142,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
   using T = __nv_bfloat16;
   using Shared = Order1KeysShared<DP, kBlocks, kWeighted>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64, kGroups = kPanels;
+  constexpr int kTiles = kNarrow ? 4 : 8 * kPanels;  // of eight columns that count
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   auto& keys = s.keys;
@@ -192,7 +183,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp + g;
   const bool leader = threadIdx.x % 128 == 0;
   const auto group_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
-  float centre_grad[8 * kPanels][2] = {};  // of the rows of this thread
+  float centre_grad[kTiles][2] = {};  // of the rows of this thread
   barrier_wait(&s.matrices_full, 0);
 #pragma unroll 1
   for (int tile = group; tile < tiles; tile += kGroups) {
@@ -217,17 +208,6 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
     multiply_matrix<T, false>(dk, x[0], s.matrices[1], DP * 128, false);
     multiply_matrix<T, true>(dk, x[1], s.matrices[0], DP * 128, true);
     wgmma_commit();
-    const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
-    const float *share = nullptr, *value_share = nullptr;  // gradients of the pooled key and value
-    float through[2] = {};                                 // gradients of log weights
-    if constexpr (kWeighted) {
-      const int at = (y - (first + tile) * kBlocks) * p.D + 2 * t;
-      share = s.shares[stage][0] + at;
-      value_share = s.shares[stage][1] + at;
-    }
-    const WeightsBackward<DP, kBlocks, Shared> weights{s,     stage,       group, count,
-                                                       share, value_share, p.D};
-    if constexpr (kWeighted) weights.start(through);
     // The place of the tile before is given back once its gradients have left.
     if (leader) store_wait();
     if (tile >= kGroups) barrier_arrive(&keys.empty[(tile - kGroups) % kStages]);
@@ -235,31 +215,50 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
     pin(dk);
     pin(dv);
     group_sync();
-    if constexpr (kWeighted) weights.finish(through, dk, dv, mass_grad, p.scale, group_sync);
+    const int count = count_of<kBlocks>(keys.valid[stage], 16 * warp);
+    const float *share = nullptr, *value_share = nullptr;  // gradients of the pooled key and value
+    float through[2] = {};                                 // gradients of log weights
+    if constexpr (kWeighted) {
+      const int at = (y - (first + tile) * kBlocks) * p.D + 2 * t;
+      share = s.shares[stage][0] + at;
+      value_share = s.shares[stage][1] + at;
+      const WeightsBackward<DP, kBlocks, kTiles, Shared> weights{s,     stage,       group, count,
+                                                                 share, value_share, p.D};
+      weights.run(through, dk, dv, mass_grad, p.scale, group_sync);
+    }
+    float weight[2], factor[2];
+    bool live[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 8 * half;
+      live[half] = keys.valid[stage][r / 32] >> r % 32 & 1;
+      weight[half] = kWeighted ? keys.weight[stage][r] : 1.f;
+      factor[half] = kWeighted ? weight[half] * static_cast<float>(count) : 1.f;
+    }
     const auto place = [&](bool of_keys, uint16_t(&to)[kPanels][64][64],
                            const float(&grad)[8 * kPanels][4]) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = row + 8 * half;
-        const bool live = keys.valid[stage][r / 32] >> r % 32 & 1;
-        const float weight = kWeighted ? keys.weight[stage][r] : 1.f;
-        const float factor = kWeighted ? weight * static_cast<float>(count) : 1.f;
+      for (int n = 0; n < kTiles; ++n) {
+        float2 u{}, centre{};
+        if (kWeighted && 8 * n + 2 * t < p.D) u = load_pair(share + 8 * n);
+        if (kWeighted && of_keys) centre = load_pair(s.centre + 8 * n + 2 * t);
 #pragma unroll
-        for (int n = 0; n < 8 * kPanels; ++n) {
+        for (int half = 0; half < 2; ++half) {
           float2 sum = make_float2(grad[n][2 * half], grad[n][2 * half + 1]);
           if constexpr (kWeighted) {
-            const float2 u = 8 * n + 2 * t < p.D ? load_pair(share + 8 * n) : float2{};
-            sum = make_float2(fmaf(factor, sum.x, weight * u.x), fmaf(factor, sum.y, weight * u.y));
+            sum.x = fmaf(factor[half], sum.x, weight[half] * u.x);
+            sum.y = fmaf(factor[half], sum.y, weight[half] * u.y);
           }
-          auto& pair = reinterpret_cast<uint32_t&>(to[n / 8][r][(n % 8 ^ g) * 8 + 2 * t]);
+          const int r = row + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
+          auto& pair = reinterpret_cast<uint32_t&>(to[n / 8][r][at]);
           if (kWeighted && of_keys) {
-            const float2 centre = load_pair(s.centre + 8 * n + 2 * t), kappa = unpack2(pair, T{});
-            sum = make_float2(fmaf(through[half], centre.x, sum.x),
-                              fmaf(through[half], centre.y, sum.y));
+            const float2 kappa = unpack2(pair, T{});
+            sum.x = fmaf(through[half], centre.x, sum.x);
+            sum.y = fmaf(through[half], centre.y, sum.y);
             centre_grad[n][0] = fmaf(through[half], kappa.x, centre_grad[n][0]);
             centre_grad[n][1] = fmaf(through[half], kappa.y, centre_grad[n][1]);
           }
-          pair = live ? Mma<T>::pack(sum.x, sum.y) : 0;
+          pair = live[half] ? Mma<T>::pack(sum.x, sum.y) : 0;
         }
       }
     };
@@ -280,7 +279,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
   if constexpr (kWeighted) {
     const int64_t part = static_cast<int64_t>(blockIdx.x) * 4 * kGroups + 4 * group + warp;
 #pragma unroll
-    for (int n = 0; n < 8 * kPanels; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -315,8 +314,7 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
     constexpr int kBlocks = key_blocks();
     constexpr int kBytes = sizeof(Order1KeysShared<DP, kBlocks, kWeighted>) + 1024;
     if (kBytes > device.max_smem) return cudaErrorNotSupported;
-    constexpr bool kFits = kNarrow && !(kWeighted && kBlocks == 4);  // else it spills
-    return launch_grid(order1_keys_kernel<DP, kBlocks, kWeighted, kFits>, blocks,
+    return launch_grid(order1_keys_kernel<DP, kBlocks, kWeighted, kNarrow>, blocks,
                        Order1KeysTraits<DP, kBlocks, kWeighted>::kThreads, kBytes, stream, p);
   };
   return p.log2_block_k == 6   ? launch(std::integral_constant<int, 1>{})
