@@ -134,11 +134,11 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
 
   const Tensor share = has_order1(o) ? result.share : Tensor();
   PooledInputs kept;
-  if (centred) {
+  if (o.keep && centred) {
     kept = centred->pooled;
     kept.centre = centred->centre;
     if (keeps_moments(o)) kept.moments = kept_moments(centred->moments, in.query.scalar_type());
-  } else if (keeps_means(o)) {
+  } else if (o.keep && keeps_means(o)) {
     kept = pooled;
   }
   return forward_result(result.out, result.lse, share, has_plan ? BlockList{} : rows, kept, o);
@@ -284,12 +284,13 @@ struct Operators {
                                std::string_view coarse, int64_t order, std::string_view selection,
                                int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
                                std::optional<double> scale, at::OptionalIntArrayRef levels,
-                               std::string_view pool) {
+                               std::string_view pool, bool keep) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
-    Options o = check_forward(in, plan,
-                              {blocks_per_row, density, block_q, block_k, coarse, order, selection,
-                               diagonal_blocks, first_blocks, is_causal, scale, levels, pool});
+    Options o =
+        check_forward(in, plan,
+                      {blocks_per_row, density, block_q, block_k, coarse, order, selection,
+                       diagonal_blocks, first_blocks, is_causal, scale, levels, pool, keep});
     o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
     if (query.numel() == 0) return empty_forward(in, plan, o);

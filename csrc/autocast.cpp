@@ -48,14 +48,15 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
                       std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool) {
+                      std::string_view pool, bool keep) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")
                              .typed<decltype(forward<device>)>();
   return op.call(cast<device>(query), cast<device>(key), cast<device>(value), key_mask, query_mask,
                  row_start, row_count, row_index, blocks_per_row, density, block_q, block_k, coarse,
-                 order, selection, diagonal_blocks, first_blocks, is_causal, scale, levels, pool);
+                 order, selection, diagonal_blocks, first_blocks, is_causal, scale, levels, pool,
+                 keep);
 }
 
 }  // namespace

@@ -59,6 +59,7 @@ struct Rest {
   std::optional<double> scale;
   at::OptionalIntArrayRef levels;
   std::string_view pool;
+  bool keep;
 };
 
 using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&,
@@ -67,7 +68,7 @@ using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tenso
                                        std::optional<double>, int64_t, int64_t, std::string_view,
                                        int64_t, std::string_view, int64_t, int64_t, bool,
                                        std::optional<double>, at::OptionalIntArrayRef,
-                                       std::string_view);
+                                       std::string_view, bool);
 using BackwardSignature = BackwardResult(
     const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
     const OptTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -82,7 +83,7 @@ ForwardResult call_forward(const Tensor& query, const Tensor& key, const Tensor&
   static const auto op = find<ForwardSignature>("mra_attention::forward");
   return op.call(query, key, value, r.key_mask, r.query_mask, r.row_start, r.row_count, r.row_index,
                  r.blocks_per_row, r.density, r.block_q, r.block_k, r.coarse, r.order, r.selection,
-                 r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale, r.levels, r.pool);
+                 r.diagonal_blocks, r.first_blocks, r.is_causal, r.scale, r.levels, r.pool, r.keep);
 }
 
 class Attention : public Function<Attention> {
@@ -160,11 +161,12 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
                       std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool) {
+                      std::string_view pool, bool keep) {
   refuse_forward_mode("forward", {query, key, value});
-  const Rest rest{key_mask,        query_mask,   row_start, row_count, row_index, blocks_per_row,
-                  density,         block_q,      block_k,   coarse,    order,     selection,
-                  diagonal_blocks, first_blocks, is_causal, scale,     levels,    pool};
+  const Rest rest{
+      key_mask,  query_mask, row_start, row_count, row_index, blocks_per_row,  density,
+      block_q,   block_k,    coarse,    order,     selection, diagonal_blocks, first_blocks,
+      is_causal, scale,      levels,    pool,      keep};
   if (!needs_grad({query, key, value})) return call_forward(query, key, value, rest);
   ForwardResult result;
   const variable_list with_grad = Attention::apply(query, key, value, rest, &result);

@@ -116,10 +116,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       std::string_view coarse, int64_t order, std::string_view selection,
                       int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
                       std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool) {
+                      std::string_view pool, bool keep) {
   const CallOptions call{
       blocks_per_row,  density,      block_q,   block_k, coarse, order, selection,
-      diagonal_blocks, first_blocks, is_causal, scale,   levels, pool};
+      diagonal_blocks, first_blocks, is_causal, scale,   levels, pool,  keep};
   const PlanTensors plan{row_start, row_count, row_index};
   const Options o = check_forward({query, key, value, key_mask, query_mask}, plan, call);
   const SymInt B = query.sym_size(0), H = query.sym_size(1), N = query.sym_size(2);
@@ -140,8 +140,8 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   const auto means = [&](bool there, SymInt heads, SymInt n) {
     return there ? empty({B, heads, n, D}, query, acc) : empty({0}, query, acc);
   };
-  const bool keys = keeps_means(o), queries = o.coarse == Coarse::block;
-  const bool weighted = keeps_weights(o);
+  const bool keys = o.keep && keeps_means(o), queries = o.keep && o.coarse == Coarse::block;
+  const bool weighted = o.keep && keeps_weights(o);
   const auto floats = [&](SymInt n) {
     return weighted ? empty({B, Hk, n}, query, acc) : empty({0}, query, acc);
   };
@@ -149,7 +149,8 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
   const auto moments = [&] {
     const auto dtype = moments_type(query.scalar_type());
     const SymInt P = moments_dim(query.sym_size(3).guard_int(__FILE__, __LINE__));
-    return keeps_moments(o) ? empty({B, Hk, 2, P, P}, query, dtype) : empty({0}, query, dtype);
+    return o.keep && keeps_moments(o) ? empty({B, Hk, 2, P, P}, query, dtype)
+                                      : empty({0}, query, dtype);
   };
   auto [start, count, index] =
       plan.given() ? std::tuple(none(), none(), none()) : empty_plan(query, key, call, o);

@@ -28,13 +28,13 @@ TORCH_LIBRARY(mra_attention, m) {
   // Attention, with a given plan (all three row tensors) or one made here (none of them). The row
   // lists come back when they were made here, and are empty otherwise. Means and counts of blocks
   // (as pool gives them) and moments (C and Sigma, (B, Hk, 2, P, P)) come back where backward reads
-  // them, and are empty otherwise.
+  // them, and are empty otherwise, or without `keep`.
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
       "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
       "float? density, int block_q, int block_k, str coarse, int order, str selection, "
       "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[]? levels=None, "
-      "str pool='even') "
+      "str pool='even', bool keep=True) "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "
       "Tensor row_index, Tensor query_mean, Tensor key_mean, Tensor value_mean, "
       "Tensor query_count, Tensor key_count, Tensor moments, Tensor query_centre, "

@@ -140,7 +140,7 @@ def _register():
     @register_flop_formula(ops.forward)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, selection, diagonal_blocks,
-                first_blocks, is_causal, scale, levels=None, pool="even",
+                first_blocks, is_causal, scale, levels=None, pool="even", keep=True,
                 out_shape=None):  # fmt: skip
         return _total(query, key, row_index, blocks_per_row, density, bq, bk, coarse, order,
                       is_causal, levels, pool, "forward")  # fmt: skip

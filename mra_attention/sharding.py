@@ -98,14 +98,17 @@ def register():
         args = (query, key, value, key_mask, query_mask, row_start, row_count, row_index,
                 blocks_per_row, density, bq, bk, coarse, order, *rest)  # fmt: skip
         is_causal, levels = rest[3], rest[5:] and rest[5]
-        weighted = rest[6:] not in ((), ("even",))
+        weighted = rest[6:7] not in ((), ("even",))
         made, queries, keys = row_start is None, coarse == "block", coarse != "none"
         order1 = coarse != "none" and order == 1
         lists, means = [3 * made] * 3, [4 * queries, 4 * keys, 4 * keys]
         counts = [2 * (queries or weighted), 2 * keys]
         share, moments = (4, 0) if levels else (3, 5 * (not is_causal))
-        presence = [4, 3, share * order1, *lists, *means, *counts, moments * order1]
-        presence += [(3 + bool(is_causal)) * weighted, 3 * weighted, 3 * weighted]
+        kept = [*means, *counts, moments * order1]
+        kept += [(3 + bool(is_causal)) * weighted, 3 * weighted, 3 * weighted]
+        if rest[7:] == (False,):
+            kept = [0] * len(kept)
+        presence = [4, 3, share * order1, *lists, *kept]
         return _alternatives(args, presence, _heads_align(query, key))
 
     @register_sharding(ops.backward.default)

@@ -99,7 +99,9 @@ class _Forward(torch.autograd.Function):
             query, key, value, key_mask, query_mask, out, lse, share, *plan, *made[3:]
         )
         block_q, block_k, coarse, order = inputs[10:14]
-        ctx.options = (block_q, block_k, coarse, order, *inputs[17:])
+        is_causal, scale, levels, pool, keep = inputs[17:]
+        assert keep  # what a transform's backward reads
+        ctx.options = (block_q, block_k, coarse, order, is_causal, scale, levels, pool)
         ctx.mark_non_differentiable(*output[RESULTS_WITH_GRADIENT:])
 
     @staticmethod
@@ -108,7 +110,7 @@ class _Forward(torch.autograd.Function):
         tensors, kept = saved[:11], [x if x.dim() > 1 else None for x in saved[11:]]
         *options, levels, pool = ctx.options
         grads = _Backward.apply(grad_out, grad_lse, *tensors, *options, *kept, levels, pool)
-        return (*grads, *[None] * 18)
+        return (*grads, *[None] * 19)
 
 
 @_reverse_mode("backward")

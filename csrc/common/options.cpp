@@ -120,6 +120,7 @@ Options check_options(const CallOptions& call, Budget budget, int64_t head_dim) 
   o.scale = scale;
   o.levels = parse_levels(call);
   o.pool = parse_pool(call.pool);
+  o.keep = call.keep;
   check_pool_beside(call);
   return o;
 }

@@ -26,6 +26,7 @@ struct CallOptions {
   std::optional<double> scale;
   at::OptionalIntArrayRef levels = std::nullopt;  // block, cells, block, cells, ...: coarsest first
   std::string_view pool = "even";
+  bool keep = true;
 };
 
 // The `coarse` of a plan, which has none: what a pool other than even needs beside it.

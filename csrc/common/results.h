@@ -81,7 +81,7 @@ inline ForwardResult empty_forward(const Inputs& in, const PlanTensors& plan, co
   };
   const auto counts = [&](int64_t n) { return at::zeros({B, n}, lse.options().dtype(at::kInt)); };
   PooledInputs means;
-  if (keeps_means(o)) {
+  if (o.keep && keeps_means(o)) {
     const int64_t Hk = in.key.size(1);
     means = {zeros(H, nq), zeros(Hk, nk), zeros(Hk, nk), counts(nk), counts(nq), {}};
     if (keeps_weights(o)) {

@@ -59,6 +59,7 @@ struct Options {
   // nq or nk; list entries count the blocks of their own resolution.
   std::vector<Resolution> resolutions{};
   Pool pool = Pool::even;  // else coarse = row, no levels; causal: centred
+  bool keep = true;        // forward: what backward would else make again
 };
 
 // Means over the valid rows of each block, and how many there are.
@@ -184,8 +185,8 @@ struct Grads {
 // True where the order-1 term exists: order = 1 and a coarse part to correct.
 inline bool has_order1(const Options& o) { return o.order == 1 && o.coarse != Coarse::none; }
 
-// Whether means, and with them moments, are kept for backward. Under causal every block of queries
-// has moments of its own. With levels those of block_k are kept.
+// Whether means, and with them moments, are kept for backward if anything is (Options.keep). Under
+// causal every block of queries has moments of its own. With levels those of block_k are kept.
 inline bool keeps_means(const Options& o) { return o.coarse != Coarse::none; }
 // What is kept beside weighted means: the centre, the weights and the mass.
 inline bool keeps_weights(const Options& o) { return o.pool != Pool::even; }

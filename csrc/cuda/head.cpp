@@ -92,7 +92,7 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
 
   // What backward reads again.
   p.coarse = o.coarse == Coarse::block;
-  if (keeps_means(o)) {
+  if (o.keep && keeps_means(o)) {
     if (p.coarse) r.pooled.query = at::empty({B, H, nq, D}, acc);
     if (p.coarse || keeps_weights(o)) r.pooled.query_count = at::empty({B, nq}, ints);
     if (keeps_weights(o)) {
