@@ -83,14 +83,4 @@ __device__ __forceinline__ int sum_counts(const int* counts, int n, int* scratch
   return sum;
 }
 
-// c += part.
-template <int kTiles>
-__device__ __forceinline__ void add_to(float (&c)[kTiles][4], const float (&part)[kTiles][4]) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] += part[n][i];
-  }
-}
-
 }  // namespace mra::cuda

@@ -178,31 +178,20 @@ __global__ void __launch_bounds__(Tile<T, kCols>::kThreads, Tile<T, kCols>::kMin
     place(rows);
     __syncthreads();
     if (step + 1 < last_step) fetch(rows);
-    const auto multiply = [&](float(&sum)[G::kMTiles][G::kNTiles][4]) {
 #pragma unroll
-      for (int k = 0; k < G::kRows; k += Mma<S>::kStep) {
-        typename Mma<S>::A a[G::kMTiles];
+    for (int k = 0; k < G::kRows; k += Mma<S>::kStep) {
+      typename Mma<S>::A a[G::kMTiles];
 #pragma unroll
-        for (int i = 0; i < G::kMTiles; ++i) a[i] = load_a_trans(parts, kLead, k, m + 16 * i);
+      for (int i = 0; i < G::kMTiles; ++i) a[i] = load_a_trans(parts, kLead, k, m + 16 * i);
 #pragma unroll
-        for (int j = 0; j < G::kNTiles; j += 2) {
-          const typename Mma<S>::B pair = Mma<S>::load_b_trans(right, kLead, k, n + 8 * j);
+      for (int j = 0; j < G::kNTiles; j += 2) {
+        const typename Mma<S>::B pair = Mma<S>::load_b_trans(right, kLead, k, n + 8 * j);
 #pragma unroll
-          for (int i = 0; i < G::kMTiles; ++i) {
-            Mma<S>::mma(sum[i][j], a[i], pair, 0, tf32);
-            Mma<S>::mma(sum[i][j + 1], a[i], pair, 1, tf32);
-          }
+        for (int i = 0; i < G::kMTiles; ++i) {
+          Mma<S>::mma(c[i][j], a[i], pair, 0, tf32);
+          Mma<S>::mma(c[i][j + 1], a[i], pair, 1, tf32);
         }
       }
-    };
-    if constexpr (std::is_same_v<T, float>) {
-      // The tensor cores round towards zero: sums of sums of few rows don't.
-      float part[G::kMTiles][G::kNTiles][4] = {};
-      multiply(part);
-#pragma unroll
-      for (int i = 0; i < G::kMTiles; ++i) add_to(c[i], part[i]);
-    } else {
-      multiply(c);
     }
   }
 

@@ -30,10 +30,6 @@ struct Product {
   }
 };
 
-// Columns of float32 operands that one sum of products spans: the tensor cores round sums towards
-// zero, three times a step, which adds up; sums of such sums are rounded to nearest.
-constexpr int kExactColumns = 64;
-
 // The two matrices of a unit. The whole CTA makes every call in step.
 template <typename S, int DP>
 struct Matrices {
@@ -79,32 +75,20 @@ struct Matrices {
       wait_for_copies();
       __syncthreads();
     }
-    const auto multiply = [&](float(&sum)[P::kTiles][4], int first, int end) {
 #pragma unroll 8
-      for (int k = first; k < end; k += M::kStep) {
-        const typename M::A fa = M::load_a(a, kLd<S, DP>, 0, k);
+    for (int k = 0; k < DP; k += M::kStep) {
+      const typename M::A fa = M::load_a(a, kLd<S, DP>, 0, k);
 #pragma unroll
-        for (int n = 0; n < P::kTiles; n += 2) {
-          typename M::B fb;
-          if constexpr (kTrans) {
-            fb = M::load_b(x, kLead, 8 * n, k);
-          } else {
-            fb = M::load_b_trans(x, kLead, k, 8 * n);
-          }
-          M::mma(sum[n], fa, fb, 0, tf32);
-          M::mma(sum[n + 1], fa, fb, 1, tf32);
+      for (int n = 0; n < P::kTiles; n += 2) {
+        typename M::B fb;
+        if constexpr (kTrans) {
+          fb = M::load_b(x, kLead, 8 * n, k);
+        } else {
+          fb = M::load_b_trans(x, kLead, k, 8 * n);
         }
+        M::mma(c[n], fa, fb, 0, tf32);
+        M::mma(c[n + 1], fa, fb, 1, tf32);
       }
-    };
-    if constexpr (sizeof(S) == 2 || DP <= kExactColumns) {
-      multiply(c, 0, DP);
-      return;
-    }
-#pragma unroll 1
-    for (int first = 0; first < DP; first += kExactColumns) {
-      float part[P::kTiles][4] = {};
-      multiply(part, first, first + kExactColumns);
-      add_to(c, part);
     }
   }
 };

@@ -233,22 +233,53 @@ __device__ __forceinline__ void multiply_step(float (&c)[kTiles][4], const typen
   }
 }
 
+// The tensor cores round every sum towards zero, of float32 operands three times a step, which adds
+// up: sums of at most so many columns (or keys, in multiply_pn) are added up as floats.
+template <typename T>
+inline constexpr int kSpan = std::is_same_v<T, float> ? 64 : 256;
+
+// c[first + n] += part[n].
+template <int kTiles, int kPart>
+__device__ __forceinline__ void add_part(float (&c)[kTiles][4], int first,
+                                         const float (&part)[kPart][4]) {
+#pragma unroll
+  for (int n = 0; n < kPart; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[first + n][i] += part[n][i];
+  }
+}
+
+// C[16 x 8 kTiles] += sum of step(C, k) over the columns k of each step.
+template <typename T, int DP, int kTiles, class Step>
+__device__ __forceinline__ void multiply_spans(float (&c)[kTiles][4], const Step& step) {
+  if constexpr (DP <= kSpan<T>) {
+#pragma unroll
+    for (int k = 0; k < DP; k += Mma<T>::kStep) step(c, k);
+  } else {
+#pragma unroll
+    for (int first = 0; first < DP; first += kSpan<T>) {
+      float part[kTiles][4] = {};
+#pragma unroll
+      for (int k = 0; k < kSpan<T>; k += Mma<T>::kStep) step(part, first + k);
+      add_part(c, 0, part);
+    }
+  }
+}
+
 // C[16 x 8 kTiles] += A[16 x DP] B^T, rows m.. of A and all rows of B, tiles [.., DP].
 template <typename T, int DP, int kTiles>
 __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4], const T* a, int m, const T* b,
                                             int ld, bool tf32) {
-#pragma unroll
-  for (int k = 0; k < DP; k += Mma<T>::kStep) {
-    multiply_step<T>(c, Mma<T>::load_a(a, ld, m, k), b, ld, k, tf32);
-  }
+  multiply_spans<T, DP>(c, [&](float(&sum)[kTiles][4], int k) {
+    multiply_step<T>(sum, Mma<T>::load_a(a, ld, m, k), b, ld, k, tf32);
+  });
 }
 template <typename T, int DP, int kTiles>
 __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4], const Fragments<T, DP>& a,
                                             const T* b, int ld, bool tf32) {
-#pragma unroll
-  for (int k = 0; k < DP / Mma<T>::kStep; ++k) {
-    multiply_step<T>(c, a.a[k], b, ld, k * Mma<T>::kStep, tf32);
-  }
+  multiply_spans<T, DP>(c, [&](float(&sum)[kTiles][4], int k) {
+    multiply_step<T>(sum, a.a[k / Mma<T>::kStep], b, ld, k, tf32);
+  });
 }
 
 // C[16 x 8 kTiles] += P[16 x 8 kInner] B, P in accumulators, B [8 kInner, ..] from column n0.
@@ -257,6 +288,22 @@ __device__ __forceinline__ void multiply_pn(float (&c)[kTiles][4], const float (
                                             const T* b, int ld, int n0, bool tf32) {
   using M = Mma<T>;
   constexpr int kN = kTogether<kTiles>;
+  if constexpr (std::is_same_v<T, float>) {
+    static_assert(8 * kInner <= kSpan<T>);
+#pragma unroll
+    for (int m0 = 0; m0 < kTiles; m0 += kN) {
+      float part[kN][4] = {};
+#pragma unroll
+      for (int k = 0; k < kInner * 8; k += M::kStep) {
+        typename M::B fb[kN / 2];
+#pragma unroll
+        for (int n = 0; n < kN; n += 2) fb[n / 2] = M::load_b_trans(b, ld, k, n0 + (m0 + n) * 8);
+        M::mma(part, 0, M::from_accumulator(p, k / M::kStep), fb, tf32);
+      }
+      add_part(c, m0, part);
+    }
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kInner * 8; k += M::kStep) {
     const typename M::A fa = M::from_accumulator(p, k / M::kStep);
