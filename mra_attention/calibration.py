@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import POOL, check_budget, check_choice, check_number
+from .config import CAUSAL_POOL, POOL, check_budget, check_choice, check_number
 
 __all__ = ["Calibration", "Layer", "calibrate"]
 
@@ -165,7 +165,7 @@ class _Measure(TorchDispatchMode):
         free = {**call, "row_start": None, "row_count": None, "row_index": None}
         served = {"even"}
         if call["coarse"] == "row" and not call["levels"]:
-            served |= {"centred"} if call["is_causal"] else {"centred", "sampled"}
+            served.update(CAUSAL_POOL if call["is_causal"] else POOL)
         errors_of = {}
         wanted = [pool if pool in served else call["pool"] for pool in self.pools]
         for pool in dict.fromkeys(wanted):

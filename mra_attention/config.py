@@ -11,6 +11,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 COARSE = ("none", "block", "row")
 SELECTION = ("row", "global")
 POOL = ("even", "centred", "sampled")
+CAUSAL_POOL = POOL[:2]  # those that go with is_causal
 MAX_LEVEL_BLOCK = 2**30
 DEFAULT_DENSITY = 1 / 8  # when neither budget is given
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from . import _load, sharding, transforms
 from .config import (
+    CAUSAL_POOL,
     DEFAULT_DENSITY,
     MRAConfig,
     check_config,
@@ -222,9 +223,9 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with layout={plan.layout}, the call has layout={options.layout}"
             )
-    if options.pool == "sampled" and is_causal:
+    if is_causal and pool_of(options) not in CAUSAL_POOL:
         raise NotImplementedError(
-            "pool: got 'sampled' with is_causal=True, expected 'even' or 'centred'"
+            f"pool: got {options.pool!r} with is_causal=True, expected one of {CAUSAL_POOL}"
         )
     if options.layout is not None and is_causal:
         raise ValueError(
