@@ -6,12 +6,6 @@
 
 #include "types.h"
 
-#ifdef __CUDACC__
-#define MRA_ON_BOTH __host__ __device__
-#else
-#define MRA_ON_BOTH
-#endif
-
 namespace mra::cuda {
 
 // Under causal there is a centre before each of the nq blocks of queries and one behind the last:
@@ -19,12 +13,11 @@ namespace mra::cuda {
 // it.
 struct Centres {
   int nq, log2_block_q, log2_block_k;
-
-  MRA_ON_BOTH int of_query(int i) const {
-    const int x = i >> log2_block_q;
-    return x < nq ? x : nq;
-  }
-  MRA_ON_BOTH int of_keys(int y) const {
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+      int
+      of_keys(int y) const {
     const long long end = static_cast<long long>(y + 1) << log2_block_k;
     const long long x = (end + (1 << log2_block_q) - 1) >> log2_block_q;
     return x < nq ? static_cast<int>(x) : nq;

@@ -4,7 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include "centred_term.h"
 #include "sm90/moments.h"
 
 namespace mra::cuda {
@@ -27,7 +26,8 @@ struct Walk {
     params.key_weights = c->pooled.weights.const_data_ptr<float>();
     params.centre = c->centre.const_data_ptr<float>();
     params.query_mask = mask_of(term.in.query_mask);
-    params.centres = centres_of(term.in, term.o);
+    params.nq = static_cast<int>(c->centre.size(2)) - 1;
+    params.log2_block_q = log2_of(term.o.block_q);
   }
 
   // Calls f with the padded head dim, an integral_constant; false where no kernel does it.

@@ -144,7 +144,7 @@ __device__ __forceinline__ void centre_queries(uint16_t (&q)[kPanels][64][64], c
   const int lane = threadIdx.x % 32, chunk = lane % 8;
   first += 32 * half;
   const float* const centre =
-      p.centre + (key_head * (p.centres.nq + 1) + p.centres.of_query(first)) * p.D + 8 * chunk;
+      p.centre + (key_head * (p.nq + 1) + min(first >> p.log2_block_q, p.nq)) * p.D + 8 * chunk;
 #pragma unroll 1
   for (int panel = 0; panel < kPanels; ++panel) {
     float4 u{}, w{};

@@ -15,7 +15,7 @@
 //              -> keys (sums) -> sum -> keys -> fine's columns
 #pragma once
 
-#include "../centred.h"
+#include "../types.h"
 
 namespace mra::cuda::sm90 {
 
@@ -36,11 +36,10 @@ struct WalkChunks {
   // [B, H, 64 ceil(N / 64), 2]: over the number of keys before the row, a and b of order1_rows.cuh.
   float* weights;
   // Weighted means, else null: of each key in its block, [B, Hk, nk << log2_block_k]; the centre
-  // before each block of queries, [B, Hk, nq + 1, D], and which a block has; which queries count,
-  // [B, N] or null.
+  // before each block of queries, [B, Hk, nq + 1, D]; which queries count, [B, N] or null.
   const float *key_weights, *centre;
   const uint8_t* query_mask;
-  Centres centres;
+  int nq, log2_block_q;
   // [B, Hk, chunks, 2, dim, dim]: sums of the chunks before (rows) or behind (keys) each; null for
   // one chunk.
   const float* start;

@@ -94,8 +94,10 @@ struct WalkedBlock {
       through[0] = p.scale * (through[0] - weight[0] * total);
       through[1] = p.scale * (through[1] - weight[1] * total);
 
-      const float* const centre =
-          p.centre + (key_head * (p.centres.nq + 1) + p.centres.of_keys(y)) * p.D;
+      const int64_t end = static_cast<int64_t>(y + 1) << p.log2_block_k;
+      const int64_t x = min(end + (1 << p.log2_block_q) - 1 >> p.log2_block_q,
+                            static_cast<int64_t>(p.nq));  // the block that sees it first
+      const float* const centre = p.centre + (key_head * (p.nq + 1) + x) * p.D;
       float* const sums =
           p.key_sums + ((key_head * ((p.N + 63) / 64) + tile) * 4 + warp()) * p.D + column();
 #pragma unroll
