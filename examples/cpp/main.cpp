@@ -29,8 +29,10 @@ Tensor mra_attention(const Tensor& query, const Tensor& key, const Tensor& value
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mra_attention::forward", "");
   const c10::IValue none;
-  torch::jit::Stack stack{query, key,   value, none,  none, none, none,  none, none, density,  32,
-                          32,    "row", 1,     "row", 0,    0,    false, none, none, "centred"};
+  const bool keep = true;  // what backward reads
+  torch::jit::Stack stack{query, key,     value, none, none,      none, none,  none,
+                          none,  density, 32,    32,   "row",     1,    "row", 0,
+                          0,     false,   none,  none, "centred", keep};
   op.callBoxed(stack);
   return stack[0].toTensor();
 }
