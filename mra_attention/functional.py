@@ -110,10 +110,10 @@ def mra_attention(
         key_mask, query_mask = tiles.masks(key_mask, query_mask, query)
         query, key, value = tiles.to_blocks(query, key, value)
     forward = transforms.forward if transforms.active() else torch.ops.mra_attention.forward
-    # What backward reads again is kept where there may be one.
-    keep = transforms.active() or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    )
+    # What backward reads again is kept where there may be one; a traced program may get one later.
+    keep = transforms.active() or torch.jit.is_tracing()
+    if not keep and torch.is_grad_enabled():
+        keep = any(x.requires_grad for x in (query, key, value))
     out, lse, *_ = forward(
         query, key, value, key_mask, query_mask, row_start, row_count, row_index, *budget,
         block_q, block_k, options.coarse, options.order, options.selection,
