@@ -134,12 +134,9 @@ bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& gr
   p.variance = c.pooled.variance.mutable_data_ptr<float>();
   p.row_bias = c.pooled.row_bias.mutable_data_ptr<float>();
   p.slope = c.slope.mutable_data_ptr<float>();
-  const cudaError_t error = term.dim <= 64
-                                ? sm90::launch_order1_delta<64>(p, device, term.launch.stream)
-                                : sm90::launch_order1_delta<128>(p, device, term.launch.stream);
-  if (error == cudaErrorNotSupported) return false;
-  term.launch.check(error);
-  return true;
+  return launch_by_dim(term.launch, term.dim, [&](auto dim) {
+    return sm90::launch_order1_delta<dim()>(p, device, term.launch.stream);
+  });
 #else
   return false;
 #endif

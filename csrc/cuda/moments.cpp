@@ -122,11 +122,9 @@ Tensor empty_sums(const sm90::Moments& p, int dim, const Tensor& like) {
 
 // False where the kernel doesn't do it.
 bool launch_moments(const sm90::Moments& p, int dim, const Launch& launch) {
-  const cudaError_t error = dim <= 64 ? sm90::launch_moments<64>(p, launch.device, launch.stream)
-                                      : sm90::launch_moments<128>(p, launch.device, launch.stream);
-  if (error == cudaErrorNotSupported) return false;
-  launch.check(error);
-  return true;
+  return launch_by_dim(launch, dim, [&](auto padded) {
+    return sm90::launch_moments<padded()>(p, launch.device, launch.stream);
+  });
 }
 
 // Of the kernel launched last, which sums up the chunks: a plan may run beside it.

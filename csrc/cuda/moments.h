@@ -3,12 +3,24 @@
 
 #include <functional>
 #include <optional>
+#include <type_traits>
 
 #include "../common/stages.h"
 #include "centred.h"
 #include "launch.h"
 
 namespace mra::cuda {
+
+// Calls f with the padded head dim of Hopper's kernels of order 1, an integral_constant; false
+// where no kernel does it.
+template <class F>
+bool launch_by_dim(const Launch& launch, int64_t dim, const F& f) {
+  const cudaError_t error =
+      dim <= 64 ? f(std::integral_constant<int, 64>{}) : f(std::integral_constant<int, 128>{});
+  if (error == cudaErrorNotSupported) return false;
+  launch.check(error);
+  return true;
+}
 
 // Whether Hopper's kernels of order 1 serve a call with such keys.
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch);

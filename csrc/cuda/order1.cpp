@@ -108,11 +108,10 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
   p.grad_v_strides = strides_of(grads.value);
-  const cudaError_t error = term.dim <= 64
-                                ? sm90::launch_order1_keys<64>(p, device, term.launch.stream)
-                                : sm90::launch_order1_keys<128>(p, device, term.launch.stream);
-  if (error == cudaErrorNotSupported) return false;
-  term.launch.check(error);
+  const bool done = launch_by_dim(term.launch, term.dim, [&](auto dim) {
+    return sm90::launch_order1_keys<dim()>(p, device, term.launch.stream);
+  });
+  if (!done) return false;
   if (through != nullptr) through->centre_grads = centre_grads;
   return true;
 #else
@@ -159,11 +158,10 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
     *row_sums = at::empty({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
     p.row_sums = row_sums->mutable_data_ptr<float>();
   }
-  const cudaError_t error = term.dim <= 64
-                                ? sm90::launch_order1_rows<64>(p, device, term.launch.stream)
-                                : sm90::launch_order1_rows<128>(p, device, term.launch.stream);
-  if (error == cudaErrorNotSupported) return {};
-  term.launch.check(error);
+  const bool done = launch_by_dim(term.launch, term.dim, [&](auto dim) {
+    return sm90::launch_order1_rows<dim()>(p, device, term.launch.stream);
+  });
+  if (!done) return {};
   const Tensor result = term.empty_matrices(1);
   term.sum(p.sums, p.H / p.Hk * p.chunks, 1, true, result);
   return result;

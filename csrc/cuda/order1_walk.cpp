@@ -30,23 +30,13 @@ struct Walk {
     params.log2_block_q = log2_of(term.o.block_q);
   }
 
-  // Calls f with the padded head dim, an integral_constant; false where no kernel does it.
-  template <class F>
-  bool launch(F f) const {
-    const cudaError_t error = cut.dim <= 64 ? f(std::integral_constant<int, 64>{})
-                                            : f(std::integral_constant<int, 128>{});
-    if (error == cudaErrorNotSupported) return false;
-    term.launch.check(error);
-    return true;
-  }
-
   bool rows(const sm90::WalkRows& p) const {
-    return launch([&](auto dim) {
+    return launch_by_dim(term.launch, cut.dim, [&](auto dim) {
       return sm90::launch_order1_walk_rows<dim()>(p, term.launch.device, term.launch.stream);
     });
   }
   bool keys(const sm90::WalkKeys& p) const {
-    return launch([&](auto dim) {
+    return launch_by_dim(term.launch, cut.dim, [&](auto dim) {
       return sm90::launch_order1_walk_keys<dim()>(p, term.launch.device, term.launch.stream);
     });
   }

@@ -10,6 +10,7 @@
 #include <climits>
 
 #include "../sm80/tile.cuh"
+#include "moments.h"
 #include "order1_delta.h"
 #include "tma.cuh"
 #include "wgmma.cuh"
@@ -198,7 +199,7 @@ cudaError_t launch_order1_delta(const Order1Delta& params, const Device& device,
   constexpr int kBytes = sizeof(Order1DeltaShared<DP>) + 1024;
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
-  p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
+  p.tiles = chunk_tiles(p.N, p.chunks, 1);
   const auto kernel =
       DP == 64 && p.D <= 32 ? order1_delta_kernel<DP, DP == 64> : order1_delta_kernel<DP, false>;
   return launch_grid(kernel, blocks, Order1DeltaTraits<DP>::kThreads, kBytes, stream, p);

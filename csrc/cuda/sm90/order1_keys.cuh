@@ -9,6 +9,7 @@
 #include <climits>
 
 #include "key_tiles.cuh"
+#include "moments.h"
 #include "order1_keys.h"
 
 namespace mra::cuda::sm90 {
@@ -309,7 +310,7 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
                     matrices_map(&p.matrices_map, p.moment_grads, p.B, p.Hk, matrix_dim<DP>(p.D));
   const int64_t blocks = static_cast<int64_t>(p.B) * p.Hk * p.chunks;
   if (!maps || p.D % 8 != 0 || blocks > INT_MAX) return cudaErrorNotSupported;
-  p.tiles = ((p.M + 63) / 64 + p.chunks - 1) / p.chunks;
+  p.tiles = chunk_tiles(p.M, p.chunks, 1);
   const auto launch = [&](auto key_blocks) {
     constexpr int kBlocks = key_blocks();
     constexpr int kBytes = sizeof(Order1KeysShared<DP, kBlocks, kWeighted>) + 1024;

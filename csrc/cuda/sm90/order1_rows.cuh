@@ -14,6 +14,7 @@
 #include <climits>
 
 #include "../sm80/tile.cuh"
+#include "moments.h"
 #include "order1_rows.h"
 #include "tma.cuh"
 #include "wgmma.cuh"
@@ -321,7 +322,7 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
   static_assert(Order1RowsTraits<DP>::kBlocks * (kBytes + 1024) <= 228 * 1024);
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
   if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
-  p.tiles = ((p.N + 63) / 64 + p.chunks - 1) / p.chunks;
+  p.tiles = chunk_tiles(p.N, p.chunks, 1);
   const auto launch = [&](auto narrow) {
     const auto kernel = p.centre != nullptr ? order1_rows_kernel<DP, true, narrow()>
                                             : order1_rows_kernel<DP, false, narrow()>;
