@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include "scores.h"
 #include "stages_cpu.h"
 #include "tiles.h"
 
@@ -30,7 +31,7 @@ class FineForward {
         nk_(ceil_div(M_, o.block_k)),
         levels_(std::max<int64_t>(1, o.resolutions.size())),
         query_(in.query),
-        key_(in.key),
+        key_panels_(in.key),
         value_(in.value),
         key_mask_(in.key_mask),
         query_mask_(in.query_mask),
@@ -100,9 +101,7 @@ class FineForward {
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
-        gemm(Op::none, Op::transpose, rows, s->count, D_, static_cast<A>(o_.scale), q.data, q.ld,
-             k.data, k.ld, A(0), t.scores + s->column, ld);
+        score(tiles, *s, b, hk, q, rows, t);
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.scores + s->column, ld, first, rows, s->first, s->count);
         }
@@ -113,7 +112,7 @@ class FineForward {
       }
       softmax(tiles.bias(chunk, key_mask_, b, block_bias_.head(b, hk)), tiles, chunk, ld, rows, t);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
+        const auto v = values(tiles, *s, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, A(1), t.scores + s->column, ld, v.data, v.ld,
              A(1), t.acc, D_);
       }
@@ -121,11 +120,24 @@ class FineForward {
     finish(b, h, first, rows, t);
   }
 
-  // Rows of a segment, as acc.
-  AccRows<T> keys(const KeyTiles<A>& tiles, const Segment& s, const Heads<T>& exact,
-                  const std::optional<Heads<A>>& coarse, int64_t b, int64_t hk, A* buffer) const {
-    if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
-    const auto rows = load_pooled(coarse->head(b, hk), s, tiles.ids(s), buffer);
+  // Scores of a segment.
+  void score(const KeyTiles<A>& tiles, const Segment& s, int64_t b, int64_t hk, const AccRows<T>& q,
+             int64_t rows, const Block& t) const {
+    const A scale = static_cast<A>(o_.scale);
+    if (!s.coarse) {
+      key_panels_.scores(b, hk, s.first, s.count, q, rows, scale, t.scores + s.column, tiles.ld());
+      return;
+    }
+    const auto k = load_pooled(coarse_key_->head(b, hk), s, tiles.ids(s), t.keys);
+    gemm(Op::none, Op::transpose, rows, s.count, D_, scale, q.data, q.ld, k.data, k.ld, A(0),
+         t.scores + s.column, tiles.ld());
+  }
+
+  // Values of a segment, as acc.
+  AccRows<T> values(const KeyTiles<A>& tiles, const Segment& s, int64_t b, int64_t hk,
+                    A* buffer) const {
+    if (!s.coarse) return load_rows(value_.head(b, hk), s.first, s.count, buffer);
+    const auto rows = load_pooled(coarse_value_->head(b, hk), s, tiles.ids(s), buffer);
     return {rows.data, rows.ld};
   }
 
@@ -195,7 +207,9 @@ class FineForward {
   Options o_;
   int64_t H_, G_, N_, M_, D_, nq_, nk_;
   int64_t levels_;  // resolutions
-  Heads<T> query_, key_, value_;
+  Heads<T> query_;
+  KeyPanels<T> key_panels_;
+  Heads<T> value_;
   std::optional<Heads<A>> coarse_key_, coarse_value_;
   std::optional<Cells> cells_;  // coarse = row with levels
   Mask key_mask_, query_mask_;

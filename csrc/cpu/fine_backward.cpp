@@ -12,6 +12,7 @@
 
 #include <numeric>
 
+#include "scores.h"
 #include "stages_cpu.h"
 #include "tiles.h"
 
@@ -49,6 +50,7 @@ class FineGradients {
         slices_(std::clamp<int64_t>(kUnits / (B_ * H_), 1, std::min(nq_, kMaxSlices))),
         query_(in.query),
         key_(in.key),
+        key_panels_(in.key),
         value_(in.value),
         grad_out_(grads.grad_out),
         query_extra_(optional_heads<T>(grads.query_extra)),
@@ -115,10 +117,9 @@ class FineGradients {
     at::parallel_for(0, B_ * Hk_ * nk_, 1, [&](int64_t begin, int64_t end) {
       const SerialBlas serial;
       const int64_t bk = o_.block_k;
-      Scratch<A> scratch(2 * kRunRows * bk + 4 * bk * D_ + 2 * kRunRows * D_ + 2 * D_ + bk, 11);
+      Scratch<A> scratch(2 * kRunRows * bk + 3 * bk * D_ + 2 * kRunRows * D_ + 2 * D_ + bk, 10);
       const ColumnTile t{scratch.take(kRunRows * bk),
                          scratch.take(kRunRows * bk),
-                         scratch.take(bk * D_),
                          scratch.take(bk * D_),
                          scratch.take(bk * D_),
                          scratch.take(bk * D_),
@@ -143,11 +144,11 @@ class FineGradients {
   };
 
   struct ColumnTile {
-    A *p, *ds;                               // [run, bk]
-    A *key, *value, *grad_key, *grad_value;  // [bk, D]
-    A *query, *grad_out;                     // [run, D]
-    A *coarse_key, *coarse_value;            // [D]: gradients of the block's means
-    A* bias;                                 // [bk]
+    A *p, *ds;                         // [run, bk]
+    A *value, *grad_key, *grad_value;  // [bk, D]
+    A *query, *grad_out;               // [run, D]
+    A *coarse_key, *coarse_value;      // [D]: gradients of the block's means
+    A* bias;                           // [bk]
   };
 
   A scale() const { return static_cast<A>(o_.scale); }
@@ -205,9 +206,13 @@ class FineGradients {
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
-        gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld, A(0),
-             t.p + s->column, ld);
+        if (s->coarse) {
+          const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
+          gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld,
+               A(0), t.p + s->column, ld);
+        } else {
+          key_panels_.scores(b, hk, s->first, s->count, q, rows, scale(), t.p + s->column, ld);
+        }
         if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
           mask_future(t.p + s->column, ld, first, rows, s->first, s->count);
         }
@@ -257,7 +262,6 @@ class FineGradients {
   void column_block(int64_t b, int64_t hk, int64_t y, const ColumnTile& t, T* grad_key,
                     T* grad_value) {
     const int64_t first = y * o_.block_k, count = std::min(o_.block_k, M_ - first);
-    const auto k = load_rows(key_.head(b, hk), first, count, t.key);
     const auto v = load_rows(value_.head(b, hk), first, count, t.value);
     std::fill_n(t.grad_key, count * D_, A(0));
     std::fill_n(t.grad_value, count * D_, A(0));
@@ -275,7 +279,7 @@ class FineGradients {
           ++blocks;
         }
         column_run(b, h, x * o_.block_q, std::min(blocks * o_.block_q, N_ - x * o_.block_q), first,
-                   count, k, v, t);
+                   count, v, t);
       }
     }
     const bool pooled = coarse_key_ && !cells_;
@@ -292,12 +296,11 @@ class FineGradients {
 
   // Adds what `rows` queries from `query` on give to the block of `count` keys from `key` on.
   void column_run(int64_t b, int64_t h, int64_t query, int64_t rows, int64_t key, int64_t count,
-                  const AccRows<T>& k, const AccRows<T>& v, const ColumnTile& t) const {
+                  const AccRows<T>& v, const ColumnTile& t) const {
     const int64_t at = (b * H_ + h) * N_ + query, ld = o_.block_k;
     const auto q = load_rows(query_.head(b, h), query, rows, t.query);
     const auto g = load_rows(grad_out_.head(b, h), query, rows, t.grad_out);
-    gemm(Op::none, Op::transpose, rows, count, D_, scale(), q.data, q.ld, k.data, k.ld, A(0), t.p,
-         ld);
+    key_panels_.scores(b, h / G_, key, count, q, rows, scale(), t.p, ld);
     if (o_.causal && key + count - 1 > query) mask_future(t.p, ld, query, rows, key, count);
     exp_shifted(t.p, ld, rows, count, key_mask_.data ? t.bias : nullptr, shift_.data() + at);
     gemm(Op::transpose, Op::none, count, D_, rows, A(1), t.p, ld, g.data, g.ld, A(1), t.grad_value,
@@ -367,7 +370,9 @@ class FineGradients {
   int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_;
   int64_t pooled_;  // pooled keys of a head
   int64_t slices_;  // of a head's query blocks, each with its own sums for the pooled keys
-  Heads<T> query_, key_, value_, grad_out_;
+  Heads<T> query_, key_;
+  KeyPanels<T> key_panels_;
+  Heads<T> value_, grad_out_;
   std::optional<Heads<T>> query_extra_, key_extra_, value_extra_;
   std::optional<Heads<A>> query_block_, key_block_, value_block_;
   std::optional<Heads<A>> coarse_key_, coarse_value_;
