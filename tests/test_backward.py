@@ -102,6 +102,17 @@ def test_masks(device, dtype, masks):
         Case(device, dtype, coarse=coarse, order=order, masks=masks, N=222, M=301).check()
 
 
+@pytest.mark.parametrize("spread", [20, 40])
+@pytest.mark.parametrize("block", [(32, 32), (32, 16), (64, 64)])
+@pytest.mark.parametrize("D", [32, 64])
+def test_large_scores(D, block, spread):
+    """Scores of hundreds: weights near 1 need the very scores again that forward's lse is of."""
+    Case(
+        "cpu", torch.float32, coarse="row", order=1, D=D, block_size=block, spread=spread, Hk=4,
+        N=512, M=512, density=1 / 8,
+    ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("N, M", [(1, 300), (300, 1), (31, 33), (32, 32), (129, 64), (257, 511)])
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_lengths(device, dtype, N, M):

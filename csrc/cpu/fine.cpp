@@ -31,7 +31,7 @@ class FineForward {
         nk_(ceil_div(M_, o.block_k)),
         levels_(std::max<int64_t>(1, o.resolutions.size())),
         query_(in.query),
-        key_panels_(in.key),
+        scores_(in, pooled, o),
         value_(in.value),
         key_mask_(in.key_mask),
         query_mask_(in.query_mask),
@@ -45,10 +45,8 @@ class FineForward {
       if (state->parts.defined()) state_parts_ = state->parts.contiguous();
     }
     if (pooled) {
-      coarse_key_.emplace(pooled->key);
       coarse_value_.emplace(pooled->value);
       block_bias_ = BlockBias<A>(*pooled);
-      if (pooled->row_bias.defined()) row_bias_ = pooled->row_bias.contiguous();
       if (!o.levels.empty()) cells_.emplace(rows, pooled->key_count, o);
     }
   }
@@ -96,19 +94,12 @@ class FineForward {
       cells_->all_coarse(b, h, x, ids);
       tiles.build(rows_(b, h, x), ids);
     } else {
-      tiles.build(rows_(b, h, x), coarse_key_ ? past_blocks(o_, nk_, x) : 0);
+      tiles.build(rows_(b, h, x), coarse_value_ ? past_blocks(o_, nk_, x) : 0);
     }
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        score(tiles, *s, b, hk, q, rows, t);
-        if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
-          mask_future(t.scores + s->column, ld, first, rows, s->first, s->count);
-        }
-        if (s->coarse && row_bias_.defined()) {
-          add_to_rows(t.scores + s->column, ld, rows, s->count,
-                      row_bias_.template const_data_ptr<A>() + (b * H_ + h) * N_ + first);
-        }
+        scores_.segment(tiles, *s, b, h, q, first, rows, t.keys, t.scores);
       }
       softmax(tiles.bias(chunk, key_mask_, b, block_bias_.head(b, hk)), tiles, chunk, ld, rows, t);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
@@ -118,19 +109,6 @@ class FineForward {
       }
     }
     finish(b, h, first, rows, t);
-  }
-
-  // Scores of a segment.
-  void score(const KeyTiles<A>& tiles, const Segment& s, int64_t b, int64_t hk, const AccRows<T>& q,
-             int64_t rows, const Block& t) const {
-    const A scale = static_cast<A>(o_.scale);
-    if (!s.coarse) {
-      key_panels_.scores(b, hk, s.first, s.count, q, rows, scale, t.scores + s.column, tiles.ld());
-      return;
-    }
-    const auto k = load_pooled(coarse_key_->head(b, hk), s, tiles.ids(s), t.keys);
-    gemm(Op::none, Op::transpose, rows, s.count, D_, scale, q.data, q.ld, k.data, k.ld, A(0),
-         t.scores + s.column, tiles.ld());
   }
 
   // Values of a segment, as acc.
@@ -208,18 +186,17 @@ class FineForward {
   int64_t H_, G_, N_, M_, D_, nq_, nk_;
   int64_t levels_;  // resolutions
   Heads<T> query_;
-  KeyPanels<T> key_panels_;
+  Scores<T> scores_;
   Heads<T> value_;
-  std::optional<Heads<A>> coarse_key_, coarse_value_;
+  std::optional<Heads<A>> coarse_value_;
   std::optional<Cells> cells_;  // coarse = row with levels
   Mask key_mask_, query_mask_;
   Lists rows_;
   Tensor state_mean_, state_lse_, state_parts_;
   BlockBias<A> block_bias_;
-  Tensor row_bias_;  // [B, H, N], or undefined
-  T* out_;           // [B, N, H, D]
-  A* lse_;           // [B, H, N]
-  A* share_;         // [B, H, levels, N] or null
+  T* out_;    // [B, N, H, D]
+  A* lse_;    // [B, H, N]
+  A* share_;  // [B, H, levels, N] or null
 };
 
 }  // namespace

@@ -50,7 +50,7 @@ class FineGradients {
         slices_(std::clamp<int64_t>(kUnits / (B_ * H_), 1, std::min(nq_, kMaxSlices))),
         query_(in.query),
         key_(in.key),
-        key_panels_(in.key),
+        scores_(in, pooled, o),
         value_(in.value),
         grad_out_(grads.grad_out),
         query_extra_(optional_heads<T>(grads.query_extra)),
@@ -75,7 +75,6 @@ class FineGradients {
       coarse_value_.emplace(pooled->value);
       key_count_ = pooled->key_count.contiguous();
       block_bias_ = BlockBias<A>(*pooled);
-      if (pooled->row_bias.defined()) row_bias_ = pooled->row_bias.contiguous();
       if (pooled->weights.defined()) weights_ = pooled->weights.contiguous();
       if (!o.levels.empty()) cells_.emplace(rows, key_count_, o);
       const auto options = pooled->key.options();
@@ -206,20 +205,7 @@ class FineGradients {
     for (const Chunk& chunk : tiles.chunks()) {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        if (s->coarse) {
-          const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
-          gemm(Op::none, Op::transpose, rows, s->count, D_, scale(), q.data, q.ld, k.data, k.ld,
-               A(0), t.p + s->column, ld);
-        } else {
-          key_panels_.scores(b, hk, s->first, s->count, q, rows, scale(), t.p + s->column, ld);
-        }
-        if (o_.causal && !s->coarse && s->first + s->count - 1 > first) {
-          mask_future(t.p + s->column, ld, first, rows, s->first, s->count);
-        }
-        if (s->coarse && row_bias_.defined()) {
-          add_to_rows(t.p + s->column, ld, rows, s->count,
-                      row_bias_.template const_data_ptr<A>() + at);
-        }
+        scores_.segment(tiles, *s, b, h, q, first, rows, t.keys, t.p);
         const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, A(1), g.data, g.ld, v.data, v.ld, A(0),
              t.ds + s->column, ld);
@@ -300,8 +286,7 @@ class FineGradients {
     const int64_t at = (b * H_ + h) * N_ + query, ld = o_.block_k;
     const auto q = load_rows(query_.head(b, h), query, rows, t.query);
     const auto g = load_rows(grad_out_.head(b, h), query, rows, t.grad_out);
-    key_panels_.scores(b, h / G_, key, count, q, rows, scale(), t.p, ld);
-    if (o_.causal && key + count - 1 > query) mask_future(t.p, ld, query, rows, key, count);
+    scores_.exact(b, h, q, query, rows, key, count, t.p, ld);
     exp_shifted(t.p, ld, rows, count, key_mask_.data ? t.bias : nullptr, shift_.data() + at);
     gemm(Op::transpose, Op::none, count, D_, rows, A(1), t.p, ld, g.data, g.ld, A(1), t.grad_value,
          D_);
@@ -371,7 +356,7 @@ class FineGradients {
   int64_t pooled_;  // pooled keys of a head
   int64_t slices_;  // of a head's query blocks, each with its own sums for the pooled keys
   Heads<T> query_, key_;
-  KeyPanels<T> key_panels_;
+  Scores<T> scores_;
   Heads<T> value_, grad_out_;
   std::optional<Heads<T>> query_extra_, key_extra_, value_extra_;
   std::optional<Heads<A>> query_block_, key_block_, value_block_;
@@ -383,7 +368,7 @@ class FineGradients {
   std::vector<A> shift_;         // [B, H, N]: lse, +inf for a row without weight
   Tensor key_count_;             // [B, pooled]
   BlockBias<A> block_bias_;
-  Tensor weights_, row_bias_;                         // of PooledInputs
+  Tensor weights_;                                    // of PooledInputs
   A* coarse_sum_ = nullptr;                           // [B, H, N] or null
   Tensor coarse_grads_;                               // [2, B * H, slices, pooled, D]
   Tensor mass_grads_;                                 // [B * H, slices, pooled], or undefined

@@ -1,4 +1,4 @@
-// Scores of exact keys, the same bits wherever they are made.
+// Scores; those of exact keys with the same bits wherever they are made.
 //
 // Forward and backward make the scores again and again: by runs of selected blocks, by columns of
 // query blocks. The weights exp(s - lse) fit forward's lse only if every time gives the same s: for
@@ -12,9 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include <vector>
-
-#include "views.h"
+#include "tiles.h"
 
 namespace mra::cpu {
 
@@ -74,6 +72,57 @@ class KeyPanels {
 
   int64_t heads_, M_, D_, panels_;
   Tensor data_;  // [B, H, panels, D, kPanel]
+};
+
+// Scores of what a query block attends to, exact or pooled: those that the causal mask drops are
+// -inf, the bias of a query row is added to those of pooled keys.
+template <typename T>
+class Scores {
+ public:
+  using A = acc_t<T>;
+
+  Scores(const Inputs& in, const std::optional<PooledInputs>& pooled, const Options& o)
+      : o_(o),
+        heads_(in.query.size(1)),
+        N_(in.query.size(2)),
+        D_(in.query.size(3)),
+        group_(heads_ / in.key.size(1)),
+        exact_(in.key) {
+    if (!pooled) return;
+    coarse_.emplace(pooled->key);
+    if (pooled->row_bias.defined()) row_bias_ = pooled->row_bias.contiguous();
+  }
+
+  // Of queries first.. of head h and the keys first_key..: s [rows, count].
+  void exact(int64_t b, int64_t h, const AccRows<T>& q, int64_t first, int64_t rows,
+             int64_t first_key, int64_t count, A* s, int64_t ld) const {
+    exact_.scores(b, h / group_, first_key, count, q, rows, static_cast<A>(o_.scale), s, ld);
+    if (o_.causal && first_key + count - 1 > first) {
+      mask_future(s, ld, first, rows, first_key, count);
+    }
+  }
+
+  // Of a segment's keys, into its columns of `tile`. `buffer` [max_segment, D].
+  void segment(const KeyTiles<A>& tiles, const Segment& s, int64_t b, int64_t h,
+               const AccRows<T>& q, int64_t first, int64_t rows, A* buffer, A* tile) const {
+    A* const to = tile + s.column;
+    const int64_t ld = tiles.ld();
+    if (!s.coarse) return exact(b, h, q, first, rows, s.first, s.count, to, ld);
+    const auto k = load_pooled(coarse_->head(b, h / group_), s, tiles.ids(s), buffer);
+    gemm(Op::none, Op::transpose, rows, s.count, D_, static_cast<A>(o_.scale), q.data, q.ld, k.data,
+         k.ld, A(0), to, ld);
+    if (row_bias_.defined()) {
+      add_to_rows(to, ld, rows, s.count,
+                  row_bias_.template const_data_ptr<A>() + (b * heads_ + h) * N_ + first);
+    }
+  }
+
+ private:
+  Options o_;
+  int64_t heads_, N_, D_, group_;
+  KeyPanels<T> exact_;
+  std::optional<Heads<A>> coarse_;
+  Tensor row_bias_;  // [B, H, N], or undefined
 };
 
 }  // namespace mra::cpu
