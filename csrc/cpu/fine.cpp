@@ -103,20 +103,12 @@ class FineForward {
       }
       softmax(tiles.bias(chunk, key_mask_, b, block_bias_.head(b, hk)), tiles, chunk, ld, rows, t);
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto v = values(tiles, *s, b, hk, t.keys);
+        const auto v = load_segment(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, A(1), t.scores + s->column, ld, v.data, v.ld,
              A(1), t.acc, D_);
       }
     }
     finish(b, h, first, rows, t);
-  }
-
-  // Values of a segment, as acc.
-  AccRows<T> values(const KeyTiles<A>& tiles, const Segment& s, int64_t b, int64_t hk,
-                    A* buffer) const {
-    if (!s.coarse) return load_rows(value_.head(b, hk), s.first, s.count, buffer);
-    const auto rows = load_pooled(coarse_value_->head(b, hk), s, tiles.ids(s), buffer);
-    return {rows.data, rows.ld};
   }
 
   // Every row starts from the state of the block's coarse part, or from nothing.

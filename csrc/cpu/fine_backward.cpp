@@ -152,13 +152,6 @@ class FineGradients {
 
   A scale() const { return static_cast<A>(o_.scale); }
 
-  AccRows<T> keys(const KeyTiles<A>& tiles, const Segment& s, const Heads<T>& exact,
-                  const std::optional<Heads<A>>& coarse, int64_t b, int64_t hk, A* buffer) const {
-    if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
-    const auto rows = load_pooled(coarse->head(b, hk), s, tiles.ids(s), buffer);
-    return {rows.data, rows.ld};
-  }
-
   // Gradients of a head's pooled keys (which = 0) or values (1), from one slice of query blocks.
   A* coarse_grad(int64_t which, int64_t head, int64_t slice, int64_t y) {
     return coarse_grads_.mutable_data_ptr<A>() +
@@ -206,7 +199,7 @@ class FineGradients {
       if (chunk.columns == 0) continue;
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
         scores_.segment(tiles, *s, b, h, q, first, rows, t.keys, t.p);
-        const auto v = keys(tiles, *s, value_, coarse_value_, b, hk, t.keys);
+        const auto v = load_segment(tiles, *s, value_, coarse_value_, b, hk, t.keys);
         gemm(Op::none, Op::transpose, rows, s->count, D_, A(1), g.data, g.ld, v.data, v.ld, A(0),
              t.ds + s->column, ld);
       }
@@ -226,7 +219,7 @@ class FineGradients {
         }
       }
       for (const Segment* s = tiles.begin(chunk); s != tiles.end(chunk); ++s) {
-        const auto k = keys(tiles, *s, key_, coarse_key_, b, hk, t.keys);
+        const auto k = load_segment(tiles, *s, key_, coarse_key_, b, hk, t.keys);
         gemm(Op::none, Op::none, rows, D_, s->count, scale(), t.ds + s->column, ld, k.data, k.ld,
              A(1), t.grad_query, D_);
         if (!s->coarse) continue;

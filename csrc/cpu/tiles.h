@@ -199,6 +199,16 @@ class KeyTiles {
   std::vector<A> bias_;
 };
 
+// Keys or values of a segment of a head, exact or pooled, as acc.
+template <typename T>
+AccRows<T> load_segment(const KeyTiles<acc_t<T>>& tiles, const Segment& s, const Heads<T>& exact,
+                        const std::optional<Heads<acc_t<T>>>& coarse, int64_t b, int64_t hk,
+                        acc_t<T>* buffer) {
+  if (!s.coarse) return load_rows(exact.head(b, hk), s.first, s.count, buffer);
+  const auto rows = load_pooled(coarse->head(b, hk), s, tiles.ids(s), buffer);
+  return {rows.data, rows.ld};
+}
+
 // -inf for keys in a row's future: scores [rows, count] of queries first_query.. and keys
 // first_key.. .
 template <typename A>
