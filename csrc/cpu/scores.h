@@ -34,7 +34,7 @@ class KeyPanels {
       : heads_(key.size(1)),
         M_(key.size(2)),
         D_(key.size(3)),
-        panels_((M_ + kPanel - 1) / kPanel),
+        panels_(ceil_div(M_, kPanel)),
         data_(
             at::empty({key.size(0), heads_, panels_, D_, kPanel}, key.options().dtype(kType<A>))) {
     const Heads<T> keys(key);
