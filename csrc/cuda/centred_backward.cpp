@@ -4,8 +4,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include <utility>
-
 #include "centred_term.h"
 #include "sm90/moments.h"
 #include "sm90/order1_delta.h"
@@ -184,20 +182,14 @@ void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_ls
   const Launch launch(in.query);
   if (!o.causal && delta_on_hopper(grads, out, grad_lse, Term(launch, in, c.pooled, o), c)) return;
   grads.delta = row_dots(grads.grad_out, out, grad_lse);
+  empty_row_numbers(grads, c);
   if (o.causal && !c.queries.defined()) {
-    const Term term(launch, in, c.pooled, o);
-    if (walk_prepare(c, term)) {
-      const Tensor of_rows = std::exchange(c.pooled.term, {});
-      c.slope = row_dots(grads.grad_out, of_rows).masked_fill_(grads.share.eq(0), 0);
-      grads.coarse_delta = grads.delta.sub(c.slope);
-      return;
-    }
+    if (walk_slope(c, grads, Term(launch, in, c.pooled, o))) return;
     less_centres(c, in, o);
   }
   const Inputs from = order1_inputs(in, c);
   const Term term(launch, from, c.pooled, o);
   const Tensor grad_out = with_aligned_rows(grads.grad_out);
-  empty_row_numbers(grads, c);
   Order1Rows p = centred_rows(term, c, grads.share, RowsStep::delta);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);

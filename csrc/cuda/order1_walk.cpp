@@ -167,6 +167,26 @@ bool walk_prepare(Centred& c, const Term& term) {
   return true;
 }
 
+bool walk_slope(const Centred& c, const FineBackward& grads, const Term& term) {
+  const auto cut = walk_cut(term.in, term.o, term.launch);
+  if (term.dtype != Dtype::bf16) return false;
+  if (cut->chunks > 1 && !c.pooled.moments_before.defined()) return false;
+  const Walk walk(term, *cut, &c);
+  const Tensor grad_out = with_aligned_rows(grads.grad_out);
+  sm90::WalkRows p = walk.params;
+  p.step = sm90::WalkStep::slope;
+  p.start = data_of<float>(c.pooled.moments_before);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.share = grads.share.const_data_ptr<float>();
+  p.delta = grads.delta.const_data_ptr<float>();
+  p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
+  p.variance = c.pooled.variance.mutable_data_ptr<float>();
+  p.row_bias = c.pooled.row_bias.mutable_data_ptr<float>();
+  p.slope = c.slope.mutable_data_ptr<float>();
+  return walk.rows(p);
+}
+
 CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,
                           const float* a, const float* b, const Tensor& shares,
                           const Tensor& mass_grad, const Grads& grads) {
@@ -207,6 +227,7 @@ bool order1_walk_backward(const Tensor&, const Tensor&, const Tensor&, const Ter
 bool walks_centred(const Inputs&, const Options&, bool, const Launch&) { return false; }
 void walk_moments(Centred&, const Inputs&, const Options&) {}
 bool walk_prepare(Centred&, const Term&) { return false; }
+bool walk_slope(const Centred&, const FineBackward&, const Term&) { return false; }
 CentreGrads walk_gradient(const Centred&, const Term&, const Tensor&, const float*, const float*,
                           const Tensor&, const Tensor&, const Grads&) {
   return {};

@@ -27,6 +27,8 @@ bool walks_centred(const Inputs& in, const Options& o, bool backward, const Laun
 void walk_moments(Centred& c, const Inputs& in, const Options& o);
 // Sets variance, row_bias and term of c.pooled.
 bool walk_prepare(Centred& c, const Term& term);
+// Backward: fills coarse_delta of `grads`, variance, row_bias and slope of `c`.
+bool walk_slope(const Centred& c, const FineBackward& grads, const Term& term);
 // Adds to grads.query, and fills grads.key and grads.value as centred_grads does. a and b of each
 // row, [B, H, N].
 CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,

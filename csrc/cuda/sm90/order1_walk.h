@@ -11,7 +11,7 @@
 // term that they leave:
 //
 //   forward    moments -> sum -> rows (prepare) -> fine
-//   backward   moments -> sum -> rows (prepare) -> fine's rows -> row weights -> rows (gradient)
+//   backward   moments -> sum -> rows (slope) -> fine's rows -> row weights -> rows (gradient)
 //              -> keys (sums) -> sum -> keys -> fine's columns
 #pragma once
 
@@ -50,6 +50,7 @@ enum class WalkStep {
   backward,  // all of the rows of the backward pass
   // With weighted means:
   prepare,   // t and row_bias; gamma u to out
+  slope,     // t, row_bias, slope and coarse_delta
   gradient,  // from a and b: adds to grad_q, and what the centres get of each 16 rows
 };
 
@@ -62,12 +63,13 @@ struct WalkRows : WalkChunks {
   void* out;  // forward: [B, H, N, D] T, added to
   Strides out_strides;
 
-  const float* delta;   // backward: [B, H, N]
+  const float* delta;   // backward, slope: [B, H, N]
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
 
-  float *variance, *row_bias;  // prepare: [B, H, N]
+  float *variance, *row_bias;  // prepare, slope: [B, H, N]
+  float* slope;                // slope: [B, H, N]
   const float *a, *b;          // gradient: [B, H, N]
   float* row_sums;             // gradient: [B, H, 4 ceil(N / 64), D]
 };

@@ -19,10 +19,10 @@ struct WalkRowsMaps : WalkRows {
 
 // Whether a step reads dO; of weighted means; adds to what is there.
 constexpr bool reads_grad(WalkStep step) {
-  return step == WalkStep::backward || step == WalkStep::gradient;
+  return step == WalkStep::backward || step == WalkStep::slope || step == WalkStep::gradient;
 }
 constexpr bool is_weighted(WalkStep step) {
-  return step == WalkStep::prepare || step == WalkStep::gradient;
+  return step == WalkStep::prepare || step == WalkStep::slope || step == WalkStep::gradient;
 }
 constexpr bool adds(WalkStep step) { return step == WalkStep::term || step == WalkStep::gradient; }
 
@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
   constexpr int kPanels = DP / 64, kStages = Shared::kStages, kLast = Shared::kTensors - 1;
   constexpr bool kGrad = reads_grad(kStep), kWeighted = is_weighted(kStep);
   constexpr bool kPrepare = kStep == WalkStep::prepare, kGradient = kStep == WalkStep::gradient;
+  constexpr bool kSlope = kStep == WalkStep::slope;  // leaves numbers of rows alone
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   if (threadIdx.x == 0) {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
     wgmma_wait<0>();
     pin(x);
     pin(w);
-    if (turn > 0) arrive_behind_stores(&s.empty[(turn - 1) % kStages]);
+    if (!kSlope && turn > 0) arrive_behind_stores(&s.empty[(turn - 1) % kStages]);
 
     const auto place = [&](uint16_t(&in)[kPanels][64][64], int n, int half) {
       return reinterpret_cast<uint32_t*>(&in[panel][row + 8 * half][(n ^ g) * 8 + 2 * t]);
@@ -159,6 +160,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         s.dots[1][panel][row + 8 * half] = v[half];
       }
     }
+    if constexpr (kSlope) barrier_arrive(&s.empty[stage]);
     consumer_sync<DP>();  // no product reads this tile any more
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -172,25 +174,29 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       const float gamma = 1.f / (1.f + variance / 4);
       bool any = share[half] != 0.f;
       float a = any ? share[half] * gamma * p.scale * of_x : 0.f, c = 0.f;
-      if constexpr (kPrepare) {
-        any = true;
-        a = gamma * p.scale * of_x;
+      if constexpr (kPrepare || kSlope) {
         if (panel == 0 && t == 0 && i < p.N) {
           p.variance[head * p.N + i] = variance;
           p.row_bias[head * p.N + i] = logf(3.f - 2.f * gamma);
         }
       }
+      if constexpr (kPrepare) {
+        any = true;
+        a = gamma * p.scale * of_x;
+      }
       if constexpr (kGradient) {
         any = any || delta[half] != 0.f;
         a = share[half] * of_x, c = delta[half] * of_w;
       }
-      if constexpr (kStep == WalkStep::backward) {
-        const float gu = gamma * p.scale * of_x * u[half];
+      if constexpr (kStep == WalkStep::backward || kSlope) {
+        const float gu = any ? gamma * p.scale * of_x * u[half] : 0.f;
         c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) * of_w : 0.f;
         if (panel == 0 && t == 0 && i < p.N) {
-          p.coarse_delta[head * p.N + i] = delta[half] - (any ? gu : 0.f);
+          if constexpr (kSlope) p.slope[head * p.N + i] = gu;
+          p.coarse_delta[head * p.N + i] = delta[half] - gu;
         }
       }
+      if constexpr (kSlope) continue;
       if (kGrad && panel == 0 && t == 0) {
         const int padded = (p.N + 63) / 64 * 64;
         *reinterpret_cast<float2*>(p.weights + 2 * (head * padded + i)) = make_float2(a, c);
@@ -226,6 +232,11 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         }
       }
     }
+    ++turn;
+    if constexpr (kSlope) {
+      if (kPanels > 1) consumer_sync<DP>();  // every thread has read `dots`
+      return;
+    }
     fence_for_copies();
     consumer_sync<DP>();
     if (threadIdx.x == 0) {
@@ -235,7 +246,6 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
       store_commit();
     }
     __syncwarp();
-    ++turn;
   };
 
 #pragma unroll 1
@@ -291,11 +301,12 @@ cudaError_t launch_order1_walk_rows(const WalkRows& params, const Device& device
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int heads) {
     return tensor_map(to, p.dtype, data, strides, p.B, heads, p.N, p.D, 64);
   };
+  const bool slope = p.step == WalkStep::slope;
   const bool maps = map(&p.k_map, p.k, p.k_strides, p.Hk) &&
                     map(&p.v_map, p.v, p.v_strides, p.Hk) && map(&p.q_map, p.q, p.q_strides, p.H) &&
-                    (grad ? map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H) &&
-                                map(&p.to_map, p.grad_q, p.grad_q_strides, p.H)
-                          : map(&p.to_map, p.out, p.out_strides, p.H));
+                    (!grad || map(&p.grad_out_map, p.grad_out, p.grad_out_strides, p.H)) &&
+                    (slope || map(&p.to_map, grad ? p.grad_q : p.out,
+                                  grad ? p.grad_q_strides : p.out_strides, p.H));
   const bool half = p.dtype == Dtype::f16;
   if (!maps || p.dtype == Dtype::f32 || (half && grad)) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.N, p.chunks, p.unit_tiles);
@@ -305,10 +316,13 @@ cudaError_t launch_order1_walk_rows(const WalkRows& params, const Device& device
   using Term = std::integral_constant<WalkStep, WalkStep::term>;
   using Backward = std::integral_constant<WalkStep, WalkStep::backward>;
   using Prepare = std::integral_constant<WalkStep, WalkStep::prepare>;
+  using Slope = std::integral_constant<WalkStep, WalkStep::slope>;
   using Gradient = std::integral_constant<WalkStep, WalkStep::gradient>;
   switch (p.step) {
     case WalkStep::backward:
       return launch(__nv_bfloat16{}, Backward{});
+    case WalkStep::slope:
+      return launch(__nv_bfloat16{}, Slope{});
     case WalkStep::gradient:
       return launch(__nv_bfloat16{}, Gradient{});
     case WalkStep::prepare:
