@@ -152,8 +152,17 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim <= 64 ? 2 : 1, device);
   p.grad_q = grad_query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grad_query);
-  const Tensor sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
-  p.sums = sums.mutable_data_ptr<float>();
+  const Tensor result = term.empty_matrices(1);
+  const int parts = p.H / p.Hk * p.chunks;
+  Tensor sums;
+  if (parts > 1) {
+    sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
+    p.sums = sums.mutable_data_ptr<float>();
+  } else {
+    p.moment_grads = result.mutable_data_ptr();
+    p.key_count = term.pooled.key_count.const_data_ptr<int>();
+    p.nk = term.nk;
+  }
   if (row_sums != nullptr) {
     *row_sums = at::empty({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
     p.row_sums = row_sums->mutable_data_ptr<float>();
@@ -162,8 +171,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
     return sm90::launch_order1_rows<dim()>(p, device, term.launch.stream);
   });
   if (!done) return {};
-  const Tensor result = term.empty_matrices(1);
-  term.sum(p.sums, p.H / p.Hk * p.chunks, 1, true, result);
+  if (parts > 1) term.sum(p.sums, parts, 1, true, result);
   return result;
 #else
   return {};

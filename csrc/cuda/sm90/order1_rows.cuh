@@ -269,6 +269,13 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
 #pragma unroll 1
   for (int tile = 1; tile < tiles; ++tile) walk(tile, std::false_type{});
   add_sums(tiles - 1);
+  int keys = 0;
+  if (p.sums == nullptr) {
+    for (int y = threadIdx.x % 32; y < p.nk; y += 32) {
+      keys += p.key_count[static_cast<int64_t>(b) * p.nk + y];
+    }
+    keys = __reduce_add_sync(kFullWarp, keys);
+  }
   wgmma_wait<0>();
   pin(dc);
   pin(ds);
@@ -292,14 +299,21 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   }
   if (64 * panel + row >= dim) return;
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
+    const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
+    const float factor = (which == 0 ? 1.f : 2.f) / max(keys, 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
-      float* to = p.sums + (matrix * dim + 64 * panel + row + 8 * half) * dim + 2 * t;
+      const int64_t at = (matrix * dim + 64 * panel + row + 8 * half) * dim + 2 * t;
 #pragma unroll
       for (int n = 0; n < 8 * kPanels; ++n) {
         if (8 * n >= dim) break;
-        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(c[n][2 * half], c[n][2 * half + 1]);
+        const float u = c[n][2 * half], w = c[n][2 * half + 1];
+        if (p.sums != nullptr) {
+          *reinterpret_cast<float2*>(p.sums + at + 8 * n) = make_float2(u, w);
+        } else {
+          reinterpret_cast<uint32_t*>(p.moment_grads)[(at + 8 * n) / 2] =
+              Mma<T>::pack(factor * u, factor * w);
+        }
       }
     }
   };

@@ -23,8 +23,13 @@ struct Order1Rows {
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
-  bool add;     // grad_q holds a part already
-  float* sums;  // [B, H, chunks, 2, dim, dim]: parts of dC and of dSigma / 2, times n
+  bool add;  // grad_q holds a part already
+  // [B, H, chunks, 2, dim, dim]: parts of dC and of dSigma / 2, times n. Null where one part is all
+  // of a key head: then dC and dSigma, [B, Hk, 2, dim, dim] bfloat16, and n from [B, nk].
+  float* sums;
+  void* moment_grads;
+  const int* key_count;
+  int nk;
 };
 
 // Head dims up to DP = 64 or 128.
