@@ -140,10 +140,10 @@ bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& gr
 #endif
 }
 
-// Adds to grads.query, and returns dC and dSigma: in one reading, or undefined where no kernel does
-// it so. Sets `of_rows`.
+// Fills grads.query, or adds to it, and returns dC and dSigma: in one reading, or undefined where
+// no kernel does it so. Sets `of_rows`.
 Tensor rows_at_once(const Term& term, const Tensor& grad_out, const FineBackward& back,
-                    const Grads& grads, Tensor& of_rows) {
+                    const Grads& grads, bool add, Tensor& of_rows) {
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Centred& c = *back.centred;
   const Tensor& made = c.pooled.centre_term;
@@ -156,10 +156,11 @@ Tensor rows_at_once(const Term& term, const Tensor& grad_out, const FineBackward
   p.centre = c.centre.const_data_ptr<float>();
   p.centre_term = products.const_data_ptr<float>();
   p.scale = static_cast<float>(term.o.scale);
+  p.add = add;
   return order1_rows_on_hopper(term, c.moments, grad_out, grads.query, p, &of_rows);
 }
 
-// The same on the generic kernels.
+// The same on the generic kernels, which add to grads.query.
 Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
                      const RowWeights& rows, const Grads& grads) {
   Order1Rows p = centred_rows(term, c, {}, RowsStep::gradient);
@@ -200,19 +201,20 @@ void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_ls
 }
 
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                          const FineBackward& back, const Inputs& in, const Options& o) {
+                          const FineBackward& back, const Inputs& in, const Options& o, bool add) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
   const Inputs from = order1_inputs(in, c);
   const Term term(launch, from, c.pooled, o);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   CentreGrads result;
-  Tensor moment_grads = rows_at_once(term, grad_out, back, grads, result.of_rows);
+  Tensor moment_grads = rows_at_once(term, grad_out, back, grads, add, result.of_rows);
   if (!moment_grads.defined()) {
     const RowWeights rows(term, grad_out, back);
     if (o.causal && !c.queries.defined()) {
-      return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, mass_grad, grads);
+      return walk_gradient(c, term, grad_out, rows.a(), rows.b(), shares, mass_grad, grads, add);
     }
+    if (!add) grads.query.zero_();
     moment_grads = rows_and_gram(term, grad_out, c, rows, grads);
     result.of_rows = rows.of_centres;
   }
@@ -263,9 +265,9 @@ Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& m
 
 }  // namespace
 
-void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                       CentreGrads of_centre, const FineBackward& back, const Inputs& in,
-                       const Options& o) {
+Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                         CentreGrads of_centre, const FineBackward& back, const Inputs& in,
+                         const Options& o) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
   const bool walked = of_centre.of_keys.defined() && o.causal;
@@ -313,7 +315,12 @@ void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& m
     p.centre_grad = each.mutable_data_ptr<float>();
     launch.check(centre_grad(p, launch.stream));
   }
-  shift(grads.query, grads.query, each, 1.f, in, o, launch);
+  return each;
+}
+
+void add_to_queries(const Tensor& grad_query, const Tensor& each, const Inputs& in,
+                    const Options& o) {
+  shift(grad_query, grad_query, each, 1.f, in, o, Launch(in.query));
 }
 
 }  // namespace mra::cuda

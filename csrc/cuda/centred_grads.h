@@ -17,22 +17,27 @@ struct CentreGrads {
   Tensor of_rows, of_keys;
 };
 
-// In the backward pass, between fine's rows and its columns: order 1. Adds to grads.query what it
-// gives beside the logits, and fills grads.key and grads.value with that and with what `shares`,
-// the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the weights. Reads
-// grad_out, share, coarse_sum and centred of `back`.
+// In the backward pass, behind what makes coarse_sum: order 1. Fills grads.query, or adds to it,
+// with what that gives beside the logits, and grads.key and grads.value with that and with what
+// `shares`, the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the
+// weights. Reads grad_out, share, coarse_sum and centred of `back`.
 // Returns what the centre gets, but for what key_weights_grads is to make.
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                          const FineBackward& back, const Inputs& in, const Options& o);
+                          const FineBackward& back, const Inputs& in, const Options& o, bool add);
 
 // As delta, for x and y that the launch before may write, or where memory of its inputs may have
 // been given back: it runs behind that launch.
 Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse = {});
 
-// Behind that, or behind spread_shares: gradients through the weights, added to grads.query and
-// grads.key. mass_grad: of pooled_shares.
-void key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                       CentreGrads of_centre, const FineBackward& back, const Inputs& in,
-                       const Options& o);
+// Behind that, or behind spread_shares: gradients through the weights, added to grads.key.
+// mass_grad: of pooled_shares. Returns what every query of a key head gets, [B, Hk, D] float32, or
+// under causal every query of a block, [B, Hk, nq, D].
+Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
+                         CentreGrads of_centre, const FineBackward& back, const Inputs& in,
+                         const Options& o);
+
+// Adds that to the gradients of the queries, where fine's rows came before it.
+void add_to_queries(const Tensor& grad_query, const Tensor& each, const Inputs& in,
+                    const Options& o);
 
 }  // namespace mra::cuda

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include "../common/budget.h"
@@ -75,6 +76,31 @@ struct RowSums {
     r.beside = launch.device.major == 9 && back.query_block.defined() && !levels;
     launch.check(row_sums(r, launch.stream));
   }
+};
+
+// Sums of the gradients of each row's pooled logits, where they are asked for: made by the kernel
+// of the pooled keys' gradients, a part for each 64 of them, or else by that of the rows.
+struct CoarseSums {
+  Tensor parts;
+
+  CoarseSums(BackwardParams& p, const FineBackward& back) : parts(back.coarse_sum) {
+    const int64_t count = ceil_div(p.nk, 64);
+    if (parts.defined() && count > 1) {
+      parts = count <= kMaxParts ? at::empty({count, p.B, p.H, p.rows}, parts.options()) : Tensor();
+    }
+    p.coarse_sum = data_of<float>(parts);
+  }
+  // Behind the kernel of the pooled keys: whether it made them. If not, that of the rows will.
+  bool add_up(BackwardParams& p, const FineBackward& back) const {
+    const bool made = p.coarse_sum != nullptr;
+    Tensor sums = back.coarse_sum;
+    if (made && parts.dim() == 4) at::sum_out(sums, parts, 0);
+    p.coarse_sum = made ? nullptr : data_of<float>(sums);
+    return made;
+  }
+
+ private:
+  static constexpr int64_t kMaxParts = 16;  // of memory: 4 bytes of each a row
 };
 
 }  // namespace
@@ -167,7 +193,6 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.column_lists = lists_of(columns);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  p.coarse_sum = data_of<float>(back.coarse_sum);
   Tensor pooled_delta = levels && !cells ? back.delta : back.coarse_delta;
   if (pooled_delta.dim() == 4) pooled_delta = pooled_delta.select(0, -1);
   const RowSums sums(p, back, pooled_delta, keys.row_bias, levels, launch);
@@ -178,13 +203,16 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   };
   const Grads g{or_empty(back.query_extra, in.query), or_empty(back.key_extra, in.key),
                 or_empty(back.value_extra, in.value)};
+  // With weighted means the rows come last where they can: what every query of a head or block gets
+  // of the centre then leaves with their gradients.
+  const bool weighted = back.centred != nullptr;
+  const CoarseSums coarse_sums(p, back);
   bool add_keys = back.key_extra.defined();
   Tensor key_block = back.key_block, value_block = back.value_block, shares, mass_grad;
   if (pooled) {
     shares = cells ? cells_columns(p, keys.key, keys.value, keys.count, back.coarse_delta, rows,
                                    columns, o, dtype, launch)
-                   : pooled_shares(p, dtype, launch, in.query,
-                                   back.centred != nullptr ? &mass_grad : nullptr);
+                   : pooled_shares(p, dtype, launch, in.query, weighted ? &mass_grad : nullptr);
     if (pooled->weights.defined()) {
       if (!has_order1(o)) {
         spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
@@ -195,6 +223,15 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
       value_block = value_block.defined() ? value_block.add(shares[1]) : shares[1];
     }
   }
+  const bool made = coarse_sums.add_up(p, back);
+  const bool rows_last = weighted && (made || !has_order1(o));
+  // What every query gets. `add`: g.query holds a part already.
+  const auto through_weights = [&](bool add) {
+    CentreGrads of_centre;
+    if (has_order1(o)) of_centre = centred_grads(g, shares, mass_grad, back, in, o, add);
+    return key_weights_grads(g, shares, mass_grad, of_centre, back, in, o);
+  };
+  const Tensor query_block = rows_last ? through_weights(false) : back.query_block;
 
   p.grad_q = g.query.mutable_data_ptr();
   p.grad_k = g.key.mutable_data_ptr();
@@ -202,11 +239,15 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.grad_q_strides = strides_of(g.query);
   p.grad_k_strides = strides_of(g.key);
   p.grad_v_strides = strides_of(g.value);
-  p.q_block = data_of<float>(back.query_block);
+  if (query_block.defined()) {
+    p.q_block = query_block.const_data_ptr<float>();
+    p.q_block_heads = static_cast<int>(query_block.size(1));
+    p.q_block_lists = query_block.dim() == 4 ? static_cast<int>(query_block.size(2)) : 1;
+  }
   p.k_block = data_of<float>(key_block);
   p.v_block = data_of<float>(value_block);
   p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
-  p.add = back.query_extra.defined();
+  p.add = back.query_extra.defined() || (rows_last && has_order1(o));
   if (cells) {
     cells_rows(p, keys.key, keys.value, back.coarse_delta, levels_of(rows, keys.count, o), dtype,
                launch);
@@ -214,13 +255,9 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   }
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   ++p.queue;
-  p.beside = launch.device.major == 9 && back.centred == nullptr;
+  p.beside = launch.device.major == 9 && (!weighted || rows_last);
   p.add = add_keys;
-  if (back.centred != nullptr) {
-    CentreGrads of_centre;
-    if (has_order1(o)) of_centre = centred_grads(g, shares, mass_grad, back, in, o);
-    key_weights_grads(g, shares, mass_grad, of_centre, back, in, o);
-  }
+  if (weighted && !rows_last) add_to_queries(g.query, through_weights(true), in, o);
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

@@ -119,6 +119,7 @@ cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& 
   });
   if (error != cudaErrorNotSupported) return error;
 #endif
+  if (p.coarse_sum != nullptr) return cudaErrorNotSupported;
   return dispatch(dtype, p.D, [&](auto t, auto d) {
     return launch_backward_pooled<decltype(t), d()>(p, device, stream);
   });

@@ -189,7 +189,7 @@ bool walk_slope(const Centred& c, const FineBackward& grads, const Term& term) {
 
 CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,
                           const float* a, const float* b, const Tensor& shares,
-                          const Tensor& mass_grad, const Grads& grads) {
+                          const Tensor& mass_grad, const Grads& grads, bool add) {
   const Walk walk(term, *walk_cut(term.in, term.o, term.launch), &c);
   const Tensor start = c.pooled.moments_before;
   sm90::WalkRows rows = walk.params;
@@ -207,6 +207,7 @@ CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad
   rows.row_sums = result.of_rows.mutable_data_ptr<float>();
   rows.grad_q = grads.query.mutable_data_ptr();
   rows.grad_q_strides = strides_of(grads.query);
+  rows.add = add;
   sm90::WalkKeys keys{rows};
   keys.shares = shares.const_data_ptr<float>();
   keys.mass_grad = mass_grad.const_data_ptr<float>();
@@ -229,7 +230,7 @@ void walk_moments(Centred&, const Inputs&, const Options&) {}
 bool walk_prepare(Centred&, const Term&) { return false; }
 bool walk_slope(const Centred&, const FineBackward&, const Term&) { return false; }
 CentreGrads walk_gradient(const Centred&, const Term&, const Tensor&, const float*, const float*,
-                          const Tensor&, const Tensor&, const Grads&) {
+                          const Tensor&, const Tensor&, const Grads&, bool) {
   return {};
 }
 

@@ -29,10 +29,9 @@ void walk_moments(Centred& c, const Inputs& in, const Options& o);
 bool walk_prepare(Centred& c, const Term& term);
 // Backward: fills coarse_delta of `grads`, variance, row_bias and slope of `c`.
 bool walk_slope(const Centred& c, const FineBackward& grads, const Term& term);
-// Adds to grads.query, and fills grads.key and grads.value as centred_grads does. a and b of each
-// row, [B, H, N].
+// Does what centred_grads does, from a and b of each row, [B, H, N].
 CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad_out,
                           const float* a, const float* b, const Tensor& shares,
-                          const Tensor& mass_grad, const Grads& grads);
+                          const Tensor& mass_grad, const Grads& grads, bool add);
 
 }  // namespace mra::cuda

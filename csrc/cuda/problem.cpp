@@ -111,7 +111,12 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
     *mass_grad = at::empty({p.B, p.Hk, p.nk}, acc);
     p.pooled_mass_grads = mass_parts.mutable_data_ptr<float>();
   }
-  launch.check(backward_pooled(p, dtype, launch.device, launch.stream));
+  cudaError_t error = backward_pooled(p, dtype, launch.device, launch.stream);
+  if (error == cudaErrorNotSupported && p.coarse_sum != nullptr) {
+    p.coarse_sum = nullptr;
+    error = backward_pooled(p, dtype, launch.device, launch.stream);
+  }
+  launch.check(error);
   launch.check(share_sums(
       {sums.const_data_ptr<float>(), p.pooled_mass ? nullptr : p.key_count,
        shares.mutable_data_ptr<float>(), p.splits, p.B, p.Hk, p.nk, p.D, data_of<float>(mass_parts),

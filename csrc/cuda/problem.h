@@ -41,7 +41,7 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
 // its rows gets; whole where there is pooled_mass. [2, B, Hk, nk, D] float32: keys, values. The
 // rows are cut into parts so that the device is full; the parts' sums take O(multiprocessors)
 // memory. *mass_grad, unless null, gets the gradients of the masses' logarithms, [B, Hk, nk]
-// float32.
+// float32. Sets p.coarse_sum to null where no kernel makes it.
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
                      Tensor* mass_grad = nullptr);
 

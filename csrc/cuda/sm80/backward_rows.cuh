@@ -131,10 +131,7 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     if (p.row_count != nullptr && r < rows) scale[half] /= max(1, p.row_count[i]);
   }
   finish_rows(acc, scale, live,
-              p.q_block == nullptr
-                  ? nullptr
-                  : p.q_block + (head * p.row_lists.lists + first_row / p.list_rows) * p.D,
-              0, p.D);
+              p.q_block == nullptr ? nullptr : p.q_block_of(b, h, first_row / p.list_rows), 0, p.D);
   const int own = first_row + row, present = rows - row;
   T* to = static_cast<T*>(p.grad_q) + b * p.grad_q_strides.b + h * p.grad_q_strides.h +
           own * p.grad_q_strides.l;

@@ -87,12 +87,16 @@ struct BackwardParams : Problem {
   bool beside;  // columns: may run beside the kernel launched before, which is backward_rows
   bool add;     // grad_q, grad_k and grad_v hold a part already: the rest is added to it
 
-  // rows: grad_q [B, H, rows, D] T, plus [B, H, lists, D] where defined
+  // rows: grad_q [B, H, rows, D] T, plus what all rows of a block get, or of a head, where defined:
+  // [B, q_block_heads, q_block_lists, D] for heads or key heads, and for each list or for all
   void* grad_q;
   const int* row_count;  // [B, rows] or null: the gradient is divided by it
   Strides grad_q_strides;
   const float* q_block;
-  float* coarse_sum;  // [B, H, rows] or null: sums of the gradients of pooled logits
+  int q_block_heads, q_block_lists;
+  // Sums of the gradients of pooled logits, or null. rows: [B, H, rows]. pooled columns, of 64
+  // pooled keys each: [ceil(nk / 64), B, H, rows], not on every device.
+  float* coarse_sum;
 
   // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] where defined
   void *grad_k, *grad_v;
@@ -103,6 +107,11 @@ struct BackwardParams : Problem {
   float *pooled_grad_k, *pooled_grad_v;
   float* pooled_mass_grads;  // [splits, B, Hk, nk] or null: sums of the gradients of their logits
   int splits;
+
+  __host__ __device__ const float* q_block_of(int b, int h, int list) const {
+    const int64_t head = static_cast<int64_t>(b) * q_block_heads + h / (H / q_block_heads);
+    return q_block + (head * q_block_lists + (q_block_lists > 1 ? list : 0)) * D;
+  }
 };
 
 // Runs of 32 rows of a head in BackwardParams::sums: those of whole tiles of 64, and of a tile that

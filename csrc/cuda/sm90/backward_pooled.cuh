@@ -5,6 +5,7 @@
 #pragma once
 
 #include "columns.cuh"
+#include "key_tiles.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -16,6 +17,9 @@ template <int DP>
 struct BackwardPooledShared : ColumnsShared<DP> {
   uint4 windows[2][32];  // of 32 tiles of rows: keys that the first and the last 32 rows don't see
   uint64_t window_full[2], window_empty[2];
+  // Of every other tile of rows: sums of the gradients of its logits, over 16 keys by each warp.
+  alignas(16) float row_sums[2][4][64];
+  uint64_t row_sums_full[2], row_sums_empty[2];
 };
 
 // 64 pooled keys, and a run of tiles of rows of every query head that shares them.
@@ -116,6 +120,43 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
   }
 }
 
+// Sums over the 16 keys of a warp, of which a thread has two.
+__device__ __forceinline__ void sum_keys(const float (&pairs)[8][2], float (&to)[64]) {
+  const int lane = threadIdx.x % 32;
+  float sum[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    float x[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) x[n] = pairs[n][e];
+    sum[e] = reduce_scatter(x);  // of n = lane / 4
+  }
+  *reinterpret_cast<float2*>(&to[lane / 4 * 8 + lane % 4 * 2]) = make_float2(sum[0], sum[1]);
+}
+
+// By one warp: those of the four warps to coarse_sum.
+template <int DP>
+__device__ void store_row_sums(const BackwardParams& p, BackwardPooledShared<DP>& s,
+                               const PooledTile& at) {
+  const int lane = threadIdx.x % 32, all = at.group * at.tiles;
+#pragma unroll 1
+  for (int i = 0; i < all; ++i) {
+    const int place = i % 2;
+    const int64_t part = static_cast<int64_t>(at.first_key / 64) * p.B + at.b;
+    float* const to = p.coarse_sum + (part * p.H + at.head(i)) * p.rows;
+    barrier_wait(&s.row_sums_full[place], i / 2 & 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = 32 * half + lane, row = at.row_tile(i) * 64 + r;
+      float sum = 0.f;
+#pragma unroll
+      for (int warp = 0; warp < 4; ++warp) sum += s.row_sums[place][warp][r];
+      if (row < p.rows) to[row] = sum;
+    }
+    barrier_arrive(&s.row_sums_empty[place]);
+  }
+}
+
 template <int DP>
 struct BackwardPooledTraits {
   static constexpr int kWarps = ColumnsShared<DP>::kWarps;  // that multiply
@@ -133,6 +174,10 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
   if (threadIdx.x == 0) {
     s.init();
     barrier_init_ring(s.window_full, s.window_empty, 1);
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(&s.row_sums_full[i], 4);
+      barrier_init(&s.row_sums_empty[i], 1);
+    }
     barrier_init_done();
   }
   __syncthreads();
@@ -142,6 +187,7 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
     give_registers<32>();
     if (warp_index() == kWarps) fetch_rows<DP>(p, s, at);
     if (warp_index() == kWarps + 1) look_up_unseen<DP>(p, s, at);
+    if (warp_index() == kWarps + 2 && p.coarse_sum != nullptr) store_row_sums<DP>(p, s, at);
     return;
   }
   take_registers<224>();
@@ -189,7 +235,14 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
     }
   } else {
     float dk[DP / 8][4] = {}, dv[DP / 8][4] = {};
-    attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias, mass_grad);
+    const auto of_rows = [&](int tile, const float(&pairs)[8][2]) {
+      if (p.coarse_sum == nullptr) return;
+      const int place = tile % 2;
+      if (tile >= 2) barrier_wait(&s.row_sums_empty[place], tile / 2 - 1 & 1);
+      sum_keys(pairs, s.row_sums[place][warp_index()]);
+      barrier_arrive(&s.row_sums_full[place]);
+    };
+    attend_rows<T, DP, true>(dk, dv, s, 0, 0, tiles, p.scale, false, 0, bias, mass_grad, of_rows);
     store(dk, p.scale, p.pooled_grad_k);
     store(dv, 1.f, p.pooled_grad_v);
     store_mass_grad(mass_grad);
@@ -201,6 +254,7 @@ template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams& params, const Device& device,
                                    cudaStream_t stream) {
   if (params.list_rows % 32 != 0 || params.pooled_sums == nullptr) return cudaErrorNotSupported;
+  if (params.coarse_sum != nullptr && DP > 128) return cudaErrorNotSupported;
   BackwardPooledMaps p{params};
   constexpr Dtype dtype = kDtype<T>;
   const bool maps = tensor_map(&p.q_map, dtype, p.q, p.q_strides, p.B, p.H, p.rows, p.D, 64) &&

@@ -87,7 +87,10 @@ struct BackwardRowsTiles {
         const int64_t from = (at.head * sum_chunks(p.rows) + at.first_row / 32) * 64;
         copy_bytes(sums[place], p.sums + from, kSums, full);
         if (pooled) copy_bytes(pooled_sums[place], p.pooled_sums + from, kSums, full);
-        if (block) copy_bytes(q_block[turn % 2], p.q_block + at.list_at * p.D, p.D * 4, full);
+        if (block) {
+          const float* const from = p.q_block_of(at.b, at.h, at.first_row / p.list_rows);
+          copy_bytes(q_block[turn % 2], from, p.D * 4, full);
+        }
       }
       __syncwarp();
     };

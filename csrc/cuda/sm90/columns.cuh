@@ -146,15 +146,22 @@ __device__ __forceinline__ void add_columns(float* sum, const float (&c)[8][4]) 
   }
 }
 
+struct Nothing {
+  template <class... X>
+  __device__ __forceinline__ void operator()(const X&...) const {}
+};
+
 // Adds tiles of rows `before` to `before` + `tiles` to the sums of the keys at `place`; dk less the
 // factor `scale`. Where kEarly holds the last place of rows is kept. kPooled: keys stand for 2^bias
 // keys each, `unseen` takes away some tile by tile, and the gradients of the logits of a key are
-// added to mass_grad, this thread's part; else `first_key` matters under causal.
-template <typename T, int DP, bool kPooled, int kPlaces>
+// added to mass_grad, this thread's part, and those of a thread's two keys towards each row given
+// to of_rows(tile, float[8][2]); else `first_key` matters under causal.
+template <typename T, int DP, bool kPooled, int kPlaces, class OfRows = Nothing>
 __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[DP / 8][4],
                                             ColumnsShared<DP, kPlaces>& s, int place, int before,
                                             int tiles, float scale, bool causal, int first_key,
-                                            const float (&bias)[2], float* mass_grad = nullptr) {
+                                            const float (&bias)[2], float* mass_grad = nullptr,
+                                            const OfRows& of_rows = {}) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   constexpr bool kEarly = !kPooled && ColumnsShared<DP, kPlaces>::kEarly;
   const int key = 16 * warp_index() + threadIdx.x % 32 / 4;
@@ -188,12 +195,22 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pin(ds);
     if (last) barrier_arrive(&s.keys_empty[place]);
     differentiate_rows<T>(ds, a, s, stage);
-    if constexpr (kPooled) add_columns(mass_grad, ds);
+    [[maybe_unused]] float pairs[8][2];  // of this thread's two keys
+    if constexpr (kPooled) {
+      add_columns(mass_grad, ds);
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        pairs[n][0] = ds[n][0] + ds[n][2], pairs[n][1] = ds[n][1] + ds[n][3];
+      }
+    }
     pack<T>(da, ds);
+    constexpr bool kBeside = DP == 64;  // the product; at 128 registers are full
+    if constexpr (kPooled && !kBeside) of_rows(tile, pairs);
     pin(dk);
     wgmma_fence();
     multiply_pn<T, 64>(dk, da, s.q[stage]);
     wgmma_commit();
+    if constexpr (kPooled && kBeside) of_rows(tile, pairs);
     wgmma_wait<0>();
     pin(dv);
     pin(dk);

@@ -256,8 +256,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     group_sync();
     if (threadIdx.x == 0) {
       for (int i = 0; i < kPanels; ++i) {
-        give_panel(kCentred || p.add, p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile,
-                   h, b);
+        give_panel(p.add, p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile, h, b);
       }
       store_commit();
     }

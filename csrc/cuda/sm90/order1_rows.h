@@ -15,8 +15,7 @@ struct Order1Rows {
 
   // Weighted means (else null): of each row what makes b (RowWeightsParams), [B, H, N], in place of
   // delta and coarse_delta; the centre, [B, Hk, D], and its products with C and Sigma, [B, Hk, 2,
-  // dim]. grad_q is then added to, and what the centre gets of rows is left in parts, [B, H,
-  // chunks, 4, D].
+  // dim]. What the centre gets of rows is then left in parts, [B, H, chunks, 4, D].
   const float *variance, *slope, *coarse_sum, *centre, *centre_term;
   float* row_sums;
 

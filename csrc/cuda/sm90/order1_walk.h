@@ -11,8 +11,8 @@
 // term that they leave:
 //
 //   forward    moments -> sum -> rows (prepare) -> fine
-//   backward   moments -> sum -> rows (slope) -> fine's rows -> row weights -> rows (gradient)
-//              -> keys (sums) -> sum -> keys -> fine's columns
+//   backward   moments -> sum -> rows (slope) -> fine's pooled columns -> row weights
+//              -> rows (gradient) -> keys (sums) -> sum -> keys -> fine's rows -> fine's columns
 #pragma once
 
 #include "../types.h"
@@ -51,7 +51,7 @@ enum class WalkStep {
   // With weighted means:
   prepare,   // t and row_bias; gamma u to out
   slope,     // t, row_bias, slope and coarse_delta
-  gradient,  // from a and b: adds to grad_q, and what the centres get of each 16 rows
+  gradient,  // from a and b: grad_q, and what the centres get of each 16 rows
 };
 
 struct WalkRows : WalkChunks {
@@ -67,6 +67,7 @@ struct WalkRows : WalkChunks {
   float* coarse_delta;  // [B, H, N]
   void* grad_q;         // [B, H, N, D] bfloat16
   Strides grad_q_strides;
+  bool add;  // gradient: grad_q holds a part already
 
   float *variance, *row_bias;  // prepare, slope: [B, H, N]
   float* slope;                // slope: [B, H, N]

@@ -17,14 +17,13 @@ struct WalkRowsMaps : WalkRows {
   int tiles;                                              // of a chunk
 };
 
-// Whether a step reads dO; of weighted means; adds to what is there.
+// Whether a step reads dO; of weighted means.
 constexpr bool reads_grad(WalkStep step) {
   return step == WalkStep::backward || step == WalkStep::slope || step == WalkStep::gradient;
 }
 constexpr bool is_weighted(WalkStep step) {
   return step == WalkStep::prepare || step == WalkStep::slope || step == WalkStep::gradient;
 }
-constexpr bool adds(WalkStep step) { return step == WalkStep::term || step == WalkStep::gradient; }
 
 template <typename T, int DP, WalkStep kStep>
 struct WalkRowsShared {
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
     consumer_sync<DP>();
     if (threadIdx.x == 0) {
       for (int i = 0; i < kPanels; ++i) {
-        give_panel(adds(kStep), p.to_map, to[i], 64 * i, first_row, h, at.b);
+        give_panel(kStep == WalkStep::term || p.add, p.to_map, to[i], 64 * i, first_row, h, at.b);
       }
       store_commit();
     }
