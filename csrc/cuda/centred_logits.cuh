@@ -54,7 +54,7 @@ __device__ __forceinline__ float log_weight(const float (&c)[kTiles][4],
   if (top == -INFINITY) top = 0.f;
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) sum += exp2_approx(x[i] - top);
-  return top + log2f(quad_sum(sum));
+  return top + log2_approx(quad_sum(sum));
 }
 
 // Of a block of keys: one a lane of a group of kLanes, in turns, -inf where there is no key. The
@@ -99,11 +99,12 @@ struct BlockLogits {
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) plain += l.x[i] != -INFINITY ? l.x[i] : 0.f;
     plain = total(plain);
-    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2f(sum)) - plain / (2 * count));
+    const float mean = __fdividef(plain, static_cast<float>(count));
+    return count == 0 ? 0.f : kLn2 * (0.25f * (top + log2_approx(sum)) - 0.5f * mean);
   }
   // w -> weights; returns exp of their entropy, 0 for an empty block.
   __device__ __forceinline__ float finish() {
-    const float over = count == 0 ? 0.f : 1.f / sum, log_sum = log2f(sum);
+    const float over = count == 0 ? 0.f : reciprocal_approx(sum), log_sum = log2_approx(sum);
     float spread = 0.f;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
@@ -111,7 +112,7 @@ struct BlockLogits {
       if (w[i] != 0.f) spread += w[i] * (log_sum - (l.x[i] - top));
     }
     spread = total(spread);
-    return count == 0 ? 0.f : exp2f(spread);
+    return count == 0 ? 0.f : exp2_approx(spread);
   }
 };
 

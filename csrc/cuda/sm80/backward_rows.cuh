@@ -130,8 +130,11 @@ __global__ void __maxnreg__((kRowsRegisters<T, DP, kWarps>))
     scale[half] = p.scale;
     if (p.row_count != nullptr && r < rows) scale[half] /= max(1, p.row_count[i]);
   }
-  finish_rows(acc, scale, live,
-              p.q_block == nullptr ? nullptr : p.q_block_of(b, h, first_row / p.list_rows), 0, p.D);
+  const float* shared = nullptr;
+  if (p.q_block != nullptr) {
+    shared = p.q_block_of(b, h / (p.H / p.q_block_heads), first_row / p.list_rows);
+  }
+  finish_rows(acc, scale, live, shared, 0, p.D);
   const int own = first_row + row, present = rows - row;
   T* to = static_cast<T*>(p.grad_q) + b * p.grad_q_strides.b + h * p.grad_q_strides.h +
           own * p.grad_q_strides.l;

@@ -108,9 +108,10 @@ struct BackwardParams : Problem {
   float* pooled_mass_grads;  // [splits, B, Hk, nk] or null: sums of the gradients of their logits
   int splits;
 
-  __host__ __device__ const float* q_block_of(int b, int h, int list) const {
-    const int64_t head = static_cast<int64_t>(b) * q_block_heads + h / (H / q_block_heads);
-    return q_block + (head * q_block_lists + (q_block_lists > 1 ? list : 0)) * D;
+  // head: of q_block_heads.
+  __host__ __device__ const float* q_block_of(int b, int head, int list) const {
+    const int64_t from = static_cast<int64_t>(b) * q_block_heads + head;
+    return q_block + (from * q_block_lists + (q_block_lists > 1 ? list : 0)) * D;
   }
 };
 

@@ -119,29 +119,45 @@ struct OnlineSoftmax {
     if (weigh(s, scale, factor)) rescale(factor);
   }
 
+  // To float32 precision where T has that.
+  static __device__ __forceinline__ float inverse_of(float x) {
+    if constexpr (sizeof(T) == 2) return reciprocal_approx(x);
+    return 1.f / x;
+  }
+  static __device__ __forceinline__ float log2_of(float x) {
+    if constexpr (sizeof(T) == 2) return log2_approx(x);
+    return log2f(x);
+  }
+
   // Divides by the mass, and writes lse and share of the warp's 16 rows from `row` of batch b, head
   // h on; `present` of them are there. `share`: of this thread's rows.
   __device__ __forceinline__ void finish(const ForwardParams& p, int b, int h, int row, int present,
                                          float (&share)[2]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int64_t head = static_cast<int64_t>(b) * p.H + h;
-    float inverse[2];
+    float inverse[2], total[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = g + 8 * half, i = row + r;
-      float total = quad_sum(sum[half]);
+      const int r = g + 8 * half;
+      total[half] = quad_sum(sum[half]);
       const float pooled = quad_sum(pooled_sum[half]);
-      if (r < present && p.row_mask != nullptr && !p.row_mask[static_cast<int64_t>(b) * p.rows + i])
-        total = 0.f;
-      const bool weight = !(total == 0.f);  // NaN in, NaN out
-      inverse[half] = weight ? 1.f / total : 0.f;
+      if (p.row_mask != nullptr && r < present &&
+          !p.row_mask[static_cast<int64_t>(b) * p.rows + row + r]) {
+        total[half] = 0.f;
+      }
+      const bool weight = !(total[half] == 0.f);  // NaN in, NaN out
+      inverse[half] = weight ? inverse_of(total[half]) : 0.f;
       share[half] = kShare && weight && pooled > 0.f
                         ? pooled * exp2_approx(pooled_max[half] - max[half]) * inverse[half]
                         : 0.f;
-      if (t == 0 && r < present) {
-        p.lse[head * p.rows + i] = weight ? (max[half] + log2f(total)) * kLn2 : -INFINITY;
-        if (kShare && p.share != nullptr) p.share[head * p.rows + i] = share[half];
-      }
+    }
+    // Of the four threads of a row g and a row g + 8 the first writes for one, the second for the
+    // other.
+    const int r = g + 8 * t;
+    if (t < 2 && r < present) {
+      const float of_row = t == 0 ? total[0] : total[1], top = t == 0 ? max[0] : max[1];
+      const int64_t at = (static_cast<int64_t>(b) * p.H + h) * p.rows + row + r;
+      p.lse[at] = of_row == 0.f ? -INFINITY : (top + log2_of(of_row)) * kLn2;
+      if (kShare && p.share != nullptr) p.share[at] = t == 0 ? share[0] : share[1];
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {

@@ -88,13 +88,23 @@ struct List {
   const int* entries;
   int count;
 };
-__device__ __forceinline__ List list_of(const Lists& lists, int64_t head, int which) {
-  const int64_t at = head * lists.lists + which, start = lists.start[at];
-  if (start < 0 || start >= lists.capacity) return {lists.index, 0};
-  const int64_t room = lists.capacity - start, count = lists.count[at];
+// Where a list of a head lies, as it was read: nothing waits for that until list_at.
+struct ListPlace {
+  int start, count;
+};
+__device__ __forceinline__ ListPlace place_of_list(const Lists& lists, int64_t head, int which) {
+  const int64_t at = head * lists.lists + which;
+  return {lists.start[at], lists.count[at]};
+}
+__device__ __forceinline__ List list_at(const Lists& lists, int64_t head, const ListPlace& place) {
+  const int64_t start = place.start, count = place.count, room = lists.capacity - start;
+  if (start < 0 || room <= 0) return {lists.index, 0};
   return {lists.index + head * lists.capacity + start, static_cast<int>(count < 0      ? 0
                                                                         : count < room ? count
                                                                                        : room)};
+}
+__device__ __forceinline__ List list_of(const Lists& lists, int64_t head, int which) {
+  return list_at(lists, head, place_of_list(lists, head, which));
 }
 
 // For how many keys each pooled key of a key head stands, [nk]: bits that nothing waits for until

@@ -7,19 +7,27 @@
 
 #include <algorithm>
 
+#include "column_lists.cuh"
 #include "columns.cuh"
+#include "divisor.h"
 #include "queue.cuh"
 
 namespace mra::cuda::sm90 {
 
 struct BackwardColumnsMaps : BackwardParams {
-  int items;  // tiles of keys in all
+  int items;                     // tiles of keys in all
+  int group;                     // query heads of a key head
+  int run, log2_rows;            // rows of one copy; of a list
+  Divisor key_tiles, key_heads;  // tiles a head
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 
   cudaError_t set(Dtype dtype) {
     if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr) return cudaErrorNotSupported;
+    group = H / Hk;
+    run = std::min(list_rows, 64);
+    for (log2_rows = 5; 1 << log2_rows < list_rows;) ++log2_rows;
     const auto of_rows = [&](CUtensorMap* to, const void* data, const Strides& strides) {
-      return tensor_map(to, dtype, data, strides, B, H, rows, D, std::min(list_rows, 64));
+      return tensor_map(to, dtype, data, strides, B, H, rows, D, run);
     };
     const auto of_keys = [&](CUtensorMap* to, const void* data, const Strides& strides) {
       return tensor_map(to, dtype, data, strides, B, Hk, M, D, 64);
@@ -30,7 +38,9 @@ struct BackwardColumnsMaps : BackwardParams {
                       of_keys(&grad_k_map, grad_k, grad_k_strides) &&
                       of_keys(&grad_v_map, grad_v, grad_v_strides);
     if (!maps) return cudaErrorNotSupported;
-    const int64_t tiles = (M + 63) / 64 * static_cast<int64_t>(B) * Hk;
+    key_tiles = Divisor((M + 63) / 64);
+    key_heads = Divisor(Hk);
+    const int64_t tiles = key_tiles.d * static_cast<int64_t>(B) * Hk;
     if (tiles > INT_MAX / 2) return cudaErrorInvalidConfiguration;
     items = static_cast<int>(tiles);
     return cudaSuccess;
@@ -41,21 +51,15 @@ struct BackwardColumnsMaps : BackwardParams {
 struct KeyTile {
   int b, hk, first_key, block, tiles;
 
-  __device__ KeyTile(const BackwardParams& p, unsigned item) : tiles(0) {
-    const unsigned key_tiles = (p.M + 63) / 64, head = item / key_tiles;
-    first_key = (item - head * key_tiles) * 64;
-    b = head / static_cast<unsigned>(p.Hk);
+  __device__ KeyTile(const BackwardColumnsMaps& p, unsigned item) : tiles(0) {
+    const unsigned head = p.key_tiles.divide(item);
+    first_key = (item - head * p.key_tiles.d) * 64;
+    b = p.key_heads.divide(head);
     hk = head - b * p.Hk;
     block = first_key >> p.log2_block_k;
-    const int group = p.H / p.Hk;
-    for (int h = hk * group; h < (hk + 1) * group; ++h) tiles += tiles_of(p, list_of_head(p, h));
   }
-  __device__ List list_of_head(const BackwardParams& p, int h) const {
-    return list_of(p.column_lists, static_cast<int64_t>(b) * p.H + h, block);
-  }
-  static __device__ int tiles_of(const BackwardParams& p, const List& list) {
-    return static_cast<int>((static_cast<int64_t>(list.count) * p.list_rows + 63) / 64);
-  }
+  // Of all batch entries.
+  __device__ int first_head(const BackwardColumnsMaps& p) const { return b * p.H + hk * p.group; }
 };
 
 template <int DP>
@@ -63,6 +67,7 @@ struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
   // Of every other tile; `blocks`: what the block's keys share of dk and dv.
   alignas(16) float blocks[2][2][DP];
   alignas(16) KeyTile tile[2];
+  ListPlace places[2][32];  // of the lists of this tile of keys and of the next
 };
 
 // The keys of a tile and what else its end needs, by one warp.
@@ -83,58 +88,79 @@ template <int DP>
 __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s) {
   using Shared = BackwardColumnsShared<DP>;
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
-  const int lane = threadIdx.x % 32, run = min(p.list_rows, 64), runs = 64 / run;
-  const int group = p.H / p.Hk, log2_rows = __ffs(p.list_rows) - 1;
+  const int lane = threadIdx.x % 32;
   int fetched = 0, turn = 0;  // tiles of rows, tiles of keys
-  // Lists of the next tile are looked up while rows of this one are on their way. At D 64 that has
-  // no use, and the consumers would lose their uniform registers to it.
-  constexpr bool kLookAhead = DP > 64;
+  const auto tiles_of = [&](int entries) {
+    return p.log2_rows < 6 ? entries + 1 >> 1 : entries << p.log2_rows - 6;
+  };
+  // The block of this lane's run of a tile.
+  const auto block_of = [&](const List& list, int tile) {
+    const int i = 64 * tile + p.run * lane >> p.log2_rows;
+    return p.run * lane < 64 && i < list.count ? list.entries[i] : -1;
+  };
+  // Where the lists of a tile of keys lie is asked for a tile ahead.
+  const auto ask = [&](const KeyTile& at, int turn) {
+    ask_for_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group, at.block);
+  };
+  const auto list_of = [&](const KeyTile& at, int turn, int i) {
+    return list_of_head(s.places[turn % 2], p.column_lists, at.first_head(p), i, at.block);
+  };
+  const auto answered = [] {
+    wait_for_copies();
+    __syncwarp();
+  };
   WorkQueue queue(p);
-  KeyTile next(p, queue.item);
+  ask(KeyTile(p, queue.item), 0);
+  answered();
+  List list = list_of(KeyTile(p, queue.item), 0, 0);
+  int block = block_of(list, 0);  // of the next tile of rows
 #pragma unroll 1
   for (; queue.has_item(); queue.advance(), ++turn) {
-    const KeyTile at = kLookAhead ? next : KeyTile(p, queue.item);
-    bool looked = !kLookAhead || !queue.has_next();
+    KeyTile at(p, queue.item);
+    at.tiles = tiles_of_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group,
+                              at.block, tiles_of);
+    const auto next = [&] { return KeyTile(p, queue.has_next() ? queue.next : 0); };
+    ask(next(), turn + 1);
     if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
     fetch_tile(p, s, at, turn);
     __syncwarp();
 #pragma unroll 1
-    for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
-      const List list = at.list_of_head(p, h);
-      const int tiles = KeyTile::tiles_of(p, list);
-      // The block of this lane's run of a tile.
-      const auto block_of = [&](int tile) {
-        const int i = 64 * tile + run * lane >> log2_rows;
-        return lane < runs && i < list.count ? list.entries[i] : -1;
-      };
-      int block = block_of(0);
+    for (int i = 0; i < p.group; ++i) {
+      const int h = at.hk * p.group + i, tiles = tiles_of(list.count);
 #pragma unroll 1
-      for (int tile = 0; tile < tiles; ++tile) {
+      for (int tile = 0; tile < max(tiles, 1); ++tile) {
         int first = (p.rows + 63) / 64 * 64;  // beyond the end: zeros, without weight
         if (static_cast<unsigned>(block) < static_cast<unsigned>(p.row_lists.lists)) {
-          first = min(first, (block << log2_rows) + (64 * tile + run * lane & p.list_rows - 1));
+          first = min(first, (block << p.log2_rows) + (64 * tile + p.run * lane & p.list_rows - 1));
         }
-        if (tile + 1 < tiles) block = block_of(tile + 1);
+        if (tile + 1 >= tiles) {  // on to the next head's
+          if (i + 1 < p.group) {
+            list = list_of(at, turn, i + 1);
+          } else {
+            answered();
+            list = list_of(next(), turn + 1, 0);
+          }
+        }
+        block = block_of(list, tile + 1 < tiles ? tile + 1 : 0);
+        if (tiles == 0) break;
         const int stage = fetched % kStages;
         if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
         if (p.causal) {
           const int at = 16 * lane & 63,
-                    sixteen = __shfl_sync(0xffffffffu, first, at / run) + at % run;
+                    sixteen = __shfl_sync(0xffffffffu, first, at >> min(p.log2_rows, 6)) +
+                              (at & p.run - 1);
           if (lane < 4) s.first[stage][lane] = sixteen;
         }
         announce_tile(s, stage);
-        if (lane < runs) {
+        if (p.run * lane < 64) {
           const float* sums =
-              p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
-          fetch_run(s, p.q_map, p.grad_out_map, sums, stage, run * lane, run, first, h, at.b);
+              p.sums + static_cast<int64_t>(at.first_head(p) + i) * sum_chunks(p.rows) * 64;
+          fetch_run(s, p.q_map, p.grad_out_map, sums, stage, p.run * lane, p.run, first, h, at.b);
         }
         __syncwarp();
         ++fetched;
-        if (!looked) next = KeyTile(p, queue.next);
-        looked = true;
       }
     }
-    if (!looked) next = KeyTile(p, queue.next);
   }
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
   if (lane == 0) s.tile[turn % 2].tiles = -1;

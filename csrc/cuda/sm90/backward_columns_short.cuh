@@ -7,6 +7,8 @@
 
 #include "../sm80/tile.cuh"
 #include "backward.h"
+#include "column_lists.cuh"
+#include "divisor.h"
 #include "queue.cuh"
 #include "tma.cuh"
 #include "warp_products.cuh"
@@ -14,7 +16,10 @@
 namespace mra::cuda::sm90 {
 
 struct BackwardColumnsShortMaps : BackwardParams {
-  int items;  // key blocks in all
+  int items;              // key blocks in all
+  int group;              // query heads of a key head
+  int log2_rows;          // of a list
+  Divisor blocks, heads;  // key blocks a head; key heads
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 };
 
@@ -28,11 +33,15 @@ struct BackwardColumnsShortTraits {
 struct KeyBlock {
   int b, hk, block, tiles;
 
-  __device__ KeyBlock(const BackwardParams& p, unsigned item) : tiles(0) {
-    const unsigned head = item / static_cast<unsigned>(p.nk);
+  __device__ KeyBlock(const BackwardColumnsShortMaps& p, unsigned item) : tiles(0) {
+    const unsigned head = p.blocks.divide(item);
     block = item - head * p.nk;
-    b = head / static_cast<unsigned>(p.Hk);
+    b = p.heads.divide(head);
     hk = head - b * p.Hk;
+  }
+  // Of all batch entries.
+  __device__ int first_head(const BackwardColumnsShortMaps& p) const {
+    return b * p.H + hk * p.group;
   }
 };
 
@@ -45,6 +54,7 @@ struct BackwardColumnsShortShared {
   alignas(16) float blocks[2][2][DP];      // what the block's keys share of dk and dv
   int first[kStages];                      // first row of the tile
   alignas(16) char work[2][sizeof(KeyBlock)];
+  ListPlace places[2][32];  // of the lists of this key block and of the next
   uint64_t keys_full[2], keys_empty[2], full[kStages], empty[kStages];
 
   __device__ KeyBlock& block(int slot) { return *reinterpret_cast<KeyBlock*>(work[slot]); }
@@ -54,19 +64,37 @@ struct BackwardColumnsShortShared {
 template <int DP>
 __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsShortShared<DP>& s) {
   constexpr int kStages = BackwardColumnsShortTraits<DP>::kStages;
-  const int lane = threadIdx.x % 32, group = p.H / p.Hk;
-  const int log2_rows = __ffs(p.list_rows) - 1, log2_tiles = log2_rows - 5;  // tiles of an entry
+  const int lane = threadIdx.x % 32;
   int fetched = 0, turn = 0;
+  const auto tiles_of = [&](int entries) { return entries << p.log2_rows - 5; };
+  // The blocks of 32 tiles from `tile` on, one a lane.
+  const auto window_of = [&](const List& list, int tile) {
+    const int i = tile + lane >> p.log2_rows - 5;
+    return i < list.count ? list.entries[i] : -1;
+  };
+  const auto ask = [&](const KeyBlock& at, int turn) {
+    ask_for_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group, at.block);
+  };
+  const auto list_of = [&](const KeyBlock& at, int turn, int i) {
+    return list_of_head(s.places[turn % 2], p.column_lists, at.first_head(p), i, at.block);
+  };
+  const auto answered = [] {
+    wait_for_copies();
+    __syncwarp();
+  };
+  WorkQueue queue(p);
+  ask(KeyBlock(p, queue.item), 0);
+  answered();
+  List list = list_of(KeyBlock(p, queue.item), 0, 0);
+  int window = window_of(list, 0);  // that holds the next tile's block
 #pragma unroll 1
-  for (WorkQueue queue(p); queue.has_item(); queue.advance(), ++turn) {
+  for (; queue.has_item(); queue.advance(), ++turn) {
     KeyBlock at(p, queue.item);
     const int slot = turn % 2;
-    const auto list_of_head = [&](int h) {
-      return list_of(p.column_lists, static_cast<int64_t>(at.b) * p.H + h, at.block);
-    };
-    for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
-      at.tiles += list_of_head(h).count << log2_tiles;
-    }
+    at.tiles = tiles_of_lists(s.places[slot], p.column_lists, at.first_head(p), p.group, at.block,
+                              tiles_of);
+    const auto next = [&] { return KeyBlock(p, queue.has_next() ? queue.next : 0); };
+    ask(next(), turn + 1);
     if (turn >= 2) barrier_wait(&s.keys_empty[slot], turn / 2 - 1 & 1);
     uint64_t* full = &s.keys_full[slot];
     const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
@@ -85,21 +113,28 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
     }
     __syncwarp();
 #pragma unroll 1
-    for (int h = at.hk * group; h < (at.hk + 1) * group; ++h) {
-      const List list = list_of_head(h);
-      const int tiles = list.count << log2_tiles;
-      const float* sums = p.sums + (static_cast<int64_t>(at.b) * p.H + h) * sum_chunks(p.rows) * 64;
-      int window = 0;  // block of tile 32 n + lane
+    for (int i = 0; i < p.group; ++i) {
+      const int h = at.hk * p.group + i, tiles = tiles_of(list.count);
+      const float* sums =
+          p.sums + static_cast<int64_t>(at.first_head(p) + i) * sum_chunks(p.rows) * 64;
 #pragma unroll 1
-      for (int tile = 0; tile < tiles; ++tile) {
-        if (tile % 32 == 0) {
-          const int i = tile + lane;
-          window = i < tiles ? list.entries[i >> log2_tiles] : -1;
-        }
+      for (int tile = 0; tile < max(tiles, 1); ++tile) {
         const int block = __shfl_sync(0xffffffffu, window, tile % 32);
+        if (tile + 1 < tiles) {
+          if (tile % 32 == 31) window = window_of(list, tile + 1);
+        } else {  // on to the next head's
+          if (i + 1 < p.group) {
+            list = list_of(at, turn, i + 1);
+          } else {
+            answered();
+            list = list_of(next(), turn + 1, 0);
+          }
+          window = window_of(list, 0);
+        }
+        if (tiles == 0) break;
         int first = (p.rows + 63) / 64 * 64;  // beyond the end: zeros, without weight
         if (static_cast<unsigned>(block) < static_cast<unsigned>(p.row_lists.lists)) {
-          first = min(first, (block << log2_rows) + (32 * tile & p.list_rows - 1));
+          first = min(first, (block << p.log2_rows) + (32 * tile & p.list_rows - 1));
         }
         const int stage = fetched % kStages;
         if (fetched >= kStages) barrier_wait(&s.empty[stage], fetched / kStages - 1 & 1);
@@ -248,6 +283,10 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   const int64_t items = static_cast<int64_t>(p.nk) * p.B * p.Hk;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
+  p.group = p.H / p.Hk;
+  for (p.log2_rows = 5; 1 << p.log2_rows < p.list_rows;) ++p.log2_rows;
+  p.blocks = Divisor(p.nk);
+  p.heads = Divisor(p.Hk);
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   const auto kernel = p.D <= 32   ? backward_columns_short_kernel < T, DP,
              DP == 64 ? 32 : DP > : backward_columns_short_kernel<T, DP, DP>;

@@ -20,9 +20,9 @@ struct BackwardRowsMaps : BackwardParams, KeyMaps {
     const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int box) {
       return tensor_map(to, dtype, data, strides, B, H, this->rows, D, box);
     };
-    const bool maps = map(&q_map, q, q_strides, rows) &&
-                      map(&grad_out_map, grad_out, grad_out_strides, rows) &&
-                      map(&grad_q_map, grad_q, grad_q_strides, grad_rows) && set(*this, dtype);
+    const bool maps =
+        map(&q_map, q, q_strides, rows) && map(&grad_out_map, grad_out, grad_out_strides, rows) &&
+        map(&grad_q_map, grad_q, grad_q_strides, grad_rows) && set(*this, dtype, rows);
     return maps ? cudaSuccess : cudaErrorNotSupported;
   }
 };
@@ -88,8 +88,8 @@ struct BackwardRowsTiles {
         copy_bytes(sums[place], p.sums + from, kSums, full);
         if (pooled) copy_bytes(pooled_sums[place], p.pooled_sums + from, kSums, full);
         if (block) {
-          const float* const from = p.q_block_of(at.b, at.h, at.first_row / p.list_rows);
-          copy_bytes(q_block[turn % 2], from, p.D * 4, full);
+          const int head = p.q_block_heads == p.H ? at.h : at.hk;
+          copy_bytes(q_block[turn % 2], p.q_block_of(at.b, head, at.x), p.D * 4, full);
         }
       }
       __syncwarp();

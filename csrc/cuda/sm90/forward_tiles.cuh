@@ -26,14 +26,14 @@ struct ForwardMaps : ForwardParams, KeyMaps {
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
         tensor_map(&out_map, dtype, out, out_strides, B, H, this->rows, D, out_rows) &&
-        set(*this, dtype);
+        set(*this, dtype, rows);
     return maps ? cudaSuccess : cudaErrorNotSupported;
   }
 };
 
 // What the consumers are told of a tile of rows; no rows: of the end.
 struct ForwardWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
+  int b, h, key_head, first_row, rows, pooled_tiles, tiles;  // key_head: of all batch entries
   float state_lse;
 };
 
@@ -80,14 +80,16 @@ struct ForwardTiles {
       const int slot = turn % kPlaces;
       if (turn >= kPlaces) barrier_wait(&q_empty[slot], turn / kPlaces - 1 & 1);
       const bool state = p.state_mean != nullptr;
+      const int64_t list = at.head * p.row_lists.lists + at.x;
       if (producer.lane == 0) {
         work[slot] = {at.b,
                       at.h,
+                      at.b * p.Hk + at.hk,
                       at.first_row,
                       at.rows,
                       at.pooled_tiles,
                       at.tiles,
-                      state ? p.state_lse[at.list_at] : 0.f};
+                      state ? p.state_lse[list] : 0.f};
       }
       barrier_expect(&q_full[slot], kRows * DP * 2 + (state ? p.D * 4 : 0));
       if (producer.lane == 0) {
@@ -95,7 +97,7 @@ struct ForwardTiles {
           copy_panel(q[slot][i], p.q_map, &q_full[slot], 64 * i, at.first_row, at.h, at.b);
         }
         if (state) {
-          copy_bytes(state_mean[slot], p.state_mean + at.list_at * p.D, p.D * 4, &q_full[slot]);
+          copy_bytes(state_mean[slot], p.state_mean + list * p.D, p.D * 4, &q_full[slot]);
         }
       }
       __syncwarp();
@@ -118,7 +120,7 @@ struct Centre {
 
   __device__ __forceinline__ Centre(const ForwardParams& p, const ForwardWork& at)
       : D(p.D), dim(matrix_dim<DP>(p.D)) {
-    const int64_t key_head = static_cast<int64_t>(at.b) * p.Hk + at.h / (p.H / p.Hk);
+    const int64_t key_head = at.key_head;
     from = p.centre + key_head * D;
     products = p.centre_term + key_head * 2 * dim;
   }
@@ -152,13 +154,12 @@ template <typename T>
 __device__ __forceinline__ float moment_scale(const ForwardParams& p, const ForwardWork& at,
                                               int which) {
   if constexpr (!std::is_same_v<T, __half>) return 1.f;
-  const int64_t key_head = static_cast<int64_t>(at.b) * p.Hk + at.h / (p.H / p.Hk);
-  return __ldg(p.moment_scales + 2 * key_head + which);
+  return __ldg(p.moment_scales + 2 * static_cast<int64_t>(at.key_head) + which);
 }
 
 // gamma of a row, from this thread's part of q Sigma q^T, which is to be multiplied by `scale`.
 __device__ __forceinline__ float gamma_of(const ForwardParams& p, float part, float scale) {
-  return 1.f / (1.f + p.scale * p.scale / 4 * scale * quad_sum(part));
+  return reciprocal_approx(1.f + p.scale * p.scale / 4 * scale * quad_sum(part));
 }
 
 // With weighted means: gamma of this thread's rows, g and g + 8 behind `row` of the queries `q`,

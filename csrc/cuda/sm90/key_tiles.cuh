@@ -2,11 +2,18 @@
 // kernels of the order-1 term share.
 #pragma once
 
+#include <cfloat>
+
 #include "../sm80/tile.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace mra::cuda::sm90 {
+
+// -w log w of a weight: what it adds to the entropy of its block.
+__device__ __forceinline__ float entropy_part(float w) {
+  return w < FLT_MIN ? 0.f : -kLn2 * w * log2_approx(w);
+}
 
 // What comes with a tile of keys besides: nothing.
 struct NothingElse {

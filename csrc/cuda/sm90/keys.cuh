@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "../sm80/tile.cuh"
+#include "divisor.h"
 #include "queue.cuh"
 #include "tma.cuh"
 
@@ -17,9 +18,14 @@ namespace mra::cuda::sm90 {
 
 struct KeyMaps {
   CUtensorMap k_map, v_map, pooled_k_map, pooled_v_map;
+  Divisor row_tiles, heads, group, list_rows;  // tiles of rows a head; query heads; of a key head
 
-  // False where a tensor has no map.
-  bool set(const Problem& p, Dtype dtype) {
+  // For tiles of `rows` rows. False where a tensor has no map.
+  bool set(const Problem& p, Dtype dtype, int rows) {
+    row_tiles = Divisor((p.rows + rows - 1) / rows);
+    heads = Divisor(p.H);
+    group = Divisor(p.H / p.Hk);
+    list_rows = Divisor(p.list_rows);
     const int run = p.block_k < 64 ? p.block_k : 64;
     if (!tensor_map(&k_map, dtype, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, run) ||
         !tensor_map(&v_map, dtype, p.v, p.v_strides, p.B, p.Hk, p.M, p.D, run)) {
@@ -46,26 +52,29 @@ cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& devi
   return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, p);
 }
 
-// A tile of kRows rows, which share a list, and the keys that it attends, 64 a tile.
+// A tile of kRows rows, which share list x, and the keys that it attends, 64 a tile.
 template <int kRows>
 struct RowTile {
-  int b, h, hk, first_row, rows, pooled_blocks, pooled_tiles, tiles;
-  int64_t head, list_at;
+  int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
+  int64_t head;
+  ListPlace place;
   List list;
 
-  __device__ RowTile(const Problem& p, unsigned item) {
-    const unsigned row_tiles = (p.rows + kRows - 1) / kRows;
+  // Asks where the list lies; what follows from that is there once settled.
+  __device__ RowTile(const Problem& p, const KeyMaps& maps, unsigned item) {
     // Under causal the last tiles have most keys: start them first.
-    const unsigned bh = item / row_tiles, from_start = item - bh * row_tiles;
-    first_row = (p.causal ? row_tiles - 1 - from_start : from_start) * kRows;
-    b = bh / static_cast<unsigned>(p.H);
+    const unsigned bh = maps.row_tiles.divide(item), from_start = item - bh * maps.row_tiles.d;
+    first_row = (p.causal ? maps.row_tiles.d - 1 - from_start : from_start) * kRows;
+    b = maps.heads.divide(bh);
     h = bh - b * p.H;
-    hk = h / (p.H / p.Hk);
+    hk = maps.group.divide(h);
     rows = min(kRows, p.rows - first_row);
-    head = static_cast<int64_t>(b) * p.H + h;
-    const int x = first_row / p.list_rows;
-    list_at = head * p.row_lists.lists + x;
-    list = list_of(p.row_lists, head, x);
+    head = bh;
+    x = maps.list_rows.divide(first_row);
+    place = place_of_list(p.row_lists, head, x);
+  }
+  __device__ void settle(const Problem& p) {
+    list = list_at(p.row_lists, head, place);
     pooled_blocks = 0;
     if (p.pooled_k != nullptr) {
       const int64_t past = static_cast<int64_t>(x) * p.block_q >> p.log2_block_k;
@@ -129,6 +138,8 @@ struct KeyProducer {
   Ring& s;
   uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
   Rows at;
+  // 32 entries of its list, one a lane: those that hold the next tile's, and the ones behind them.
+  int window, behind, windows = 0;      // windows: before this one
   int turn = 0;                         // tiles of rows before this one
   int fetched = 0;                      // tiles of keys so far
   const int lane, log2_run, run, runs;  // run: keys of one copy, runs: copies a tile
@@ -138,27 +149,40 @@ struct KeyProducer {
         maps(maps),
         s(s),
         bitmaps(bitmaps),
-        at(p, blockIdx.x),
+        at(p, maps, blockIdx.x),
         lane(threadIdx.x % 32),
         log2_run(min(p.log2_block_k, 6)),
         run(1 << log2_run),
         runs(kKeys / run) {}
 
-  // The selected block that this lane's copy of tile `tile` (of the exact ones) reads; -1: none.
+  // Entries of a list from `first` on, one a lane; -1: none.
+  __device__ int entries_from(const List& list, int first) const {
+    return first + lane < list.count ? list.entries[first + lane] : -1;
+  }
+  // The list entry that this lane's copy of tile `tile` (of the exact ones) reads.
+  __device__ int entry_of(int tile) const { return (tile * runs + lane) * run >> p.log2_block_k; }
+  // The selected block there, of the next tile; -1: none.
   __device__ int block_of(int tile) const {
-    const int entry = (tile * runs + lane) * run >> p.log2_block_k;
-    return lane < runs && entry < at.list.count ? at.list.entries[entry] : -1;
+    const int block = __shfl_sync(0xffffffffu, window, entry_of(tile) % 32);
+    return lane < runs ? block : -1;
+  }
+  // Before block_of(tile).
+  __device__ void move_window(int tile) {
+    if (tile * runs * run >> p.log2_block_k >> 5 == windows) return;
+    window = behind;
+    behind = entries_from(at.list, 32 * (++windows + 1));
   }
 
   __device__ uint32_t* bitmap(int turn) const { return bitmaps + turn % 2 * ((p.nk + 31) / 32); }
 
-  __device__ void mark_selected(const Rows& rows, int turn) {
+  // entry: entries_from(rows.list, 0).
+  __device__ void mark_selected(const Rows& rows, int entry, int turn) {
     if (rows.pooled_tiles == 0) return;
     uint32_t* bits = bitmap(turn);
     for (int i = lane; i < (p.nk + 31) / 32; i += 32) bits[i] = 0;
     __syncwarp();
     for (int i = lane; i < rows.list.count; i += 32) {
-      const unsigned y = rows.list.entries[i];
+      const unsigned y = i < 32 ? entry : rows.list.entries[i];
       if (y < static_cast<unsigned>(p.nk)) atomicOr(bits + y / 32, 1u << y % 32);
     }
     __syncwarp();
@@ -306,43 +330,50 @@ struct KeyProducer {
   __device__ void run_all(const Items& items, FetchRows fetch_rows, FetchFirst fetch_first,
                           FetchLast fetch_last, End end) {
     WorkQueue queue(items);
-    mark_selected(at, 0);
+    at.settle(p);
+    window = entries_from(at.list, 0);
+    mark_selected(at, window, 0);
     fetch_rows(at, 0);
 #pragma unroll 1
     for (; queue.has_item(); queue.advance(), ++turn) {
-      // Of the next exact tile, on their way: the block behind it and the mask of its keys.
-      int block = block_of(0), ahead = block_of(1), counts[kKeys / 32];
-      int mask[kKeys / 32] = {1, 1};
+      // On their way: counts of the next pooled tile, the mask of the next exact one.
+      int counts[kKeys / 32], mask[kKeys / 32] = {1, 1};
+      windows = 0;
+      behind = entries_from(at.list, 32);
       look_up_counts(0, counts);
-      if (p.key_mask != nullptr) look_up_mask(0, block, mask);
+      if (p.key_mask != nullptr) look_up_mask(0, block_of(0), mask);
       const bool more = queue.has_next();
-      const Rows next_rows(p, more ? queue.next : 0);
+      Rows next_rows(p, maps, more ? queue.next : 0);
+      int next_window;
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
       // round, as then the consumers have left the tile before.
       const int early = kPlaces > 1 ? min(at.tiles, kStages + 1) : at.tiles;
       fetch_first();
 #pragma unroll 1
       for (int tile = 0;; ++tile) {
+        if (tile == min(early, 1)) {
+          next_rows.settle(p);
+          next_window = entries_from(next_rows.list, 0);
+        }
         if (tile == early && more) {
-          mark_selected(next_rows, turn + 1);
+          mark_selected(next_rows, next_window, turn + 1);
           fetch_rows(next_rows, turn + 1);
         }
         if (tile == at.tiles) break;
         const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
-        const int behind = exact >= 0 ? block_of(exact + 2) : ahead;
         wait_for_keys();
         if (exact < 0) {
           fetch_pooled(tile, stage, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          fetch_listed(exact, stage, block, mask);
-          block = ahead;
-          if (p.key_mask != nullptr) look_up_mask(exact + 1, block, mask);
-          ahead = behind;
+          fetch_listed(exact, stage, block_of(exact), mask);
+          move_window(exact + 1);
+          if (p.key_mask != nullptr) look_up_mask(exact + 1, block_of(exact + 1), mask);
         }
       }
       fetch_last();
       at = next_rows;
+      window = next_window;
     }
     end(turn);
   }

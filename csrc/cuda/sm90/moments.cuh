@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
   TileColumns<T, DP, kBlocks, kWeights, Shared> columns(p, s, head, first, h, group);
   const uint32_t less_one = Mma<T>::pack(-1.f, -1.f);
   float moment[8 * kPanels][4] = {}, sigma[8 * kPanels][4] = {};
-  float rest[2][4] = {};  // sums of the left side by blocks, of 16, with the sign changed
+  // Sums of the left side by blocks, of 16, with the sign changed: of eight, and of those of now.
+  float rest[2][4] = {};
   int keys = 0, stage = 0, phase = 0;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
@@ -93,16 +94,18 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
     const int block = (first + tile) * kBlocks;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int row = (block + k * kBlocks / 4) % 16;
-      const uint32_t low = g == row ? less_one : 0u, high = g + 8 == row ? less_one : 0u;
-      Mma<T>::product(rest[0], columns.as_left(a[k]), low, low);
-      Mma<T>::product(rest[1], columns.as_left(a[k]), high, high);
+      const uint32_t one = g == (block + k * kBlocks / 4) % 8 ? less_one : 0u;
+      Mma<T>::product(rest[1], columns.as_left(a[k]), one, one);
     }
     columns.keep_values(stage, valid);
     wgmma_wait<0>();
     pin(moment);
     pin(sigma);
     const int last = block + kBlocks - 1;
+    if (last % 16 < 8 && (last % 8 == 7 || tile + 1 == tiles)) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rest[0][i] = rest[1][i], rest[1][i] = 0.f;
+    }
     if (last % 16 == 15 || tile + 1 == tiles) {
       columns.sync();  // of all columns
       columns.take_off(moment, rest, 1, last);

@@ -18,28 +18,36 @@ template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
 struct TileColumns {
   static constexpr bool kWeighted = kWeights != Weights::even, kMade = makes(kWeights);
   static constexpr int kPanels = DP / 64;
+  // Plain means of keys come out of the product that makes the weighted ones, which has columns
+  // left for them.
+  static constexpr bool kBoth = kMade && kBlocks < 4;
   using A = uint32_t[4][4];      // columns as left operands, over the tile's keys
   using Right = uint32_t[4][2];  // right operands
+  static constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
   const Moments& p;
   Tiles& s;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32 % 4;
   const int group;
   const PanelLane<> panel{};
-  int y, blocks[2];  // block t of this tile; those of the head, if it stores column g, g + 8
+  // This thread's block of the tile: weighted means of it, or (kBoth) plain ones.
+  const int block = t % kBlocks;
+  const bool weighted = t < kBlocks;
+  int y, blocks[2];  // that block; those of the head, if it stores column g, g + 8
   int64_t at;        // where it does
   int* key_count;
   // Of the sums of a block: weights and what rounding them has lost, or ones and zeros, in columns
-  // 2 block and 2 block + 1, which thread t = block of four has.
+  // 2 block and 2 block + 1, which thread t = block of four has; kBoth: and ones in those of thread
+  // kBlocks + block.
   Right right;
 
   __device__ __forceinline__ TileColumns(const Moments& p, Tiles& s, int head, int first, int h,
                                          int group)
-      : p(p), s(s), group(group), y(first * kBlocks + t) {
+      : p(p), s(s), group(group), y(first * kBlocks + block) {
     const int d = 64 * group + 16 * warp + g;
     at = (static_cast<int64_t>(head) * p.nk + y) * p.D + d;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      blocks[half] = t < kBlocks && d + 8 * half < p.D ? p.nk : 0;
+      blocks[half] = t < (kBoth ? 2 : 1) * kBlocks && d + 8 * half < p.D ? p.nk : 0;
     }
     const bool counts = h == 0 && threadIdx.x < kBlocks && p.key_count != nullptr;
     key_count = counts ? p.key_count + static_cast<int64_t>(head / p.Hk) * p.nk : nullptr;
@@ -56,7 +64,7 @@ struct TileColumns {
   __device__ __forceinline__ void load_ones(Right& ones) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      ones[k][0] = ones[k][1] = g == 2 * block_of(k) ? Mma<T>::pack(1.f, 1.f) : 0u;
+      ones[k][0] = ones[k][1] = g == 2 * block_of(k) ? kOnes : 0u;
     }
   }
   __device__ __forceinline__ void load_weights(int stage) {
@@ -66,7 +74,8 @@ struct TileColumns {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint32_t pair = from[8 * k + 4 * i];
-        right[k][i] = g / 2 == block_of(k) ? pair : 0u;
+        const uint32_t other = kBoth && g == 2 * (kBlocks + block_of(k)) ? kOnes : 0u;
+        right[k][i] = g / 2 == block_of(k) ? pair : other;
       }
     }
   }
@@ -105,22 +114,26 @@ struct TileColumns {
     for (int i = 0; i < 4; ++i) a.r[i] = x[i];
     return a;
   }
-  // Means of block t to memory and rounded to their panel; returned as rounded.
+  // Means of this thread's block to memory and, but for plain ones, rounded to their panel;
+  // returned as rounded.
   __device__ __forceinline__ uint32_t keep(int which, const float (&mean)[2]) const {
     const uint32_t pair = Mma<T>::pack(mean[0], mean[1]);
     const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
-    if (t < kBlocks) {
+    if (weighted) {
       uint16_t* const row = &s.mean[which][group][y % (2 * Tiles::kBlocksAPanel)][16 * warp + g];
       row[0] = low;
       row[8] = high;
     }
-    float* const to = which == 0 ? p.k_mean : p.v_mean;
+    float* to = which == 0 ? p.k_mean : p.v_mean;
+    if constexpr (kBoth) {
+      if (!weighted) to = which == 0 ? p.made.k_plain : nullptr;
+    }
     auto* const rounded = static_cast<uint16_t*>(which == 0 ? p.k_rounded : p.v_rounded);
     if (to != nullptr) {
       if (y < blocks[0]) to[at] = mean[0];
       if (y < blocks[1]) to[at + 8] = mean[1];
     }
-    if (rounded != nullptr) {
+    if (rounded != nullptr && weighted) {
       if (y < blocks[0]) rounded[at] = low;
       if (y < blocks[1]) rounded[at + 8] = high;
     }
@@ -173,9 +186,9 @@ struct TileColumns {
     if constexpr (kWeighted) load_weights(stage);
     float mean[2];
     sum(mean, a, right);
-    const int own = count_of_block<kBlocks>(t, valid);
+    const int own = count_of_block<kBlocks>(block, valid);
     const auto count = static_cast<float>(max(own, 1));
-    if (kMade && p.made.k_plain != nullptr) {
+    if (kMade && !kBoth && p.made.k_plain != nullptr) {
       Right ones;
       load_ones(ones);
       float of_all[2];
@@ -184,7 +197,7 @@ struct TileColumns {
       if (y < blocks[0]) p.made.k_plain[at] = of_all[0];
       if (y < blocks[1]) p.made.k_plain[at + 8] = of_all[1];
     }
-    if constexpr (!kWeighted) divide(mean, count);
+    if (kBoth ? !weighted : !kWeighted) divide(mean, count);
     deviate(a, keep(0, mean), stage, valid);
     if (key_count != nullptr && y < blocks[0]) key_count[y] = own;
   }
@@ -194,7 +207,7 @@ struct TileColumns {
     float mean[2];
     sum(mean, a, right);
     if constexpr (!kWeighted) {
-      divide(mean, static_cast<float>(max(count_of_block<kBlocks>(t, valid), 1)));
+      divide(mean, static_cast<float>(max(count_of_block<kBlocks>(block, valid), 1)));
     }
     keep(1, mean);
   }

@@ -18,7 +18,7 @@ constexpr bool makes(Weights weights) {
 }
 // Warps that weigh, a tile each in turns.
 constexpr int weighers(Weights weights) {
-  return makes(weights) ? 2 : weights == Weights::given ? 1 : 0;
+  return makes(weights) ? 3 : weights == Weights::given ? 1 : 0;
 }
 
 // Tiles of 64 keys and values, in kBlocks blocks each.
@@ -146,32 +146,41 @@ struct KeyWeigher {
     // For now: log weights, and logits of the mean query if these are others.
     auto& logits = reinterpret_cast<float(&)[kSampled ? 2 : 1][64]>(s.weights[stage]);
     const float scale = p.made.scale * kLog2e;
-#pragma unroll(4 / kPanels / kTiles)
-    for (int row = g; row < 64; row += 16) {
-      float c[kTiles][4] = {};
+    // Sixteens of keys whose products run beside each other.
+    constexpr int kBeside = 4 / kPanels / kTiles;
+#pragma unroll 1
+    for (int first_row = 0; first_row < 64; first_row += 16 * kBeside) {
+      float c[kBeside][kTiles][4] = {};
 #pragma unroll
       for (int i = 0; i < 2 * kPanels; ++i) {
-        const auto piece = [&](int r) {
-          const int chunk = (i % 2 * 4 + t) ^ r % 8;
-          return *reinterpret_cast<const uint4*>(&s.keys.x[stage][0][i / 2][r][chunk * 8]);
-        };
-        const uint4 low = piece(row), high = piece(row + 8);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          multiply_piece<T>(c[n], low, high, sample.rows[n][i], false);
+        for (int m = 0; m < kBeside; ++m) {
+          const auto piece = [&](int half) {
+            const int r = first_row + 16 * m + 8 * half + g, chunk = (i % 2 * 4 + t) ^ g;
+            return *reinterpret_cast<const uint4*>(&s.keys.x[stage][0][i / 2][r][chunk * 8]);
+          };
+          const uint4 low = piece(0), high = piece(1);
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            multiply_piece<T>(c[m][n], low, high, sample.rows[n][i], false);
+          }
         }
       }
-      const uint32_t bits = valid[row / 32] >> row % 32;
-      const bool counts[2] = {(bits & 1) != 0, (bits >> 8 & 1) != 0};
-      to_sample_logits(c, scale, counts);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float l = c[0][2 * half];
-        if constexpr (kSampled) {
-          if (t == 0) logits[1][row + 8 * half] = l;
-          l = log_weight(c, sample.less, half);
+      for (int m = 0; m < kBeside; ++m) {
+        const int row = first_row + 16 * m + g;
+        const uint32_t bits = valid[row / 32] >> row % 32;
+        const bool counts[2] = {(bits & 1) != 0, (bits >> 8 & 1) != 0};
+        to_sample_logits(c[m], scale, counts);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float l = c[m][0][2 * half];
+          if constexpr (kSampled) {
+            if (t == 0) logits[1][row + 8 * half] = l;
+            l = log_weight(c[m], sample.less, half);
+          }
+          if (t == 0) logits[0][row + 8 * half] = l;
         }
-        if (t == 0) logits[0][row + 8 * half] = l;
       }
     }
     __syncwarp();
@@ -189,8 +198,7 @@ struct KeyWeigher {
         return Logits(l);
       };
       Logits x = read(logits[0]);
-      float bias = 0.f;
-      if (p.made.key_bias != nullptr) bias = kSampled ? read(logits[kSampled]).bias() : x.bias();
+      const float bias = kSampled ? read(logits[kSampled]).bias() : x.bias();
       const float mass = x.finish();
       const int y = (first + tile) * kBlocks + group * (32 / kLanes) + lane / kLanes;
       if (lane % kLanes == 0 && y < p.nk) {

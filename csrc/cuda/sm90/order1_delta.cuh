@@ -169,18 +169,21 @@ __global__ void __launch_bounds__(Order1DeltaTraits<DP>::kThreads, Order1DeltaTr
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       delta[half] = quad_sum(delta[half]);
-      const float dot = quad_sum(v[half]), slope = p.scale * quad_sum(u[half]);
-      if (t != 0 || at + 8 * half >= p.N) continue;
-      const bool any = share[half] != 0.f;  // else the row may hold anything
-      const float variance = any ? p.scale * p.scale * dot : 0.f;
-      const float gamma = 1.f / (1.f + variance / 4);
-      const float gu = any ? gamma * slope : 0.f;
-      p.delta[i + 8 * half] = delta[half];
-      p.coarse_delta[i + 8 * half] = delta[half] - gu;
-      p.slope[i + 8 * half] = gu;
-      p.variance[i + 8 * half] = variance;
-      p.row_bias[i + 8 * half] = logf(3.f - 2.f * gamma);
+      u[half] = quad_sum(u[half]);
+      v[half] = quad_sum(v[half]);
     }
+    // Of the four threads of rows g and g + 8 the first writes for one, the second for the other.
+    if (t >= 2 || at + 8 * t >= p.N) continue;
+    const auto own = [&](const float(&x)[2]) { return t == 0 ? x[0] : x[1]; };
+    const bool any = own(share) != 0.f;  // else the row may hold anything
+    const float variance = any ? p.scale * p.scale * own(v) : 0.f;
+    const float gamma = reciprocal_approx(1.f + variance / 4);
+    const float gu = any ? gamma * p.scale * own(u) : 0.f;
+    p.delta[i + 8 * t] = own(delta);
+    p.coarse_delta[i + 8 * t] = own(delta) - gu;
+    p.slope[i + 8 * t] = gu;
+    p.variance[i + 8 * t] = variance;
+    p.row_bias[i + 8 * t] = kLn2 * log2_approx(3.f - 2.f * gamma);
   }
 #endif
 }

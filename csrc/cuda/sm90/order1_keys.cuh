@@ -114,7 +114,7 @@ struct WeightsBackward {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       grad[half] = quad_sum(grad[half]);
-      if (weight[half] != 0.f) grad[half] -= weight[half] * logf(weight[half]) * mass_grad;
+      grad[half] += entropy_part(weight[half]) * mass_grad;
     }
     float total = grad[0] + grad[1];
 #pragma unroll

@@ -138,12 +138,13 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     for (int half = 0; half < 2; ++half) {
       share[half] = next[0][half];
       delta[half] = next[1][half];
-      if (kCentred && share[half] != 0.f) {
-        const float t = next[1][half], gamma = 1.f / (1.f + t / 4);
-        b_row[half] = p.scale * p.scale *
-                      (share[half] * next[2][half] * gamma * -0.25f +
-                       (0.75f / (1.f + 0.75f * t) - gamma / 4) * next[3][half]);
-        share[half] *= gamma * p.scale;
+      if constexpr (kCentred) {
+        const bool any = share[half] != 0.f;
+        const float t = next[1][half], gamma = reciprocal_approx(1.f + t / 4);
+        const float of_bias = 0.75f * reciprocal_approx(1.f + 0.75f * t) - gamma / 4;
+        const float slope = share[half] * next[2][half] * gamma * -0.25f + of_bias * next[3][half];
+        b_row[half] = any ? p.scale * p.scale * slope : 0.f;
+        share[half] = any ? share[half] * gamma * p.scale : 0.f;
       }
     }
     look_up(tile + 1);
@@ -230,7 +231,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
       }
       const bool any = share[half] != 0.f;
-      const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * v[half]);
+      const float gamma = reciprocal_approx(1.f + p.scale * p.scale / 4 * v[half]);
       const float gu = gamma * p.scale * u[half];
       const float a = any ? share[half] * gamma * p.scale : 0.f;
       const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;

@@ -170,13 +170,13 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         v[half] = s.dots[1][0][r] + s.dots[1][1][r];
       }
       const float variance = p.scale * p.scale * of_w * v[half];
-      const float gamma = 1.f / (1.f + variance / 4);
+      const float gamma = reciprocal_approx(1.f + variance / 4);
       bool any = share[half] != 0.f;
       float a = any ? share[half] * gamma * p.scale * of_x : 0.f, c = 0.f;
       if constexpr (kPrepare || kSlope) {
         if (panel == 0 && t == 0 && i < p.N) {
           p.variance[head * p.N + i] = variance;
-          p.row_bias[head * p.N + i] = logf(3.f - 2.f * gamma);
+          p.row_bias[head * p.N + i] = kLn2 * log2_approx(3.f - 2.f * gamma);
         }
       }
       if constexpr (kPrepare) {

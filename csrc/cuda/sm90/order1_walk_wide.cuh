@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(WalkTraits<128>::kThreads, 1)
         consumer_sync<128>();  // no product reads this tile any more
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float gamma = 1.f / (1.f + p.scale * p.scale / 4 * variance[half]);
+          const float gamma = reciprocal_approx(1.f + p.scale * p.scale / 4 * variance[half]);
           const bool any = share[half] != 0.f;
           const float a = any ? share[half] * gamma * p.scale * of_x : 0.f;
 #pragma unroll

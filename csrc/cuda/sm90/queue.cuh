@@ -21,8 +21,10 @@ struct WorkQueue {
   __device__ __forceinline__ bool has_next() const { return next < p.items; }
   __device__ __forceinline__ void advance() {
     item = next;
+    unsigned blocks;  // read again each time: no register keeps it
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
     // By a reduction, whose result the compiler knows to be the same for all lanes.
-    next = 2 * gridDim.x + __reduce_max_sync(0xffffffffu, answer);
+    next = 2 * blocks + __reduce_max_sync(0xffffffffu, answer);
     ask();
   }
 
