@@ -84,6 +84,8 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
   p.k_strides = strides_of(term.in.key);
   p.v_strides = strides_of(term.in.value);
   p.mask = mask_of(term.in.key_mask);
+  p.k_mean = term.key_mean.const_data_ptr<float>();
+  p.v_mean = term.value_mean.const_data_ptr<float>();
   p.moment_grads = moment_grads.const_data_ptr();
   p.B = term.B;
   p.Hk = term.Hk;

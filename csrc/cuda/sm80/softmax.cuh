@@ -28,15 +28,18 @@ struct OnlineSoftmax {
       max[0] = max[1] = *lse * kLog2e;
       sum[0] = sum[1] = t == 0 ? 1.f : 0.f;
     }
+    keep_pooled();
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
+    if (mean == nullptr) return;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int d = 8 * n + 2 * t;
       float2 u = make_float2(0.f, 0.f);
-      if (mean != nullptr && d < D) u = *reinterpret_cast<const float2*>(mean + d);
+      if (d < D) u = *reinterpret_cast<const float2*>(mean + d);
       acc[n][0] = acc[n][2] = u.x;
       acc[n][1] = acc[n][3] = u.y;
     }
-    keep_pooled();
   }
 
   __device__ __forceinline__ void keep_pooled() {

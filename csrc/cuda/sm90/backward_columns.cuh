@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(256, 2)
     auto& k_out = owes ? s.q[stage] : s.k[place];
     auto& v_out = owes ? s.grad_out[stage] : s.v[place];
     group_sync();
-    place_rows<T>(k_out, dk);
-    place_rows<T>(v_out, dv);
+    place_rows_by_pairs<T>(k_out, dk);
+    place_rows_by_pairs<T>(v_out, dv);
     fence_for_copies();
     group_sync();
     if (threadIdx.x == 0) {

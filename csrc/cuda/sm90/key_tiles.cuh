@@ -2,18 +2,11 @@
 // kernels of the order-1 term share.
 #pragma once
 
-#include <cfloat>
-
 #include "../sm80/tile.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace mra::cuda::sm90 {
-
-// -w log w of a weight: what it adds to the entropy of its block.
-__device__ __forceinline__ float entropy_part(float w) {
-  return w < FLT_MIN ? 0.f : -kLn2 * w * log2_approx(w);
-}
 
 // What comes with a tile of keys besides: nothing.
 struct NothingElse {
@@ -113,33 +106,91 @@ __device__ __forceinline__ int count_of_block(int block, const uint32_t (&valid)
   return __popc((block < 2 ? valid[0] : valid[1]) & 0xffffu << block % 2 * 16);
 }
 
-// Columns `unit` (32 of keys or values, or, where all from 32 on are zeros, kNarrow: 16) of the
-// tile at `stage`, whose rows lie in kBlocks blocks of keys, by one warp: rows less the mean of
-// their block, plain or by the tile's weights, to where they were, zeros for rows that don't count;
-// kRooted: times the root of weight and count, so that products of two have the weight. Returns the
-// number that do.
+// Columns `unit` of the tile at `stage`: 32 of keys or values or, where all from 32 on are zeros
+// (kNarrow), 16; 16 bytes of some rows for each lane of a warp.
+template <bool kNarrow, class Tiles>
+struct TileUnit {
+  static constexpr int kChunks = kNarrow ? 2 : 4;
+  static constexpr int kReads = 2 * kChunks, kStep = 64 / kReads;  // reads of a lane; rows at once
+  int row, which, chunk;  // the first row; of keys (0) or values; which 16 bytes of a panel's
+  uint16_t (*rows)[64];
+  uint32_t valid[2];
+
+  __device__ __forceinline__ TileUnit(Tiles& s, int stage, int unit) {
+    // Lanes of a quarter warp read four chunks of two rows that lie four apart, or two chunks of
+    // four rows that lie two apart: no bank twice.
+    const int lane = threadIdx.x % 32, panel = unit / 2 % Tiles::kPanels;
+    row = kNarrow ? lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane / 4 % 2 * 4 + lane / 8;
+    which = unit / (2 * Tiles::kPanels);
+    chunk = unit % 2 * kChunks + lane % kChunks;
+    rows = s.x[stage][which][panel];
+    valid[0] = s.valid[stage][0], valid[1] = s.valid[stage][1];
+  }
+  __device__ __forceinline__ uint4* place(int i) const {
+    return reinterpret_cast<uint4*>(&rows[row + kStep * i][(chunk ^ row % 8) * 8]);
+  }
+  __device__ __forceinline__ bool counts(int i) const {
+    return valid[kStep * i / 32] >> (kStep * i % 32 + row) & 1;
+  }
+};
+
+// a - b - c, pairs.
+template <typename T>
+__device__ __forceinline__ uint32_t less_both(uint32_t a, uint32_t b, uint32_t c) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const auto pair = [](const uint32_t& x) { return reinterpret_cast<const Pair&>(x); };
+  const Pair d = __hsub2(__hsub2(pair(a), pair(b)), pair(c));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+
+// Rows of columns `unit` less the means of their blocks, to where they were, zeros for rows that
+// don't count, by one warp. means: of keys and of values, [kBlocks][D] of the tile each.
+template <int kBlocks, bool kNarrow, class Tiles, class Means>
+__device__ __forceinline__ void take_means(Tiles& s, int stage, int unit, const Means& means,
+                                           int D) {
+  using T = typename Tiles::T;
+  const TileUnit<kNarrow, Tiles> at(s, stage, unit);
+  constexpr int kRows = at.kReads / kBlocks;
+  const int d = 64 * (unit / 2 % Tiles::kPanels) + 8 * at.chunk;
+  const bool all = (at.valid[0] & at.valid[1]) == kFullWarp;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+    uint32_t high[4], low[4];  // a mean in two parts
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      float4 mean{};
+      if (d < D) {
+        mean = *reinterpret_cast<const float4*>(&means[at.which][block * D + d + 2 * e]);
+      }
+      high[e] = Mma<T>::pack(mean.x, mean.y), high[e + 1] = Mma<T>::pack(mean.z, mean.w);
+      const float2 u = unpack2(high[e], T{}), w = unpack2(high[e + 1], T{});
+      low[e] = Mma<T>::pack(mean.x - u.x, mean.y - u.y);
+      low[e + 1] = Mma<T>::pack(mean.z - w.x, mean.w - w.y);
+    }
+#pragma unroll
+    for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
+      uint4 x = *at.place(i);
+      x = make_uint4(less_both<T>(x.x, high[0], low[0]), less_both<T>(x.y, high[1], low[1]),
+                     less_both<T>(x.z, high[2], low[2]), less_both<T>(x.w, high[3], low[3]));
+      *at.place(i) = all || at.counts(i) ? x : uint4{};
+    }
+  }
+}
+
+// The same with means that are made here, plain or by the tile's weights; kRooted: times the root
+// of weight and count, so that products of two have the weight. Returns the number of rows that
+// count.
 template <int kBlocks, bool kWeighted, bool kNarrow, bool kRooted = false, class Tiles>
 __device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
   using T = typename Tiles::T;
-  constexpr int kPanels = Tiles::kPanels, kChunks = kNarrow ? 2 : 4;
-  constexpr int kReads = 2 * kChunks, kStep = 64 / kReads;  // reads of a lane; rows read at once
-  const int lane = threadIdx.x % 32;
-  // Lanes of a quarter warp read four chunks of two rows that lie four apart, or two chunks of four
-  // rows that lie two apart: no bank twice.
-  const int row =
-      kNarrow ? lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane / 4 % 2 * 4 + lane / 8;
-  const int which = unit / (2 * kPanels), panel = unit / 2 % kPanels,
-            chunk = unit % 2 * kChunks + lane % kChunks;
-  uint16_t(*const rows)[64] = s.x[stage][which][panel];
-  const uint32_t valid[2] = {s.valid[stage][0], s.valid[stage][1]};
-  const auto place = [&](int i) {
-    return reinterpret_cast<uint4*>(&rows[row + kStep * i][(chunk ^ row % 8) * 8]);
-  };
-  const auto counts = [&](int i) { return valid[kStep * i / 32] >> (kStep * i % 32 + row) & 1; };
+  const TileUnit<kNarrow, Tiles> at(s, stage, unit);
+  constexpr int kReads = at.kReads, kStep = at.kStep;
+  const auto& valid = at.valid;
+  const int row = at.row;
 
   uint4 bits[kReads];
 #pragma unroll
-  for (int i = 0; i < kReads; ++i) bits[i] = counts(i) ? *place(i) : uint4{};
+  for (int i = 0; i < kReads; ++i) bits[i] = at.counts(i) ? *at.place(i) : uint4{};
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     constexpr int kRows = kReads / kBlocks;  // of this lane
@@ -165,15 +216,15 @@ __device__ __forceinline__ int centre(Tiles& s, int stage, int unit) {
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
       unpack16<T>(bits[i], x);
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[e] = counts(i) ? x[e] - sum[e] : 0.f;
+      for (int e = 0; e < 8; ++e) x[e] = at.counts(i) ? x[e] - sum[e] : 0.f;
       if constexpr (kRooted) {
         const float root = sqrtf(s.weight[stage][row + kStep * i] * static_cast<float>(count));
 #pragma unroll
         for (int e = 0; e < 8; ++e) x[e] *= root;
       }
       using M = Mma<T>;
-      *place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
-                             M::pack(x[6], x[7]));
+      *at.place(i) = make_uint4(M::pack(x[0], x[1]), M::pack(x[2], x[3]), M::pack(x[4], x[5]),
+                                M::pack(x[6], x[7]));
     }
   }
   return __popc(valid[0]) + __popc(valid[1]);

@@ -116,13 +116,15 @@ struct KeyRing {
       const float2 u = *reinterpret_cast<const float2*>(&bias[stage][8 * n + 2 * t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[n][i] = fmaf(c[n][i], scale, i % 2 ? u.y : u.x);
-      if (causal) {
-        const int key = first[stage][n / 2] + n % 2 * 8 + 2 * t;
-        if (key > row) c[n][0] = -INFINITY;
-        if (key + 1 > row) c[n][1] = -INFINITY;
-        if (key > row + 8) c[n][2] = -INFINITY;
-        if (key + 1 > row + 8) c[n][3] = -INFINITY;
-      }
+    }
+    if (!causal) return;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const int key = first[stage][n / 2] + n % 2 * 8 + 2 * t;
+      if (key > row) c[n][0] = -INFINITY;
+      if (key + 1 > row) c[n][1] = -INFINITY;
+      if (key > row + 8) c[n][2] = -INFINITY;
+      if (key + 1 > row + 8) c[n][3] = -INFINITY;
     }
   }
 };

@@ -1,6 +1,6 @@
 // Order 1 of the keys in the backward pass: dv_j = kappa_j dC, dk_j = nu_j dC^T + kappa_j dSigma,
-// with kappa and nu the key and value less the means of their block (made again here), zeros for a
-// key that doesn't count. With weighted means these are times the weight and the block's count, the
+// with kappa and nu the key and value less the means of their block, zeros for a key that doesn't
+// count. With weighted means these are times the weight and the block's count, the
 // weight times the gradients of the pooled key and value is added, and what comes through the
 // weights (docs/algorithm.md). dC and dSigma stay in shared memory; a block of threads walks a
 // chunk of a head's tiles of 64 keys, its warpgroups in turns.
@@ -26,6 +26,8 @@ struct Order1KeysTraits {
   static constexpr int kResident = order1_keys_resident(DP, kWeighted, kLog2BlockK);
   static constexpr int kStages = kResident == 3 ? 3 : 4;
   static constexpr int kThreads = DP == 64 ? 160 : 384;
+  // Means of blocks come with the tile; with weights and blocks of 16 there is no room for them.
+  static constexpr bool kFetchMeans = !kWeighted || kBlocks < 4;
 };
 
 template <int DP, int kBlocks, bool kWeighted>
@@ -33,15 +35,17 @@ struct Order1KeysShared {
   static constexpr int kStages = Order1KeysTraits<DP, kBlocks, kWeighted>::kStages;
   uint16_t matrices[2][DP / 64][DP][64];  // dC, dSigma
   KeyTiles<DP, kStages, kWeighted> keys;
-  // Gradients of the pooled keys and values of a tile's blocks, D columns each.
+  // Means of the keys and values of a tile's blocks, and the gradients of these: D columns each.
+  static constexpr bool kFetchMeans = Order1KeysTraits<DP, kBlocks, kWeighted>::kFetchMeans;
+  alignas(16) float means[kFetchMeans ? kStages : 1][2][kFetchMeans ? kBlocks * DP : 4];
   alignas(16) float shares[kWeighted ? kStages : 1][2][kWeighted ? kBlocks * DP : 4];
   uint64_t matrices_full;
   alignas(8) float centre[kWeighted ? DP : 2];
   float totals[kWeighted ? DP / 64 : 1][4];  // of the 16 keys of each warp
 };
 
-// Those gradients, with the tile.
-template <int kBlocks, class Shared>
+// These means and gradients, with the tile.
+template <int kBlocks, bool kWeighted, class Shared>
 struct TileShares {
   const Order1KeysMaps& p;
   Shared& s;
@@ -51,12 +55,19 @@ struct TileShares {
   __device__ __forceinline__ int one(int tile) const {  // bytes of either
     return min(kBlocks, p.nk - first_block(tile)) * p.D * 4;
   }
-  __device__ __forceinline__ int bytes(int tile) const { return 2 * one(tile); }
+  __device__ __forceinline__ int bytes(int tile) const {
+    return ((Shared::kFetchMeans ? 2 : 0) + (kWeighted ? 2 : 0)) * one(tile);
+  }
   __device__ __forceinline__ void copy(int tile, int stage, uint64_t* barrier) const {
-    for (int which = 0; which < 2; ++which) {
-      const int64_t heads = static_cast<int64_t>(p.B) * p.Hk;
-      const int64_t block = (which * heads + head) * p.nk + first_block(tile);
-      copy_bytes(s.shares[stage][which], p.shares + block * p.D, one(tile), barrier);
+    const int64_t from = (static_cast<int64_t>(head) * p.nk + first_block(tile)) * p.D;
+    if constexpr (Shared::kFetchMeans) {
+      copy_bytes(s.means[stage][0], p.k_mean + from, one(tile), barrier);
+      copy_bytes(s.means[stage][1], p.v_mean + from, one(tile), barrier);
+    }
+    if constexpr (kWeighted) {
+      const int64_t of_values = static_cast<int64_t>(p.B) * p.Hk * p.nk * p.D;
+      copy_bytes(s.shares[stage][0], p.shares + from, one(tile), barrier);
+      copy_bytes(s.shares[stage][1], p.shares + of_values + from, one(tile), barrier);
     }
   }
 };
@@ -86,13 +97,7 @@ struct WeightsBackward {
                                       float scale, const Sync& group_sync) const {
     const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     auto& x = s.keys.x[stage];
-    float weight[2], factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
-      factor[half] = 0.5f * weight[half] * static_cast<float>(count);
-      grad[half] = 0.f;
-    }
+    float of_products[2] = {}, of_shares[2] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const bool there = 8 * n + 2 * t < D;
@@ -102,19 +107,18 @@ struct WeightsBackward {
       for (int half = 0; half < 2; ++half) {
         const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
         const float2 kappa = pair_of(&x[0][n / 8][r][at]), nu = pair_of(&x[1][n / 8][r][at]);
-        const float2 of_k =
-            make_float2(fmaf(factor[half], dk[n][2 * half], weight[half] * u.x),
-                        fmaf(factor[half], dk[n][2 * half + 1], weight[half] * u.y));
-        const float2 of_v =
-            make_float2(fmaf(factor[half], dv[n][2 * half], weight[half] * w.x),
-                        fmaf(factor[half], dv[n][2 * half + 1], weight[half] * w.y));
-        grad[half] += kappa.x * of_k.x + kappa.y * of_k.y + nu.x * of_v.x + nu.y * of_v.y;
+        of_products[half] += kappa.x * dk[n][2 * half] + kappa.y * dk[n][2 * half + 1] +
+                             nu.x * dv[n][2 * half] + nu.y * dv[n][2 * half + 1];
+        of_shares[half] += kappa.x * u.x + kappa.y * u.y + nu.x * w.x + nu.y * w.y;
       }
     }
+    const float half_count = 0.5f * static_cast<float>(count);
+    float weight[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      grad[half] = quad_sum(grad[half]);
-      grad[half] += entropy_part(weight[half]) * mass_grad;
+      weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
+      grad[half] = weight[half] * quad_sum(fmaf(half_count, of_products[half], of_shares[half]));
+      if (weight[half] > 0.f) grad[half] -= weight[half] * __logf(weight[half]) * mass_grad;
     }
     float total = grad[0] + grad[1];
 #pragma unroll
@@ -169,13 +173,10 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
       copy_matrices<DP>(s.matrices, p.matrices_map, &s.matrices_full, h, b);
     }
     __syncwarp();
-    if constexpr (kWeighted) {
-      const float* weights = p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k);
-      keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles, 64,
-                 TileShares<kBlocks, Shared>{p, s, head, first});
-    } else {
-      keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.M, b, h, 64 * first, tiles);
-    }
+    const float* weights = nullptr;
+    if (kWeighted) weights = p.weights + (static_cast<int64_t>(head) * p.nk << p.log2_block_k);
+    keys.fetch(p.k_map, p.v_map, p.mask, weights, p.M, b, h, 64 * first, tiles, 64,
+               TileShares<kBlocks, kWeighted, Shared>{p, s, head, first});
     return;
   }
   if constexpr (DP > 64) take_registers<240>();
@@ -197,7 +198,11 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
     barrier_wait(&keys.full[stage], tile / kStages & 1);
 #pragma unroll 1
     for (int unit = warp; unit < keys.kUnits; unit += 4) {
-      centre<kBlocks, kWeighted, kNarrow>(keys, stage, unit);
+      if constexpr (Shared::kFetchMeans) {
+        take_means<kBlocks, kNarrow>(keys, stage, unit, s.means[stage], p.D);
+      } else {
+        centre<kBlocks, kWeighted, kNarrow>(keys, stage, unit);
+      }
     }
     fence_for_copies();  // products read shared memory as copies do
     group_sync();
@@ -313,10 +318,12 @@ cudaError_t launch_order1_keys_of(const Order1Keys& params, const Device& device
   p.tiles = chunk_tiles(p.M, p.chunks, 1);
   const auto launch = [&](auto key_blocks) {
     constexpr int kBlocks = key_blocks();
+    using Traits = Order1KeysTraits<DP, kBlocks, kWeighted>;
     constexpr int kBytes = sizeof(Order1KeysShared<DP, kBlocks, kWeighted>) + 1024;
+    static_assert(Traits::kResident * (kBytes + 1024) <= 228 * 1024);
     if (kBytes > device.max_smem) return cudaErrorNotSupported;
     return launch_grid(order1_keys_kernel<DP, kBlocks, kWeighted, kNarrow>, blocks,
-                       Order1KeysTraits<DP, kBlocks, kWeighted>::kThreads, kBytes, stream, p);
+                       Traits::kThreads, kBytes, stream, p);
   };
   return p.log2_block_k == 6   ? launch(std::integral_constant<int, 1>{})
          : p.log2_block_k == 5 ? launch(std::integral_constant<int, 2>{})

@@ -8,8 +8,9 @@ namespace mra::cuda::sm90 {
 struct Order1Keys {
   const void *k, *v;  // [B, Hk, M, D] bfloat16
   Strides k_strides, v_strides;
-  const uint8_t* mask;       // [B, M] or null
-  const void* moment_grads;  // [B, Hk, 2, dim, dim] bfloat16: dC and dSigma
+  const uint8_t* mask;           // [B, M] or null
+  const float *k_mean, *v_mean;  // [B, Hk, nk, D]
+  const void* moment_grads;      // [B, Hk, 2, dim, dim] bfloat16: dC and dSigma
   int B, Hk, M, D, nk, log2_block_k, chunks;
   // Weighted means (else null): the weight of each key within its block, [B, Hk, nk <<
   // log2_block_k], and the gradients of the pooled keys and values, [2, B, Hk, nk, D].

@@ -80,7 +80,7 @@ struct WalkedBlock {
       for (int half = 0; half < 2; ++half) {
         if (kPanels > 1)
           through[half] = s.dots[0][row() + 8 * half] + s.dots[kPanels - 1][row() + 8 * half];
-        through[half] += entropy_part(weight[half]) * mass_grad;
+        if (weight[half] != 0.f) through[half] -= weight[half] * logf(weight[half]) * mass_grad;
       }
       float total = through[0] + through[1];
 #pragma unroll

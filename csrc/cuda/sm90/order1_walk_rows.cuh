@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(WalkTraits<DP>::kThreads, WalkTraits<DP>::kBlo
         v[half] = s.dots[1][0][r] + s.dots[1][1][r];
       }
       const float variance = p.scale * p.scale * of_w * v[half];
-      const float gamma = reciprocal_approx(1.f + variance / 4);
+      const float gamma = 1.f / (1.f + variance / 4);
       bool any = share[half] != 0.f;
       float a = any ? share[half] * gamma * p.scale * of_x : 0.f, c = 0.f;
       if constexpr (kPrepare || kSlope) {

@@ -195,6 +195,23 @@ __device__ __forceinline__ void pack(uint32_t (&a)[kTiles / 2][4], const float (
 template <typename T, int kPanels>
 __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
                                            const float (&c)[8 * kPanels][4]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const uint32_t base = smem_address(&to[0][16 * warp][0]);
+  const uint32_t at = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+#pragma unroll
+  for (int n = 0; n < 8 * kPanels; n += 2) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     base + n / 8 * 64 * 128 + (at ^ n % 8 * 16)),
+                 "r"(Mma<T>::pack(c[n][0], c[n][1])), "r"(Mma<T>::pack(c[n][2], c[n][3])),
+                 "r"(Mma<T>::pack(c[n + 1][0], c[n + 1][1])),
+                 "r"(Mma<T>::pack(c[n + 1][2], c[n + 1][3]))
+                 : "memory");
+  }
+}
+// The same by pairs: backward_columns at D 64 would lose its uniform descriptors to stmatrix.
+template <typename T, int kPanels>
+__device__ __forceinline__ void place_rows_by_pairs(uint16_t (&to)[kPanels][64][64],
+                                                    const float (&c)[8 * kPanels][4]) {
   const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < 8 * kPanels; ++n) {
