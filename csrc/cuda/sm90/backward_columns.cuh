@@ -121,6 +121,7 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
                               at.block, tiles_of);
     const auto next = [&] { return KeyTile(p, queue.has_next() ? queue.next : 0); };
     ask(next(), turn + 1);
+    queue.ask();
     if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
     fetch_tile(p, s, at, turn);
     __syncwarp();

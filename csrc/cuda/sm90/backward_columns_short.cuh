@@ -95,6 +95,7 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
                               tiles_of);
     const auto next = [&] { return KeyBlock(p, queue.has_next() ? queue.next : 0); };
     ask(next(), turn + 1);
+    queue.ask();
     if (turn >= 2) barrier_wait(&s.keys_empty[slot], turn / 2 - 1 & 1);
     uint64_t* full = &s.keys_full[slot];
     const int bytes = p.k_block == nullptr ? 0 : p.D * 4;

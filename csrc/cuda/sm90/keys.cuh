@@ -346,6 +346,7 @@ struct KeyProducer {
       if (p.key_mask != nullptr) look_up_mask(0, block_of(0), mask);
       const bool more = queue.has_next();
       Rows next_rows(p, maps, more ? queue.next : 0);
+      queue.ask();
       int next_window;
       // The next tile of rows is fetched while this one's keys arrive: once the ring has gone
       // round, as then the consumers have left the tile before.

@@ -6,37 +6,34 @@
 namespace mra::cuda::sm90 {
 
 // Two items for a start; the next ones go in order to whoever asks first. Asked for two items
-// ahead, so that no block of threads waits for an answer. By one warp. `p.queue` is a counter, at
-// zero when the kernel starts, `p.items` the number of items.
+// ahead, so that no block of threads waits for an answer: of each item ask(), behind what else is
+// read for it, then advance(). By one warp. `p.queue` is a counter, at zero when the kernel starts,
+// `p.items` the number of items.
 template <class Params>
 struct WorkQueue {
   const Params& p;
   unsigned item, next;
 
   __device__ __forceinline__ explicit WorkQueue(const Params& p)
-      : p(p), item(blockIdx.x), next(blockIdx.x + gridDim.x) {
-    ask();
-  }
+      : p(p), item(blockIdx.x), next(blockIdx.x + gridDim.x) {}
   __device__ __forceinline__ bool has_item() const { return item < p.items; }
   __device__ __forceinline__ bool has_next() const { return next < p.items; }
-  __device__ __forceinline__ void advance() {
-    item = next;
-    unsigned blocks;  // read again each time: no register keeps it
-    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
-    // By a reduction, whose result the compiler knows to be the same for all lanes.
-    next = 2 * blocks + __reduce_max_sync(0xffffffffu, answer);
-    ask();
-  }
-
- private:
-  unsigned answer;
-
   // One lane asks. Not by atomicAdd: the compiler would make it one of all lanes, which share the
   // answer and wait for it right here.
   __device__ __forceinline__ void ask() {
     answer = has_next() ? 0 : p.items;
     if (has_next() && threadIdx.x % 32 == 0) answer = atomicInc(p.queue, INT_MAX);
   }
+  __device__ __forceinline__ void advance() {
+    item = next;
+    unsigned blocks;  // read again each time: no register keeps it
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    // By a reduction, whose result the compiler knows to be the same for all lanes.
+    next = 2 * blocks + __reduce_max_sync(0xffffffffu, answer);
+  }
+
+ private:
+  unsigned answer;
 };
 
 }  // namespace mra::cuda::sm90
