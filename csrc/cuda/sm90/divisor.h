@@ -16,11 +16,14 @@ struct Divisor {
     const uint64_t excess = (uint64_t{1} << shift) - d;
     factor = static_cast<unsigned>((excess << 32) / d + (excess > 0));
   }
-#ifdef __CUDACC__
-  __device__ __forceinline__ unsigned divide(unsigned n) const {
-    return __umulhi(n, factor) + n >> shift;
-  }
+  __host__ __device__ unsigned divide(unsigned n) const {
+#ifdef __CUDA_ARCH__
+    const unsigned high = __umulhi(n, factor);
+#else
+    const auto high = static_cast<unsigned>(uint64_t{n} * factor >> 32);
 #endif
+    return high + n >> shift;
+  }
 };
 
 }  // namespace mra::cuda::sm90
