@@ -95,6 +95,18 @@ def test_more_heads_than_the_device_holds(device, dtype, D, block):
     ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [64, 32, (32, 64), (128, 64)])
+@pytest.mark.parametrize("D", [64, 128, 192])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])
+def test_more_query_heads_of_a_key_head_than_a_warp_has_threads(device, dtype, D, block):
+    """A warp looks up where the lists of a key block lie, a query head for each thread."""
+    for H, Hk, selection in [(40, 1, "row"), (66, 2, "global")]:
+        Case(
+            device, dtype, D=D, block_size=block, coarse="row", order=1, selection=selection, B=2,
+            H=H, Hk=Hk, N=130, M=200, density=0.4,
+        ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("masks", ["key", "query", "padding"])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_masks(device, dtype, masks):
