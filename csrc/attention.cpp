@@ -206,6 +206,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.value_extra = first.value;
     grads.key_block = first.key_block;
     grads.value_block = first.value_block;
+    grads.moment_grads = first.moment_grads;
+    grads.means = &pooled;
   }
 
   // coarse: gradients of the pooled inputs

@@ -207,6 +207,9 @@ struct Order1Grads {
   Tensor key, value;  // [B, Hk, M, D] T, zeros at masked keys
   // Where defined: what every valid key of a block gets besides, [B, Hk, nk, D] acc.
   Tensor key_block{}, value_block{};
+  // CUDA, where fine_backward is to make key and value from it, which are undefined then: dC and
+  // dSigma, as moments are kept.
+  Tensor moment_grads{};
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
@@ -228,6 +231,9 @@ struct FineBackward {
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
+  // Order1Grads.moment_grads, and the means that they are of.
+  Tensor moment_grads{};
+  const PooledInputs* means = nullptr;
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc
   // With weighted means, for what Stages.centred_grads would do where it is null.

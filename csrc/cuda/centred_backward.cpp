@@ -201,7 +201,8 @@ void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_ls
 }
 
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                          const FineBackward& back, const Inputs& in, const Options& o, bool add) {
+                          const FineBackward& back, const Inputs& in, const Options& o, bool add,
+                          const ColumnsWithOrder1& columns) {
   const Launch launch(in.query);
   const Centred& c = *back.centred;
   const Inputs from = order1_inputs(in, c);
@@ -219,7 +220,7 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
     result.of_rows = rows.of_centres;
   }
   WeightGrads through{shares, mass_grad, c.centre};
-  order1_key_grads(term, moment_grads, &through, grads);
+  order1_key_grads(term, moment_grads, &through, grads, false, columns);
   result.of_keys = through.centre_grads;
   return result;
 }

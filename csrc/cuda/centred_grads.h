@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/stages.h"
+#include "order1_term.h"
 
 namespace mra::cuda {
 
@@ -21,9 +22,11 @@ struct CentreGrads {
 // with what that gives beside the logits, and grads.key and grads.value with that and with what
 // `shares`, the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the
 // weights. Reads grad_out, share, coarse_sum and centred of `back`.
+// Where `columns` can, it makes those of keys and values with fine's instead.
 // Returns what the centre gets, but for what key_weights_grads is to make.
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                          const FineBackward& back, const Inputs& in, const Options& o, bool add);
+                          const FineBackward& back, const Inputs& in, const Options& o, bool add,
+                          const ColumnsWithOrder1& columns);
 
 // As delta, for x and y that the launch before may write, or where memory of its inputs may have
 // been given back: it runs behind that launch.

@@ -224,29 +224,46 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
     }
   }
   const bool made = coarse_sums.add_up(p, back);
-  const bool rows_last = weighted && (made || !has_order1(o));
-  // What every query gets. `add`: g.query holds a part already.
-  const auto through_weights = [&](bool add) {
-    CentreGrads of_centre;
-    if (has_order1(o)) of_centre = centred_grads(g, shares, mass_grad, back, in, o, add);
-    return key_weights_grads(g, shares, mass_grad, of_centre, back, in, o);
-  };
-  const Tensor query_block = rows_last ? through_weights(false) : back.query_block;
-
   p.grad_q = g.query.mutable_data_ptr();
   p.grad_k = g.key.mutable_data_ptr();
   p.grad_v = g.value.mutable_data_ptr();
   p.grad_q_strides = strides_of(g.query);
   p.grad_k_strides = strides_of(g.key);
   p.grad_v_strides = strides_of(g.value);
+  p.k_block = data_of<float>(key_block);
+  p.v_block = data_of<float>(value_block);
+  auto* const queues = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
+  bool made_keys = false;
+  const auto columns_with_order1 = [&](const sm90::Order1Keys& of_keys) {
+    sm90::ColumnsOrder1 c{p, of_keys};
+    if (weighted) {
+      c.k_block = data_of<float>(shares);
+      c.v_block = c.k_block + shares.numel() / 2;
+    }
+    c.queue = queues + 1;
+    c.beside = !weighted;
+    const cudaError_t error = backward_columns_order1(c, launch.device, launch.stream);
+    if (error == cudaErrorNotSupported) return false;
+    launch.check(error);
+    return made_keys = true;
+  };
+  const bool rows_last = weighted && (made || !has_order1(o));
+  // What every query gets. `add`: g.query holds a part already.
+  const auto through_weights = [&](bool add) {
+    CentreGrads of_centre;
+    if (has_order1(o)) {
+      of_centre = centred_grads(g, shares, mass_grad, back, in, o, add, columns_with_order1);
+    }
+    return key_weights_grads(g, shares, mass_grad, of_centre, back, in, o);
+  };
+  const Tensor query_block = rows_last ? through_weights(false) : back.query_block;
+
   if (query_block.defined()) {
     p.q_block = query_block.const_data_ptr<float>();
     p.q_block_heads = static_cast<int>(query_block.size(1));
     p.q_block_lists = query_block.dim() == 4 ? static_cast<int>(query_block.size(2)) : 1;
   }
-  p.k_block = data_of<float>(key_block);
-  p.v_block = data_of<float>(value_block);
-  p.queue = reinterpret_cast<unsigned*>(data_of<int>(columns.queues));
+  p.queue = queues;
   p.add = back.query_extra.defined() || (rows_last && has_order1(o));
   if (cells) {
     cells_rows(p, keys.key, keys.value, back.coarse_delta, levels_of(rows, keys.count, o), dtype,
@@ -254,10 +271,18 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
     p.add = true;
   }
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
-  ++p.queue;
-  p.beside = launch.device.major == 9 && (!weighted || rows_last);
-  p.add = add_keys;
   if (weighted && !rows_last) add_to_queries(g.query, through_weights(true), in, o);
+  bool beside = !weighted || rows_last;
+  if (back.moment_grads.defined()) {
+    order1_key_grads(Term(launch, in, *back.means, o), back.moment_grads, nullptr, g, false,
+                     columns_with_order1);
+    beside = false;
+    add_keys = true;
+  }
+  if (made_keys) return g;
+  p.queue = queues + 1;
+  p.beside = launch.device.major == 9 && beside;
+  p.add = add_keys;
   launch.check(backward_columns(p, dtype, launch.device, launch.stream));
   return g;
 }

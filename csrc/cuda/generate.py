@@ -41,6 +41,8 @@ SM90_ORDER1 = {
     "order1_walk_rows": "WalkRows",
     "order1_walk_keys": "WalkKeys",
 }
+# Likewise, up to 64 columns.
+SM90_ORDER1_64 = {"backward_columns_order1": "ColumnsOrder1"}
 # Of which the dtype is the one argument.
 SM90_TYPES = {"order1_walk_wide": "WalkWide"}
 # Short heads: the dtypes of each form.
@@ -108,6 +110,10 @@ write(
         f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
         for kernel, params in SM90_ORDER1.items()
         for dim in (64, 128)
+    }
+    | {
+        f"{kernel}_64": instance("mra::cuda::sm90", kernel, kernel, "64", params)
+        for kernel, params in SM90_ORDER1_64.items()
     }
     | {
         f"{kernel}_{short}": instance("mra::cuda::sm90", kernel, kernel, TYPES[short], params)

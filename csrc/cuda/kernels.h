@@ -5,15 +5,18 @@
 #include <vector>
 
 #include "sm80/cells.h"
+#include "sm90/backward.h"
 
 namespace mra::cuda {
 
 // Every kernel takes head dims of multiples of 8 up to 256, padded to the next compiled size.
-// Clears `moments` and `term` where the kernel leaves out the order-1 term. cudaErrorNotSupported where none
-// makes row_bias from `centre`: it is to be given then.
+// Clears `moments` and `term` where the kernel leaves out the order-1 term. cudaErrorNotSupported
+// where none makes row_bias from `centre`: it is to be given then.
 cudaError_t forward(ForwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+// With order 1 of the keys inside; cudaErrorNotSupported where no kernel makes both.
+cudaError_t backward_columns_order1(const sm90::ColumnsOrder1&, const Device&, cudaStream_t);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 // Coarse cells of calls with levels.
 cudaError_t cells_forward(const CellsForward&, Dtype, const Device&, cudaStream_t);

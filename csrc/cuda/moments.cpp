@@ -37,6 +37,11 @@ bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch)
 #endif
 }
 
+bool order1_in_columns(const Tensor& key, const Options& o, const Launch& launch) {
+  return order1_on_hopper(key, o, launch) && o.levels.empty() && o.block_k == 64 &&
+         o.block_q >= 32 && key.size(3) <= 64;
+}
+
 bool order1_in_fine(const Tensor& key, const Options& o, const Launch& launch) {
 #ifdef MRA_SM90A
   return !o.causal && o.levels.empty() && hopper_takes(key, launch);

@@ -24,6 +24,8 @@ bool launch_by_dim(const Launch& launch, int64_t dim, const F& f) {
 
 // Whether Hopper's kernels of order 1 serve a call with such keys.
 bool order1_on_hopper(const Tensor& key, const Options& o, const Launch& launch);
+// Whether Hopper's kernel of fine's gradients of the keys may take those of order 1 along.
+bool order1_in_columns(const Tensor& key, const Options& o, const Launch& launch);
 
 // Whether fine adds the order-1 term of a call with such keys, if its kernels on Hopper run.
 bool order1_in_fine(const Tensor& key, const Options& o, const Launch& launch);

@@ -9,7 +9,6 @@
 #include "order1_term.h"
 #include "order1_walk.h"
 #include "sm90/moments.h"
-#include "sm90/order1_keys.h"
 
 namespace mra::cuda {
 
@@ -72,12 +71,9 @@ Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad
   return term.weighted_sums(grad_out, weight, weight + B * H * N);
 }
 
-// grads.key and grads.value; false where the kernel doesn't do it.
-bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* through,
-                    const Grads& grads) {
-#ifdef MRA_SM90A
-  if (!order1_on_hopper(term.in.key, term.o, term.launch) || term.o.block_k > 64) return false;
-  const Device& device = term.launch.device;
+// But for what one kernel or the other sets.
+sm90::Order1Keys hopper_keys(const Term& term, const Tensor& moment_grads,
+                             const WeightGrads* through) {
   sm90::Order1Keys p{};
   p.k = term.in.key.const_data_ptr();
   p.v = term.in.value.const_data_ptr();
@@ -94,18 +90,47 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
   p.nk = term.nk;
   p.log2_block_k = term.block_shift;
   p.weights = data_of<float>(term.pooled.weights);
-  const int resident = sm90::order1_keys_resident(term.dim, p.weights != nullptr, p.log2_block_k);
-  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, resident, device);
-  Tensor centre_grads;
   if (through != nullptr) {
-    const int64_t parts = int64_t{p.chunks} * sm90::order1_keys_warps(term.dim);
-    centre_grads = at::empty({p.B, p.Hk, parts, p.D}, term.acc());
     p.shares = through->shares.const_data_ptr<float>();
     p.mass_grad = through->mass_grad.const_data_ptr<float>();
     p.centre = through->centre.const_data_ptr<float>();
-    p.centre_grads = centre_grads.mutable_data_ptr<float>();
     p.scale = static_cast<float>(term.o.scale);
   }
+  return p;
+}
+
+// Parts of what the centre gets, for a kernel to write.
+void empty_centre_grads(sm90::Order1Keys& p, const Term& term, int64_t parts, WeightGrads* through,
+                        Tensor& centre_grads) {
+  if (through == nullptr) return;
+  centre_grads = at::empty({p.B, p.Hk, parts, p.D}, term.acc());
+  p.centre_grads = centre_grads.mutable_data_ptr<float>();
+}
+
+// By fine's gradients of the keys.
+bool keys_in_columns(const Term& term, const Tensor& moment_grads, WeightGrads* through,
+                     const ColumnsWithOrder1& columns) {
+  if (!columns || !order1_in_columns(term.in.key, term.o, term.launch)) return false;
+  sm90::Order1Keys p = hopper_keys(term, moment_grads, through);
+  Tensor centre_grads;
+  empty_centre_grads(p, term, p.nk, through, centre_grads);
+  if (!columns(p)) return false;
+  if (through != nullptr) through->centre_grads = centre_grads;
+  return true;
+}
+
+// grads.key and grads.value; false where the kernel doesn't do it.
+bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* through,
+                    const Grads& grads) {
+#ifdef MRA_SM90A
+  if (!order1_on_hopper(term.in.key, term.o, term.launch) || term.o.block_k > 64) return false;
+  const Device& device = term.launch.device;
+  sm90::Order1Keys p = hopper_keys(term, moment_grads, through);
+  const int resident = sm90::order1_keys_resident(term.dim, p.weights != nullptr, p.log2_block_k);
+  p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, resident, device);
+  Tensor centre_grads;
+  empty_centre_grads(p, term, int64_t{p.chunks} * sm90::order1_keys_warps(term.dim), through,
+                     centre_grads);
   p.grad_k = grads.key.mutable_data_ptr();
   p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
@@ -181,7 +206,8 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
 }
 
 void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads* through,
-                      const Grads& grads, bool add) {
+                      const Grads& grads, bool add, const ColumnsWithOrder1& columns) {
+  if (keys_in_columns(term, moment_grads, through, columns)) return;
   if (!add && keys_on_hopper(term, moment_grads, through, grads)) return;
   const Inputs& in = term.in;
   const Launch& launch = term.launch;
@@ -241,8 +267,13 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
     return order1_levels_backward(grad_out, share, delta, in, pooled, o);
   }
   const Launch launch(in.query);
-  const Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query),
-                          empty_heads_last(in.key), empty_heads_last(in.value)};
+  Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query)};
+  if (order1_in_columns(in.key, o, launch)) {
+    grads.moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
+    return grads;
+  }
+  grads.key = empty_heads_last(in.key);
+  grads.value = empty_heads_last(in.value);
   if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 #include "../common/budget.h"
@@ -13,6 +14,7 @@
 #include "moments.h"
 #include "order1.h"
 #include "problem.h"
+#include "sm90/order1_keys.h"
 #include "sm90/order1_rows.h"
 
 namespace mra::cuda {
@@ -221,9 +223,13 @@ struct WeightGrads {
   Tensor centre_grads{};
 };
 
-// Gradients of the keys and values from dC and dSigma, to grads.key and grads.value. `through`:
-// null unless means are weighted. `add`: to what is there.
+// Launches fine's gradients of the keys and values with those of order 1 inside; false, and nothing
+// done, where no kernel makes both.
+using ColumnsWithOrder1 = std::function<bool(const sm90::Order1Keys&)>;
+
+// Gradients of the keys and values from dC and dSigma, by `columns` where it is given and can, else
+// to grads.key and grads.value. `through`: null unless means are weighted. `add`: to what is there.
 void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads* through,
-                      const Grads& grads, bool add = false);
+                      const Grads& grads, bool add = false, const ColumnsWithOrder1& columns = {});
 
 }  // namespace mra::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../sm80/params.h"
+#include "order1_keys.h"
 
 namespace mra::cuda::sm90 {
 
@@ -13,6 +14,13 @@ template <typename T, int DP>
 cudaError_t launch_backward_columns(const BackwardParams&, const Device&, cudaStream_t);
 template <typename T, int DP>
 cudaError_t launch_backward_pooled(const BackwardParams&, const Device&, cudaStream_t);
+// Columns and with them order 1 of the keys: bfloat16, key blocks of 64, DP = 64, not causal. Of
+// `order1` what belongs to keys is read from BackwardParams; `shares` are its k_block and v_block.
+struct ColumnsOrder1 : BackwardParams {
+  Order1Keys order1;
+};
+template <int DP>
+cudaError_t launch_backward_columns_order1(const ColumnsOrder1&, const Device&, cudaStream_t);
 // The same for head dims beyond 128, DP = 192 or 256; rows without their coarse_sum.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_wide(const BackwardParams&, const Device&, cudaStream_t);

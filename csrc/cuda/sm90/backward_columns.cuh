@@ -68,6 +68,9 @@ struct BackwardColumnsShared : ColumnsShared<DP, DP == 64 ? 2 : 1> {
   alignas(16) float blocks[2][2][DP];
   alignas(16) KeyTile tile[2];
   ListPlace places[2][32];  // of the lists of this tile of keys and of the next
+
+  // What fetch_ahead fetches behind a tile's last rows: nothing.
+  __device__ void fetch_last(const BackwardColumnsMaps&, const KeyTile&, int&) {}
 };
 
 // The keys of a tile and what else its end needs, by one warp.
@@ -84,9 +87,8 @@ __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<D
 }
 
 // Run by one warp: the rows of tiles of keys, head by head.
-template <int DP>
-__device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<DP>& s) {
-  using Shared = BackwardColumnsShared<DP>;
+template <class Maps, class Shared>
+__device__ void fetch_ahead(const Maps& p, Shared& s) {
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32;
   int fetched = 0, turn = 0;  // tiles of rows, tiles of keys
@@ -162,6 +164,7 @@ __device__ void fetch_ahead(const BackwardColumnsMaps& p, BackwardColumnsShared<
         ++fetched;
       }
     }
+    s.fetch_last(p, at, fetched);
   }
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
   if (lane == 0) s.tile[turn % 2].tiles = -1;
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(256, 2)
   __syncthreads();
   if (warp_index() >= 4) {
     give_registers<DP == 64 ? 56 : 32>();
-    if (warp_index() == 4) fetch_ahead<DP>(p, s);
+    if (warp_index() == 4) fetch_ahead(p, s);
     return;
   }
   take_registers<DP == 64 ? 200 : 224>();

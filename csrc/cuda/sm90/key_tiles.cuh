@@ -24,6 +24,8 @@ struct KeyTiles {
   uint64_t full[kStages], empty[kStages];
   float weight[kWeighted ? kStages : 1][64];  // within the block of the key
 
+  __device__ __forceinline__ auto& panel(int stage, int which, int i) { return x[stage][which][i]; }
+
   // By one thread; `warps` give a place back.
   __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
@@ -123,7 +125,7 @@ struct TileUnit {
     row = kNarrow ? lane / 2 % 4 * 2 + lane / 8 % 2 + lane / 16 * 8 : lane / 4 % 2 * 4 + lane / 8;
     which = unit / (2 * Tiles::kPanels);
     chunk = unit % 2 * kChunks + lane % kChunks;
-    rows = s.x[stage][which][panel];
+    rows = s.panel(stage, which, panel);
     valid[0] = s.valid[stage][0], valid[1] = s.valid[stage][1];
   }
   __device__ __forceinline__ uint4* place(int i) const {

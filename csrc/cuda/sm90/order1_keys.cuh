@@ -9,6 +9,7 @@
 #include <climits>
 
 #include "key_tiles.cuh"
+#include "key_weights.cuh"
 #include "moments.h"
 #include "order1_keys.h"
 
@@ -79,64 +80,6 @@ __device__ __forceinline__ int count_of(const uint32_t (&valid)[2], int r) {
   if constexpr (kBlocks == 2) return __popc(valid[r / 32]);
   return __popc(valid[r / 32] & 0xffffu << r % 32 / 16 * 16);
 }
-
-// Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
-// block has of it), x_j in docs/algorithm.md, from the products of their deviations, which lie in
-// shared memory, and the block's shares. Of a product of two deviations each has a half.
-template <int DP, int kBlocks, int kTiles, class Shared>
-struct WeightsBackward {
-  static constexpr int kPanels = DP / 64;
-  Shared& s;
-  int stage, group, count;         // count: keys of the block
-  const float *of_key, *of_value;  // shares of the block, from column 2 t on
-  int D;
-
-  template <class Sync>
-  __device__ __forceinline__ void run(float (&grad)[2], const float (&dk)[8 * kPanels][4],
-                                      const float (&dv)[8 * kPanels][4], float mass_grad,
-                                      float scale, const Sync& group_sync) const {
-    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    auto& x = s.keys.x[stage];
-    float of_products[2] = {}, of_shares[2] = {};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const bool there = 8 * n + 2 * t < D;
-      const float2 u = there ? load_pair(of_key + 8 * n) : float2{};
-      const float2 w = there ? load_pair(of_value + 8 * n) : float2{};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
-        const float2 kappa = pair_of(&x[0][n / 8][r][at]), nu = pair_of(&x[1][n / 8][r][at]);
-        of_products[half] += kappa.x * dk[n][2 * half] + kappa.y * dk[n][2 * half + 1] +
-                             nu.x * dv[n][2 * half] + nu.y * dv[n][2 * half + 1];
-        of_shares[half] += kappa.x * u.x + kappa.y * u.y + nu.x * w.x + nu.y * w.y;
-      }
-    }
-    const float half_count = 0.5f * static_cast<float>(count);
-    float weight[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      weight[half] = s.keys.weight[stage][16 * warp + g + 8 * half];
-      grad[half] = weight[half] * quad_sum(fmaf(half_count, of_products[half], of_shares[half]));
-      if (weight[half] > 0.f) grad[half] -= weight[half] * __logf(weight[half]) * mass_grad;
-    }
-    float total = grad[0] + grad[1];
-#pragma unroll
-    for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
-    if constexpr (kBlocks < 4) {
-      float(&totals)[4] = s.totals[group];
-      if (threadIdx.x % 32 == 0) totals[warp] = total;
-      group_sync();
-      total = kBlocks == 1 ? totals[0] + totals[1] + totals[2] + totals[3]
-                           : totals[warp / 2 * 2] + totals[warp / 2 * 2 + 1];
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) grad[half] = scale * (grad[half] - weight[half] * total);
-  }
-  static __device__ __forceinline__ float2 pair_of(const uint16_t* pair) {
-    return cuda::unpack2(*reinterpret_cast<const uint32_t*>(pair), __nv_bfloat16{});
-  }
-};
 
 // kNarrow: head dims up to 32.
 template <int DP, int kBlocks, bool kWeighted, bool kNarrow>
@@ -228,8 +171,8 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
       const int at = (y - (first + tile) * kBlocks) * p.D + 2 * t;
       share = s.shares[stage][0] + at;
       value_share = s.shares[stage][1] + at;
-      const WeightsBackward<DP, kBlocks, kTiles, Shared> weights{s,     stage,       group, count,
-                                                                 share, value_share, p.D};
+      const WeightsBackward<kBlocks, kTiles, kPanels> weights{
+          x[0], x[1], keys.weight[stage], s.totals[group], count, share, value_share, p.D};
       weights.run(through, dk, dv, mass_grad, p.scale, group_sync);
     }
     float weight[2], factor[2];

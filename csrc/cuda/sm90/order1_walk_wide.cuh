@@ -26,6 +26,8 @@ struct WideKeyTiles {
   uint64_t full[kStages], empty[kStages];
   float weight[1][64];
 
+  __device__ __forceinline__ auto& panel(int stage, int which, int i) { return x[stage][which][i]; }
+
   // By one warp: `panels` of the six, values from column `column` on.
   __device__ void fetch(const WalkWideMaps& p, int panels, int column, int b, int h, int first,
                         int tiles) {
