@@ -8,7 +8,7 @@ import torch
 
 from mra_attention.flops import rows_of_blocks
 
-INPUTS = ("normal", "correlated", "minilm")  # inputs.py and minilm.py make them
+INPUTS = ("normal", "offset", "correlated", "minilm")  # inputs.py and minilm.py make them
 PASSES = ("forward", "backward")  # "backward" is forward and backward together, as in training
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -1,6 +1,8 @@
 """What attention reads: the inputs of a case, by ``--inputs``.
 
 ``normal``      independent standard normal numbers: no block of keys stands out
+``offset``      normal, but all queries of a head have a mean in common, half as long as they are,
+                as those of trained models have: some key blocks are chosen by most query blocks
 ``correlated``  neighbours resemble each other, as tokens of a text do: each number is an AR(1)
                 process along the sequence, and half of the variance of queries and keys lies in a
                 few directions whose course all heads share. So blocks have means to choose by, some
@@ -16,6 +18,7 @@ from benchmarks import minilm
 
 LENGTH = 100  # tokens after which the correlation has fallen to 1/e
 SHARED = 0.5  # of the variance of queries and keys: that of the directions all heads share
+OFFSET = 0.5  # length of the mean query over that of a query
 RANK = 4  # there is one such direction for every RANK dimensions of a head
 
 
@@ -26,7 +29,18 @@ def draw(case, generator, minilm_file=None):
     if case.inputs == "correlated":
         return correlated(case, generator)
     sizes = ((case.H, case.N), (case.Hk, case.M), (case.Hk, case.M))
-    return tuple(normal(case, generator, *size) for size in sizes)
+    query, key, value = (normal(case, generator, *size) for size in sizes)
+    if case.inputs == "offset":
+        query = offset(query, generator)
+    return query, key, value
+
+
+def offset(query, generator):
+    """Normal queries (B, H, N, D), all of a head with the same mean. Their variance stays 1."""
+    B, H, _, D = query.shape
+    mean = torch.randn(B, H, 1, D, generator=generator, device=query.device)
+    mean *= OFFSET * D**0.5 / mean.norm(dim=-1, keepdim=True)
+    return ((1 - OFFSET**2) ** 0.5 * query + mean).to(query.dtype)
 
 
 def normal(case, generator, heads, length):

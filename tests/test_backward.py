@@ -107,6 +107,23 @@ def test_more_query_heads_of_a_key_head_than_a_warp_has_threads(device, dtype, D
         ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("block", [64, 32, (64, 32), (32, 64), (64, 128), (64, 16)])
+@pytest.mark.parametrize("D", [32, 64, 128, 192])
+@pytest.mark.parametrize("device, dtype", BEST + CUDA_DTYPES[1:2])
+def test_keys_that_most_rows_choose(device, dtype, D, block):
+    """Hopper's gradients of keys begin with the key blocks that are in many lists."""
+    for Hk, order, pool in [(4, 0, "even"), (4, 1, "even"), (2, 1, "centred")]:
+        case = Case(
+            device, dtype, D=D, block_size=block, coarse="row", order=order, pool=pool, Hk=Hk,
+            N=700, M=1100, spread=1, density=0.2,
+        )  # fmt: skip
+        case.q += case.q[:, :, :1]  # towards the same keys
+        lists = case.plan().to_dense().sum(2)
+        if D <= 64:
+            assert (lists > 2 * lists.double().mean()).any()
+        case.check()
+
+
 @pytest.mark.parametrize("masks", ["key", "query", "padding"])
 @pytest.mark.parametrize("device, dtype", DEVICE_DTYPES)
 def test_masks(device, dtype, masks):

@@ -45,7 +45,20 @@ def test_correlated_inputs_are_what_they_should_be():
     assert logits.std().item() == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize("inputs", ["normal", "correlated", "minilm"])
+def test_offset_queries_agree_on_key_blocks():
+    longest = {}
+    for inputs in ("normal", "offset"):
+        context = Context(case(inputs, block_size=(32, 32)), CPU)
+        query = context.inputs[0]
+        assert query.square().mean().item() == pytest.approx(1, abs=0.05)
+        mean = query.mean(2).norm(dim=-1) / query.norm(dim=-1).mean(-1)
+        assert mean == pytest.approx(0.5 if inputs == "offset" else 0, abs=0.05)
+        plan = context.plan(Form("none", 0)).to_dense()
+        longest[inputs] = plan.sum(2).max().item()
+    assert longest["offset"] > 2 * longest["normal"]
+
+
+@pytest.mark.parametrize("inputs", ["normal", "offset", "correlated", "minilm"])
 @pytest.mark.parametrize("layout", ["bnhd", "bhnd"])
 def test_inputs_have_the_layout(layout, inputs, file):
     context = Context(case(inputs, H=2, N=96), CPU, 0, layout, file)

@@ -197,7 +197,7 @@ def test_nothing_waits_for_the_device(device, dtype, mode):
     done = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda._sleep(400_000_000)  # cycles: some 200 ms
+        torch.cuda._sleep(1_200_000_000)  # cycles: some 600 ms, for hosts that are busy
         done.record()
         everything()
         waiting = not done.query()

@@ -36,6 +36,16 @@ struct BlockRowsParams {
 // What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
 // row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
 // the same with delta as BackwardParams::sums. For pooled keys both may differ.
+// The order in which the kernels of the columns take their items, each `item_keys` keys of a block:
+// those in more than `many` lists of their key head come first, as a block of threads takes all rows
+// of its keys; many < 0: none does.
+struct ColumnOrder {
+  const int* count;  // [heads, lists]: entries of each key block's list
+  int* order;        // [heads / group, items of a head], or null: not asked for
+  int lists, group, items, all, items_block;  // items: of a head; all; of a block
+  int many;
+};
+
 struct RowSumsParams {
   const float *lse, *delta, *pooled_delta;  // [heads, rows]
   const float* row_bias;                    // [heads, rows] or null: pooled lse is less this
@@ -43,6 +53,7 @@ struct RowSumsParams {
   float *sums, *pooled_sums;                // [heads, chunks, 2, 32], or null
   int64_t heads, rows, chunks;
   bool beside;  // it may run beside the kernel launched before
+  ColumnOrder columns;
 };
 cudaError_t row_sums(const RowSumsParams& params, cudaStream_t stream);
 

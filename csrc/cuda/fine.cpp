@@ -5,6 +5,9 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <climits>
+
 #include "../common/budget.h"
 #include "centred_grads.h"
 #include "delta.h"
@@ -46,13 +49,35 @@ struct PooledKeys {
   }
 };
 
+// Hopper's columns: key blocks that many rows have chosen, as all rows choose a sink, come first,
+// where a block of threads does not get so many items that their order matters little.
+Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns,
+                     const Device& device) {
+  const int64_t keys = std::min<int64_t>(p.block_k, 64);  // of an item
+  const int64_t items = ceil_div(p.M, keys), all = items * p.B * p.Hk;
+  if (device.major != 9 || keys < 32 || all > INT_MAX / 2) return {};
+  c.count = p.column_lists.count;
+  c.lists = p.column_lists.lists;
+  c.group = p.H / p.Hk;
+  c.items = static_cast<int>(items);
+  c.all = static_cast<int>(all);
+  c.items_block = static_cast<int>(p.block_k / keys);
+  constexpr int64_t kFew = 64;  // lists of items, a multiprocessor
+  const int64_t mean = ceil_div(c.group * p.column_lists.capacity, c.lists);
+  const bool few = all * c.group <= kFew * device.sms;
+  c.many = few ? static_cast<int>(std::min<int64_t>(2 * mean, INT_MAX)) : -1;
+  const Tensor order = at::empty({all}, columns.count.options());
+  p.order = c.order = order.mutable_data_ptr<int>();
+  return order;
+}
+
 // What the kernels read of each row, into `p`.
 struct RowSums {
-  Tensor lse2, pooled_lse2, sums, pooled_sums;
+  Tensor lse2, pooled_lse2, sums, pooled_sums, order;
 
   // pooled_delta: of pooled keys; with levels, of those of the coarsest resolution.
   RowSums(BackwardParams& p, const FineBackward& back, const Tensor& pooled_delta,
-          const Tensor& row_bias, bool levels, const Launch& launch)
+          const Tensor& row_bias, const BlockList& columns, bool levels, const Launch& launch)
       : lse2(at::empty_like(back.lse)),
         pooled_lse2(row_bias.defined() ? at::empty_like(lse2) : lse2) {
     const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
@@ -74,6 +99,7 @@ struct RowSums {
     if (!same) r.pooled_sums = data_of<float>(pooled_sums);
     // What comes before it, under coarse = block, is coarse_backward.
     r.beside = launch.device.major == 9 && back.query_block.defined() && !levels;
+    if (bulk) order = order_columns(p, r.columns, columns, launch.device);
     launch.check(row_sums(r, launch.stream));
   }
 };
@@ -195,7 +221,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   p.grad_out_strides = strides_of(grad_out);
   Tensor pooled_delta = levels && !cells ? back.delta : back.coarse_delta;
   if (pooled_delta.dim() == 4) pooled_delta = pooled_delta.select(0, -1);
-  const RowSums sums(p, back, pooled_delta, keys.row_bias, levels, launch);
+  const RowSums sums(p, back, pooled_delta, keys.row_bias, columns, levels, launch);
 
   // Gradients that come from elsewhere lie in tensors laid out as these: the rest is added.
   const auto or_empty = [](const Tensor& x, const Tensor& like) {

@@ -98,6 +98,9 @@ struct BackwardParams : Problem {
   // pooled keys each: [ceil(nk / 64), B, H, rows], not on every device.
   float* coarse_sum;
 
+  // Hopper's exact columns: the order in which items are taken (ColumnOrder), each of some keys
+  const int* order;
+
   // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] where defined
   void *grad_k, *grad_v;
   Strides grad_k_strides, grad_v_strides;

@@ -10,7 +10,6 @@
 #include "column_lists.cuh"
 #include "columns.cuh"
 #include "divisor.h"
-#include "queue.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -22,7 +21,9 @@ struct BackwardColumnsMaps : BackwardParams {
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 
   cudaError_t set(Dtype dtype) {
-    if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr) return cudaErrorNotSupported;
+    if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr || order == nullptr) {
+      return cudaErrorNotSupported;
+    }
     group = H / Hk;
     run = std::min(list_rows, 64);
     for (log2_rows = 5; 1 << log2_rows < list_rows;) ++log2_rows;
@@ -49,15 +50,16 @@ struct BackwardColumnsMaps : BackwardParams {
 
 // A tile of 64 keys of one block, and how many tiles of rows attend it; below zero: the end.
 struct KeyTile {
-  int b, hk, first_key, block, tiles;
+  int b, hk, first_key, tiles;
 
   __device__ KeyTile(const BackwardColumnsMaps& p, unsigned item) : tiles(0) {
     const unsigned head = p.key_tiles.divide(item);
     first_key = (item - head * p.key_tiles.d) * 64;
     b = p.key_heads.divide(head);
     hk = head - b * p.Hk;
-    block = first_key >> p.log2_block_k;
   }
+  // Its block, whose lists are its own.
+  __device__ int list(const BackwardColumnsMaps& p) const { return first_key >> p.log2_block_k; }
   // Of all batch entries.
   __device__ int first_head(const BackwardColumnsMaps& p) const { return b * p.H + hk * p.group; }
 };
@@ -81,7 +83,7 @@ __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<D
   if (threadIdx.x % 32 == 0) s.tile[turn % 2] = at;
   s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b, 2 * bytes);
   if (bytes == 0 || threadIdx.x % 32 != 0) return;
-  const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block) * p.D;
+  const int64_t from = ((static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.list(p)) * p.D;
   copy_bytes(s.blocks[turn % 2][0], p.k_block + from, bytes, &s.keys_full[place]);
   copy_bytes(s.blocks[turn % 2][1], p.v_block + from, bytes, &s.keys_full[place]);
 }
@@ -91,7 +93,7 @@ template <class Maps, class Shared>
 __device__ void fetch_ahead(const Maps& p, Shared& s) {
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32;
-  int fetched = 0, turn = 0;  // tiles of rows, tiles of keys
+  int fetched = 0;  // tiles of rows
   const auto tiles_of = [&](int entries) {
     return p.log2_rows < 6 ? entries + 1 >> 1 : entries << p.log2_rows - 6;
   };
@@ -100,30 +102,13 @@ __device__ void fetch_ahead(const Maps& p, Shared& s) {
     const int i = 64 * tile + p.run * lane >> p.log2_rows;
     return p.run * lane < 64 && i < list.count ? list.entries[i] : -1;
   };
-  // Where the lists of a tile of keys lie is asked for a tile ahead.
-  const auto ask = [&](const KeyTile& at, int turn) {
-    ask_for_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group, at.block);
-  };
-  const auto list_of = [&](const KeyTile& at, int turn, int i) {
-    return list_of_head(s.places[turn % 2], p.column_lists, at.first_head(p), i, at.block);
-  };
-  const auto answered = [] {
-    wait_for_copies();
-    __syncwarp();
-  };
-  WorkQueue queue(p);
-  ask(KeyTile(p, queue.item), 0);
-  answered();
-  List list = list_of(KeyTile(p, queue.item), 0, 0);
+  ColumnTiles<BackwardColumnsMaps, KeyTile> keys(p, s.places);
+  List list = keys.first_of_first();
   int block = block_of(list, 0);  // of the next tile of rows
 #pragma unroll 1
-  for (; queue.has_item(); queue.advance(), ++turn) {
-    KeyTile at(p, queue.item);
-    at.tiles = tiles_of_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group,
-                              at.block, tiles_of);
-    const auto next = [&] { return KeyTile(p, queue.has_next() ? queue.next : 0); };
-    ask(next(), turn + 1);
-    queue.ask();
+  for (; keys.has_tile(); keys.advance()) {
+    const KeyTile at = keys.take(tiles_of);
+    const int turn = keys.turn;
     if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
     fetch_tile(p, s, at, turn);
     __syncwarp();
@@ -138,10 +123,9 @@ __device__ void fetch_ahead(const Maps& p, Shared& s) {
         }
         if (tile + 1 >= tiles) {  // on to the next head's
           if (i + 1 < p.group) {
-            list = list_of(at, turn, i + 1);
+            list = keys.list_of(at, i + 1);
           } else {
-            answered();
-            list = list_of(next(), turn + 1, 0);
+            list = keys.first_of_next();
           }
         }
         block = block_of(list, tile + 1 < tiles ? tile + 1 : 0);
@@ -166,6 +150,7 @@ __device__ void fetch_ahead(const Maps& p, Shared& s) {
     }
     s.fetch_last(p, at, fetched);
   }
+  const int turn = keys.turn;
   if (turn >= kPlaces) barrier_wait(&s.keys_empty[turn % kPlaces], turn / kPlaces - 1 & 1);
   if (lane == 0) s.tile[turn % 2].tiles = -1;
   barrier_arrive(&s.keys_full[turn % kPlaces]);

@@ -69,7 +69,7 @@ __device__ void fetch_tile(const ColumnsOrder1Maps& p, ColumnsOrder1Shared<kWeig
   s.fetch_keys(place, p.k_map, p.v_map, at.first_key, at.hk, at.b,
                (shares + 2 + (kWeighted ? 1 : 0)) * bytes + (kWeighted ? 256 : 0));
   if (lane != 0) return;
-  const int64_t head = static_cast<int64_t>(at.b) * p.Hk + at.hk, block = head * p.nk + at.block;
+  const int64_t head = static_cast<int64_t>(at.b) * p.Hk + at.hk, block = head * p.nk + at.list(p);
   uint64_t* const full = &s.keys_full[place];
   if (shares > 0) {
     copy_bytes(s.blocks[place][0], p.k_block + block * p.D, bytes, full);
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(256, 2)
     const KeyTile& at = s.tile[place];
     const int tiles = uniform(at.tiles);
     if (tiles < 0) break;
-    const int64_t block = (static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.block;
+    const int64_t block = (static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.list(p);
     float mass_grad = 0.f;
     if constexpr (kWeighted) mass_grad = p.of.mass_grad[block];
     // Once the gradients of the tile before have left, the place that they took.

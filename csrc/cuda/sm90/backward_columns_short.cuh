@@ -39,6 +39,7 @@ struct KeyBlock {
     b = p.heads.divide(head);
     hk = head - b * p.Hk;
   }
+  __device__ int list(const BackwardColumnsShortMaps&) const { return block; }
   // Of all batch entries.
   __device__ int first_head(const BackwardColumnsShortMaps& p) const {
     return b * p.H + hk * p.group;
@@ -65,37 +66,20 @@ template <int DP>
 __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsShortShared<DP>& s) {
   constexpr int kStages = BackwardColumnsShortTraits<DP>::kStages;
   const int lane = threadIdx.x % 32;
-  int fetched = 0, turn = 0;
+  int fetched = 0;
   const auto tiles_of = [&](int entries) { return entries << p.log2_rows - 5; };
   // The blocks of 32 tiles from `tile` on, one a lane.
   const auto window_of = [&](const List& list, int tile) {
     const int i = tile + lane >> p.log2_rows - 5;
     return i < list.count ? list.entries[i] : -1;
   };
-  const auto ask = [&](const KeyBlock& at, int turn) {
-    ask_for_lists(s.places[turn % 2], p.column_lists, at.first_head(p), p.group, at.block);
-  };
-  const auto list_of = [&](const KeyBlock& at, int turn, int i) {
-    return list_of_head(s.places[turn % 2], p.column_lists, at.first_head(p), i, at.block);
-  };
-  const auto answered = [] {
-    wait_for_copies();
-    __syncwarp();
-  };
-  WorkQueue queue(p);
-  ask(KeyBlock(p, queue.item), 0);
-  answered();
-  List list = list_of(KeyBlock(p, queue.item), 0, 0);
+  ColumnTiles<BackwardColumnsShortMaps, KeyBlock> keys(p, s.places);
+  List list = keys.first_of_first();
   int window = window_of(list, 0);  // that holds the next tile's block
 #pragma unroll 1
-  for (; queue.has_item(); queue.advance(), ++turn) {
-    KeyBlock at(p, queue.item);
-    const int slot = turn % 2;
-    at.tiles = tiles_of_lists(s.places[slot], p.column_lists, at.first_head(p), p.group, at.block,
-                              tiles_of);
-    const auto next = [&] { return KeyBlock(p, queue.has_next() ? queue.next : 0); };
-    ask(next(), turn + 1);
-    queue.ask();
+  for (; keys.has_tile(); keys.advance()) {
+    const KeyBlock at = keys.take(tiles_of);
+    const int turn = keys.turn, slot = turn % 2;
     if (turn >= 2) barrier_wait(&s.keys_empty[slot], turn / 2 - 1 & 1);
     uint64_t* full = &s.keys_full[slot];
     const int bytes = p.k_block == nullptr ? 0 : p.D * 4;
@@ -125,10 +109,9 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
           if (tile % 32 == 31) window = window_of(list, tile + 1);
         } else {  // on to the next head's
           if (i + 1 < p.group) {
-            list = list_of(at, turn, i + 1);
+            list = keys.list_of(at, i + 1);
           } else {
-            answered();
-            list = list_of(next(), turn + 1, 0);
+            list = keys.first_of_next();
           }
           window = window_of(list, 0);
         }
@@ -154,6 +137,7 @@ __device__ void fetch_ahead(const BackwardColumnsShortMaps& p, BackwardColumnsSh
       }
     }
   }
+  const int turn = keys.turn;
   if (turn >= 2) barrier_wait(&s.keys_empty[turn % 2], turn / 2 - 1 & 1);
   if (lane == 0) s.block(turn % 2).tiles = -1;
   barrier_arrive(&s.keys_full[turn % 2]);
@@ -262,7 +246,8 @@ template <typename T, int DP>
 cudaError_t launch_backward_columns_short(const BackwardParams& params, const Device& device,
                                           cudaStream_t stream) {
   using Traits = BackwardColumnsShortTraits<DP>;
-  if (params.block_k != 32 || params.list_rows < 32 || params.sums == nullptr) {
+  if (params.block_k != 32 || params.list_rows < 32 || params.sums == nullptr ||
+      params.order == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardColumnsShortMaps p{params};

@@ -1,41 +1,85 @@
-// The lists of rows that the warp which fetches for a key block's gradients reads: one for each
-// query head of its key head. Where they lie is asked for a key block ahead, and their first
-// entries a head ahead, as a warp that waits for memory has nothing to do meanwhile.
+// The key blocks that a block of threads takes in turns, and the lists of rows that the warp which
+// fetches for their gradients reads: one for each query head of a key head. Where they lie is asked
+// for a key block ahead, and their first entries a head ahead, as a warp that waits for memory has
+// nothing to do meanwhile.
 #pragma once
 
 #include "../sm80/tile.cuh"
+#include "queue.cuh"
 
 namespace mra::cuda::sm90 {
 
-// Asks where the column lists of a key block lie, one for each query head of its key head, from
-// `head` of all batch entries on: by one warp, a head a lane. No register waits for the answer; it
-// is there behind wait_for_copies().
-__device__ __forceinline__ void ask_for_lists(ListPlace (&places)[32], const Lists& lists, int head,
-                                              int group, int block) {
-  const int lane = threadIdx.x % 32;
-  // No branch around the copies: it would cost the consumers their uniform descriptors.
-  const int64_t at = static_cast<int64_t>(head + min(lane, group - 1)) * lists.lists + block;
-  copy_4_bytes(&places[lane].start, lists.start + at, true);
-  copy_4_bytes(&places[lane].count, lists.count + at, true);
-  commit_copies();
-}
+// Tile: the keys of an item, made from it; `tiles` of rows attend them. Items are taken in the order
+// p.order. A branch here, also one around its reading, would cost the consumers their uniform
+// descriptors.
+template <class Maps, class Tile>
+struct ColumnTiles {
+  const Maps& p;
+  ListPlace (&places)[2][32];  // of the lists of this tile of keys and of the next
+  WorkQueue<Maps> queue;
+  int turn = 0;
 
-// List i of these.
-__device__ __forceinline__ List list_of_head(const ListPlace (&places)[32], const Lists& lists,
-                                             int head, int i, int block) {
-  return i < 32 ? list_at(lists, head + i, places[i]) : list_of(lists, head + i, block);
-}
-
-// Sum of tiles_of(entries) over all of these.
-template <class TilesOf>
-__device__ __forceinline__ int tiles_of_lists(const ListPlace (&places)[32], const Lists& lists,
-                                              int head, int group, int block,
-                                              const TilesOf& tiles_of) {
-  int sum = 0;
-  for (int i = threadIdx.x % 32; i < group; i += 32) {
-    sum += tiles_of(list_of_head(places, lists, head, i, block).count);
+  __device__ ColumnTiles(const Maps& p, ListPlace (&places)[2][32])
+      : p(p), places(places), queue(p) {
+    ask(tile_of(queue.item), 0);
+    answered();
   }
-  return __reduce_add_sync(kFullWarp, sum);
-}
+
+  __device__ __forceinline__ bool has_tile() const { return queue.has_item(); }
+  // The tile whose turn it is. tiles_of(entries): tiles of rows of a list.
+  template <class TilesOf>
+  __device__ __forceinline__ Tile take(const TilesOf& tiles_of) {
+    Tile at = tile_of(queue.item);
+    int sum = 0;
+    for (int i = threadIdx.x % 32; i < p.group; i += 32) sum += tiles_of(list_of(at, i).count);
+    at.tiles = __reduce_add_sync(kFullWarp, sum);
+    ask(next(), turn + 1);
+    queue.ask();
+    return at;
+  }
+  __device__ __forceinline__ void advance() {
+    queue.advance();
+    ++turn;
+  }
+
+  // List i of that tile.
+  __device__ __forceinline__ List list_of(const Tile& at, int i) const {
+    return list_of(at, turn, i);
+  }
+  __device__ __forceinline__ List first_of_first() const {
+    return list_of(tile_of(queue.item), 0, 0);
+  }
+  __device__ __forceinline__ List first_of_next() const {
+    answered();
+    return list_of(next(), turn + 1, 0);
+  }
+
+ private:
+  __device__ __forceinline__ Tile tile_of(unsigned i) const {
+    return Tile(p, p.order[i]);
+  }
+  __device__ __forceinline__ Tile next() const {
+    return tile_of(queue.has_next() ? queue.next : 0);
+  }
+  // By one warp, a head a lane. No register waits for the answer.
+  __device__ __forceinline__ void ask(const Tile& at, int turn) const {
+    const Lists& lists = p.column_lists;
+    const int lane = threadIdx.x % 32, head = at.first_head(p) + min(lane, p.group - 1);
+    // No branch around the copies: it would cost the consumers their uniform descriptors.
+    const int64_t from = static_cast<int64_t>(head) * lists.lists + at.list(p);
+    copy_4_bytes(&places[turn % 2][lane].start, lists.start + from, true);
+    copy_4_bytes(&places[turn % 2][lane].count, lists.count + from, true);
+    commit_copies();
+  }
+  static __device__ __forceinline__ void answered() {
+    wait_for_copies();
+    __syncwarp();
+  }
+  __device__ __forceinline__ List list_of(const Tile& at, int turn, int i) const {
+    const int head = at.first_head(p) + i;
+    return i < 32 ? list_at(p.column_lists, head, places[turn % 2][i])
+                  : cuda::list_of(p.column_lists, head, at.list(p));
+  }
+};
 
 }  // namespace mra::cuda::sm90
