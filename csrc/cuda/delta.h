@@ -36,14 +36,19 @@ struct BlockRowsParams {
 // What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
 // row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
 // the same with delta as BackwardParams::sums. For pooled keys both may differ.
-// The order in which the kernels of the columns take their items, each `item_keys` keys of a block:
-// those in more than `many` lists of their key head come first, as a block of threads takes all rows
-// of its keys; many < 0: none does.
+// The order in which the kernels of the columns take their items, each some keys of a block. A
+// block of threads takes all rows of its keys, and some key blocks are in many lists of their key
+// head, as a sink is: these come first, by classes (more than 8, 4, 2 times the mean). Where lists
+// are long enough that rows may be read from memory once more, those in few (up to 7/8, 5/8) come
+// last, so that all blocks of threads end at about the same time. Within a class items keep their
+// order, head by head.
 struct ColumnOrder {
+  static constexpr int kLongLists = 8;  // entries, in the mean
+
   const int* count;  // [heads, lists]: entries of each key block's list
   int* order;        // [heads / group, items of a head], or null: not asked for
-  int lists, group, items, all, items_block;  // items: of a head; all; of a block
-  int many;
+  int lists, group, items, all, items_block;  // items: of a head; in all; of a block
+  int mean;                                   // entries of a key block; 0: items in their order
 };
 
 struct RowSumsParams {

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "block_sum.cuh"
+#include "column_order.cuh"
 #include "delta.h"
 
 namespace mra::cuda {
@@ -207,52 +208,6 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
     }
   }
   if (blockIdx.x == 0) wait_for_previous();
-}
-
-__device__ __forceinline__ bool is_many(const ColumnOrder& c, int item) {
-  const int head = item / c.items, y = (item - head * c.items) / c.items_block;
-  int entries = 0;
-  for (int i = 0; i < c.group; ++i) {
-    entries += c.count[(static_cast<int64_t>(head) * c.group + i) * c.lists + y];
-  }
-  return entries > c.many;
-}
-
-// By 256 threads, whose first one has item `first`: each finds a place for its item. All count for
-// themselves, so that no block of threads waits for another.
-__device__ void place_items(const ColumnOrder& c, int first) {
-  __shared__ int sums[8][3];  // of each warp: many in all, before these items, among these
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = first + threadIdx.x;
-  int all = 0, before = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < c.all; i += 256) {
-    const int many = is_many(c, i);
-    all += many;
-    before += i < first ? many : 0;
-  }
-  const bool many = item < c.all && is_many(c, item);
-  const uint32_t bits = __ballot_sync(kFullWarp, many);
-  all = __reduce_add_sync(kFullWarp, all);
-  before = __reduce_add_sync(kFullWarp, before);
-  if (lane == 0) sums[warp][0] = all, sums[warp][1] = before, sums[warp][2] = __popc(bits);
-  __syncthreads();
-  all = 0, before = __popc(bits & (1u << lane) - 1);
-  for (int w = 0; w < 8; ++w) {
-    all += sums[w][0];
-    before += sums[w][1] + (w < warp ? sums[w][2] : 0);
-  }
-  if (item < c.all) c.order[many ? before : all + item - before] = item;
-}
-
-__device__ __forceinline__ void order_columns(const ColumnOrder& c) {
-  for (int64_t i = int64_t{blockIdx.x} * 256; i < c.all; i += int64_t{gridDim.x} * 256) {
-    if (c.many >= 0) {
-      __syncthreads();
-      place_items(c, static_cast<int>(i));
-    } else if (i + threadIdx.x < c.all) {
-      c.order[i + threadIdx.x] = static_cast<int>(i) + threadIdx.x;
-    }
-  }
 }
 
 __global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {

@@ -49,8 +49,8 @@ struct PooledKeys {
   }
 };
 
-// Hopper's columns: key blocks that many rows have chosen, as all rows choose a sink, come first,
-// where a block of threads does not get so many items that their order matters little.
+// For Hopper's columns; in their order as they are where a block of threads gets so many items that
+// it matters little.
 Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns,
                      const Device& device) {
   const int64_t keys = std::min<int64_t>(p.block_k, 64);  // of an item
@@ -62,10 +62,11 @@ Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns
   c.items = static_cast<int>(items);
   c.all = static_cast<int>(all);
   c.items_block = static_cast<int>(p.block_k / keys);
-  constexpr int64_t kFew = 64;  // lists of items, a multiprocessor
+  constexpr int64_t kFew = 128;  // lists of items, a multiprocessor
   const int64_t mean = ceil_div(c.group * p.column_lists.capacity, c.lists);
-  const bool few = all * c.group <= kFew * device.sms;
-  c.many = few ? static_cast<int>(std::min<int64_t>(2 * mean, INT_MAX)) : -1;
+  if (all * c.group <= kFew * device.sms) {
+    c.mean = static_cast<int>(std::min<int64_t>(mean, INT_MAX));
+  }
   const Tensor order = at::empty({all}, columns.count.options());
   p.order = c.order = order.mutable_data_ptr<int>();
   return order;

@@ -1,8 +1,7 @@
 // Gradients of the keys and values on Hopper with those of order 1: what backward_columns.cuh and
-// order1_keys.cuh compute, for bfloat16, key blocks of 64 and head dims up to 64. One pass over
-// keys, values and their gradients where two kernels take two. dC and dSigma come through the ring
-// as the last tile of rows. Then the keys and values, whose scores are done, are centred where they
-// are.
+// order1_keys.cuh compute, for bfloat16, key blocks of 64 and head dims up to 64, in one pass over
+// keys, values and their gradients. dC and dSigma come through the ring as the last tile of rows.
+// Then the keys and values, whose scores are done, are centred where they are.
 #pragma once
 
 #include "backward_columns.cuh"
@@ -83,9 +82,10 @@ __device__ void fetch_tile(const ColumnsOrder1Maps& p, ColumnsOrder1Shared<kWeig
   }
 }
 
-// Order 1 of the keys at `place`, added to what their rows gave them: dk, less the factor `scale`,
-// and dv. dC and dSigma lie at `stage`. With weights also what comes through them, and what the
-// centre gets of either tile's column that a thread t of a quad holds, in s.centre_parts.
+// To what the keys at `place` have from their rows, dk less the factor p.scale and dv, adds order 1
+// and what their block shares. dC and dSigma lie at `stage`. With weights, where shares and
+// deviations count by these, also what comes through them; what the centre gets of each warp's keys
+// is left in s.centre_parts.
 template <bool kWeighted>
 __device__ __forceinline__ void add_order1(float (&dk)[8][4], float (&dv)[8][4],
                                            const ColumnsOrder1Maps& p,

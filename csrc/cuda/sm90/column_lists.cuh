@@ -9,8 +9,8 @@
 
 namespace mra::cuda::sm90 {
 
-// Tile: the keys of an item, made from it; `tiles` of rows attend them. Items are taken in the order
-// p.order. A branch here, also one around its reading, would cost the consumers their uniform
+// Tile: the keys of an item, made from it; `tiles` of rows attend them. Items are taken in the
+// order p.order. A branch here, also one around its reading, would cost the consumers their uniform
 // descriptors.
 template <class Maps, class Tile>
 struct ColumnTiles {
@@ -55,9 +55,7 @@ struct ColumnTiles {
   }
 
  private:
-  __device__ __forceinline__ Tile tile_of(unsigned i) const {
-    return Tile(p, p.order[i]);
-  }
+  __device__ __forceinline__ Tile tile_of(unsigned i) const { return Tile(p, p.order[i]); }
   __device__ __forceinline__ Tile next() const {
     return tile_of(queue.has_next() ? queue.next : 0);
   }

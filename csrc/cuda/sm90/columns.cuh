@@ -168,7 +168,8 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
 #pragma unroll 1
   for (int tile = before; tile < before + tiles; ++tile) {
     const bool last = kEarly && tile + 1 == before + tiles;
-    const int stage = uniform(tile % kStages);  // fp16: or descriptors are not
+    // It is anyway: the compiler has to be told, or it moves descriptors through vector registers.
+    const int stage = uniform(tile % kStages);
     float c[8][4], ds[8][4], b[2][2];
     uint32_t a[4][4], da[4][4];
     barrier_wait(&s.full[stage], tile / kStages & 1);

@@ -1,25 +1,10 @@
-// Short heads (forward_head.cuh): pairs of a half type, and how float16 holds moments.
+// Short heads (forward_head.cuh): how float16 holds moments.
 #pragma once
 
+#include "half_pairs.cuh"
 #include "head_pool.cuh"
 
 namespace mra::cuda::sm90 {
-
-// Pairs of a half type, element by element, rounded once.
-template <typename T>
-using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-template <typename T>
-__device__ __forceinline__ uint32_t less(uint32_t a, uint32_t b) {
-  const Pair<T> d =
-      __hsub2(reinterpret_cast<const Pair<T>&>(a), reinterpret_cast<const Pair<T>&>(b));
-  return reinterpret_cast<const uint32_t&>(d);
-}
-template <typename T>
-__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
-  const Pair<T> d =
-      __hmul2(reinterpret_cast<const Pair<T>&>(a), reinterpret_cast<const Pair<T>&>(b));
-  return reinterpret_cast<const uint32_t&>(d);
-}
 
 // What moments are kept in for backward (moments_type of common/stages.h).
 template <typename T>

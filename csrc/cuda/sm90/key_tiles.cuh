@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../sm80/tile.cuh"
+#include "half_pairs.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -136,15 +137,6 @@ struct TileUnit {
   }
 };
 
-// a - b - c, pairs.
-template <typename T>
-__device__ __forceinline__ uint32_t less_both(uint32_t a, uint32_t b, uint32_t c) {
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const auto pair = [](const uint32_t& x) { return reinterpret_cast<const Pair&>(x); };
-  const Pair d = __hsub2(__hsub2(pair(a), pair(b)), pair(c));
-  return reinterpret_cast<const uint32_t&>(d);
-}
-
 // Rows of columns `unit` less the means of their blocks, to where they were, zeros for rows that
 // don't count, by one warp. means: of keys and of values, [kBlocks][D] of the tile each.
 template <int kBlocks, bool kNarrow, class Tiles, class Means>
@@ -172,8 +164,10 @@ __device__ __forceinline__ void take_means(Tiles& s, int stage, int unit, const 
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
       uint4 x = *at.place(i);
-      x = make_uint4(less_both<T>(x.x, high[0], low[0]), less_both<T>(x.y, high[1], low[1]),
-                     less_both<T>(x.z, high[2], low[2]), less_both<T>(x.w, high[3], low[3]));
+      const auto deviation = [&](uint32_t pair, int e) {
+        return less<T>(less<T>(pair, high[e]), low[e]);
+      };
+      x = make_uint4(deviation(x.x, 0), deviation(x.y, 1), deviation(x.z, 2), deviation(x.w, 3));
       *at.place(i) = all || at.counts(i) ? x : uint4{};
     }
   }
