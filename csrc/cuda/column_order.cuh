@@ -12,14 +12,18 @@ struct ClassCounts {
   static constexpr int kClasses = 6, kBits = 21;
   uint64_t words[2] = {};
 
-  __device__ __forceinline__ void add(int kind) {
-    words[kind / 3] += uint64_t{1} << kBits * (kind % 3);
+  // `one`: 0 or 1. Words are chosen by selects: an index would put them in memory.
+  __device__ __forceinline__ void add(int kind, int one = 1) {
+    const uint64_t more = static_cast<uint64_t>(one) << kBits * (kind < 3 ? kind : kind - 3);
+    words[0] += kind < 3 ? more : 0;
+    words[1] += kind < 3 ? 0 : more;
   }
   __device__ __forceinline__ void add(const ClassCounts& other) {
     words[0] += other.words[0], words[1] += other.words[1];
   }
   __device__ __forceinline__ int of(int kind) const {
-    return static_cast<int>(words[kind / 3] >> kBits * (kind % 3)) & (1 << kBits) - 1;
+    const uint64_t word = kind < 3 ? words[0] : words[1];
+    return static_cast<int>(word >> kBits * (kind < 3 ? kind : kind - 3)) & (1 << kBits) - 1;
   }
   __device__ __forceinline__ void sum_warp() {
 #pragma unroll
@@ -66,10 +70,9 @@ __device__ void place_items(const ColumnOrder& c, int first) {
     for (int j = 0; j < kBatch; ++j) entries[j] = entries_of<kOne>(c, i + 256 * j);
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (i + 256 * j >= c.all) break;
       const int kind = class_of(c, entries[j]);
-      all.add(kind);
-      if (i + 256 * j < first) before.add(kind);
+      all.add(kind, i + 256 * j < c.all);
+      before.add(kind, i + 256 * j < first);
     }
   }
   const int kind = item < c.all ? class_of(c, entries_of<kOne>(c, item)) : -1;
@@ -94,13 +97,9 @@ __device__ void place_items(const ColumnOrder& c, int first) {
 
 __device__ __forceinline__ void order_columns(const ColumnOrder& c) {
   for (int64_t i = int64_t{blockIdx.x} * 256; i < c.all; i += int64_t{gridDim.x} * 256) {
-    if (c.mean > 0) {
-      __syncthreads();
-      c.group == 1 ? place_items<true>(c, static_cast<int>(i))
-                   : place_items<false>(c, static_cast<int>(i));
-    } else if (i + threadIdx.x < c.all) {
-      c.order[i + threadIdx.x] = static_cast<int>(i) + threadIdx.x;
-    }
+    __syncthreads();
+    c.group == 1 ? place_items<true>(c, static_cast<int>(i))
+                 : place_items<false>(c, static_cast<int>(i));
   }
 }
 

@@ -48,7 +48,7 @@ struct ColumnOrder {
   const int* count;  // [heads, lists]: entries of each key block's list
   int* order;        // [heads / group, items of a head], or null: not asked for
   int lists, group, items, all, items_block;  // items: of a head; in all; of a block
-  int mean;                                   // entries of a key block; 0: items in their order
+  int mean;                                   // entries of a key block, at least 1
 };
 
 struct RowSumsParams {

@@ -49,24 +49,22 @@ struct PooledKeys {
   }
 };
 
-// For Hopper's columns; in their order as they are where a block of threads gets so many items that
-// it matters little.
+// For Hopper's columns; undefined where a block of threads gets so many items that order matters
+// little.
 Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns,
                      const Device& device) {
+  constexpr int64_t kFew = 128;                           // lists of items, a multiprocessor
   const int64_t keys = std::min<int64_t>(p.block_k, 64);  // of an item
-  const int64_t items = ceil_div(p.M, keys), all = items * p.B * p.Hk;
-  if (device.major != 9 || keys < 32 || all > INT_MAX / 2) return {};
+  const int64_t items = ceil_div(p.M, keys), all = items * p.B * p.Hk, group = p.H / p.Hk;
+  if (device.major != 9 || keys < 32 || all * group > kFew * device.sms) return {};
   c.count = p.column_lists.count;
   c.lists = p.column_lists.lists;
-  c.group = p.H / p.Hk;
+  c.group = static_cast<int>(group);
   c.items = static_cast<int>(items);
   c.all = static_cast<int>(all);
   c.items_block = static_cast<int>(p.block_k / keys);
-  constexpr int64_t kFew = 128;  // lists of items, a multiprocessor
-  const int64_t mean = ceil_div(c.group * p.column_lists.capacity, c.lists);
-  if (all * c.group <= kFew * device.sms) {
-    c.mean = static_cast<int>(std::min<int64_t>(mean, INT_MAX));
-  }
+  const int64_t mean = ceil_div(group * p.column_lists.capacity, c.lists);
+  c.mean = static_cast<int>(std::clamp<int64_t>(mean, 1, INT_MAX));
   const Tensor order = at::empty({all}, columns.count.options());
   p.order = c.order = order.mutable_data_ptr<int>();
   return order;

@@ -98,7 +98,7 @@ struct BackwardParams : Problem {
   // pooled keys each: [ceil(nk / 64), B, H, rows], not on every device.
   float* coarse_sum;
 
-  // Hopper's exact columns: the order in which items are taken (ColumnOrder), each of some keys
+  // Hopper's exact columns: the order in which items are taken (ColumnOrder), or null: as they come
   const int* order;
 
   // exact columns: grad_k, grad_v [B, Hk, M, D] T, plus [B, Hk, nk, D] where defined

@@ -21,9 +21,7 @@ struct BackwardColumnsMaps : BackwardParams {
   CUtensorMap q_map, grad_out_map, k_map, v_map, grad_k_map, grad_v_map;
 
   cudaError_t set(Dtype dtype) {
-    if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr || order == nullptr) {
-      return cudaErrorNotSupported;
-    }
+    if (block_k % 64 != 0 || list_rows < 32 || sums == nullptr) return cudaErrorNotSupported;
     group = H / Hk;
     run = std::min(list_rows, 64);
     for (log2_rows = 5; 1 << log2_rows < list_rows;) ++log2_rows;

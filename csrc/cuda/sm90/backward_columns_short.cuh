@@ -246,8 +246,7 @@ template <typename T, int DP>
 cudaError_t launch_backward_columns_short(const BackwardParams& params, const Device& device,
                                           cudaStream_t stream) {
   using Traits = BackwardColumnsShortTraits<DP>;
-  if (params.block_k != 32 || params.list_rows < 32 || params.sums == nullptr ||
-      params.order == nullptr) {
+  if (params.block_k != 32 || params.list_rows < 32 || params.sums == nullptr) {
     return cudaErrorNotSupported;
   }
   BackwardColumnsShortMaps p{params};

@@ -10,8 +10,7 @@
 namespace mra::cuda::sm90 {
 
 // Tile: the keys of an item, made from it; `tiles` of rows attend them. Items are taken in the
-// order p.order. A branch here, also one around its reading, would cost the consumers their uniform
-// descriptors.
+// order p.order, or as they come where that is null.
 template <class Maps, class Tile>
 struct ColumnTiles {
   const Maps& p;
@@ -55,7 +54,14 @@ struct ColumnTiles {
   }
 
  private:
-  __device__ __forceinline__ Tile tile_of(unsigned i) const { return Tile(p, p.order[i]); }
+  __device__ __forceinline__ Tile tile_of(unsigned i) const {
+    // Not by a branch: it would cost the consumers their uniform descriptors.
+    unsigned item = i;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u64 p, %1, 0;\n@p ld.global.u32 %0, [%2];\n}"
+                 : "+r"(item)
+                 : "l"(p.order), "l"(p.order + i));
+    return Tile(p, item);
+  }
   __device__ __forceinline__ Tile next() const {
     return tile_of(queue.has_next() ? queue.next : 0);
   }
