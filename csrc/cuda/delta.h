@@ -33,9 +33,6 @@ struct BlockRowsParams {
   Dtype dtype;
 };
 
-// What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
-// row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
-// the same with delta as BackwardParams::sums. For pooled keys both may differ.
 // The order in which the kernels of the columns take their items, each some keys of a block. A
 // block of threads takes all rows of its keys, and some key blocks are in many lists of their key
 // head, as a sink is: these come first, by classes (more than 8, 4, 2 times the mean). Where lists
@@ -51,6 +48,9 @@ struct ColumnOrder {
   int mean;                                   // entries of a key block, at least 1
 };
 
+// What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a
+// row without weight (-inf or +inf), so that exp2(logit - lse2) is its weight in every case; and
+// the same with delta as BackwardParams::sums. For pooled keys both may differ.
 struct RowSumsParams {
   const float *lse, *delta, *pooled_delta;  // [heads, rows]
   const float* row_bias;                    // [heads, rows] or null: pooled lse is less this

@@ -295,12 +295,14 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                launch);
     p.add = true;
   }
+  // Made before the rows: nothing may be launched between them and what runs beside them.
+  std::optional<Term> order1_of_keys;
+  if (back.moment_grads.defined()) order1_of_keys.emplace(launch, in, *back.means, o);
   launch.check(backward_rows(p, dtype, launch.device, launch.stream));
   if (weighted && !rows_last) add_to_queries(g.query, through_weights(true), in, o);
   bool beside = !weighted || rows_last;
-  if (back.moment_grads.defined()) {
-    order1_key_grads(Term(launch, in, *back.means, o), back.moment_grads, nullptr, g, false,
-                     columns_with_order1);
+  if (order1_of_keys) {
+    order1_key_grads(*order1_of_keys, back.moment_grads, nullptr, g, false, columns_with_order1);
     beside = false;
     add_keys = true;
   }
