@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 #pragma unroll 1
   for (int phase = 0; s.at(phase).item < heads; phase ^= 1) {
     // What follows from it then takes no registers from head to head.
-    if constexpr (kGlobal) asm volatile("" : "+r"(run));
+    asm volatile("" : "+r"(run));
     const int x = blocks.of_run(run);
     const HeadAt &at = s.at(phase), &next = s.at(phase ^ 1);
     if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(f, at.item + gridDim.x);
@@ -105,11 +105,11 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     if constexpr (kWeighted) {  // scores depend on weights
       weigh_run<T, kForm, DP>(p, s, in, at, blocks, run, phase);
       __syncthreads();
-      make_moments();
     }
 
     // plan
     const uint32_t key = score_run<kForm, DP>(p, s, run, blocks);
+    if constexpr (kWeighted) make_moments();
     const uint32_t taken = select_blocks<kGlobal>(p, s, at.item, run, x, blocks.leads(run), key);
 
     // coarse

@@ -10,66 +10,83 @@ namespace mra::cuda::sm90 {
 // The mean query, columns lane and lane + 32 of this lane; the same for every warp.
 template <int DP, class Shared>
 __device__ __forceinline__ void mean_query(float (&mean)[DP / 32], const Shared& s,
-                                           const HeadBlocks& blocks, int runs) {
+                                           const HeadBlocks& blocks) {
+  constexpr int kRuns = Shared::kRows / kRun;
   const int lane = threadIdx.x % 32;
-  int count = lane < runs ? __popc(s.queries_there[lane]) : 0;
+  int count = lane < kRuns ? __popc(s.queries_there[lane]) : 0;
   const int n = __reduce_add_sync(kFullWarp, count);
-  if (blocks.shift != 0) count += __shfl_down_sync(kFullWarp, count, 1);
+  if (blocks.shift != 0) {
+    const int next = __shfl_down_sync(kFullWarp, count, 1);
+    count = blocks.leads(lane) ? count + next : 0;
+  }
+  const float share = __fdividef(static_cast<float>(count), static_cast<float>(max(n, 1)));
 #pragma unroll
   for (int i = 0; i < DP / 32; ++i) mean[i] = 0.f;
-#pragma unroll 2
-  for (int run = 0; run < runs; run += 1 << blocks.shift) {
-    const auto of_block = static_cast<float>(__shfl_sync(kFullWarp, count, run));
+#pragma unroll
+  for (int run = 0; run < kRuns; ++run) {
+    const float of_block = __shfl_sync(kFullWarp, share, run);
 #pragma unroll
     for (int i = 0; i < DP / 32; ++i) {
       mean[i] = fmaf(of_block, s.q_mean[run][lane + 32 * i], mean[i]);
     }
   }
-#pragma unroll
-  for (int i = 0; i < DP / 32; ++i) mean[i] /= static_cast<float>(max(n, 1));
 }
 
-// The mean query as right operand of columns 16 k on, but for the columns of the product: rounded
-// to T in column 0, what that lost in column 1; the others stay as they are.
-template <typename T, int kParts>
-__device__ __forceinline__ void mean_operand(uint32_t (&right)[2], const float (&mean)[kParts],
-                                             int k) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int d = 16 * k + 8 * i + 2 * t;
-    const float x = __shfl_sync(kFullWarp, mean[d / 32], d % 32);
-    const float y = __shfl_sync(kFullWarp, mean[d / 32], d % 32 + 1);
+// The mean query, rounded to T, and what that lost: pairs of columns, one word of either a lane, or
+// with 32 columns one in all.
+template <typename T, int DP>
+struct MeanPairs {
+  uint32_t words[DP / 32];
+
+  __device__ __forceinline__ explicit MeanPairs(const float (&mean)[DP / 32]) {
+    const int lane = threadIdx.x % 32, from = 2 * lane % 32;
+    float x = __shfl_sync(kFullWarp, mean[0], from);
+    float y = __shfl_sync(kFullWarp, mean[0], from + 1);
+    if constexpr (DP == 64) {
+      const float u = __shfl_sync(kFullWarp, mean[1], from);
+      const float w = __shfl_sync(kFullWarp, mean[1], from + 1);
+      if (lane >= 16) x = u, y = w;
+    }
     const uint32_t high = Mma<T>::pack(x, y);
     const float2 kept = unpack2(high, T{});
     const uint32_t low = Mma<T>::pack(x - kept.x, y - kept.y);
-    right[i] = g == 0 ? high : g == 1 ? low : right[i];
+    words[0] = DP == 64 || lane < 16 ? high : low;
+    if constexpr (DP == 64) words[1] = low;
   }
-}
-
-// What thread 4 g has of keys g, g + 8, g + 16 and g + 24 of a run -> of key `lane`.
-__device__ __forceinline__ float of_key(const float (&x)[4]) {
-  const int lane = threadIdx.x % 32;
-  float mine = 0.f;
+  // Pair `lane` of what is rounded.
+  __device__ __forceinline__ void keep(uint32_t (&to)[DP / 2]) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < DP / 2) to[lane] = words[0];
+  }
+  // Right operand of columns 16 k on: rounded in even columns of the product, what that lost in odd
+  // ones.
+  __device__ __forceinline__ void operand(uint32_t (&right)[2], int k) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float its = __shfl_sync(kFullWarp, x[i], lane % 8 * 4);
-    if (lane / 8 == i) mine = its;
+    for (int i = 0; i < 2; ++i) {
+      const int pair = 8 * k + 4 * i + t;
+      if constexpr (DP == 64) {
+        const uint32_t high = __shfl_sync(kFullWarp, words[0], pair);
+        const uint32_t low = __shfl_sync(kFullWarp, words[1], pair);
+        right[i] = g % 2 == 0 ? high : low;
+      } else {
+        right[i] = __shfl_sync(kFullWarp, words[0], g % 2 * 16 + pair);
+      }
+    }
   }
-  return mine;
-}
+};
 
-// Logit of key `lane` of a run with the mean query, log2 units: rounded to T, and what that lost.
+// Logit of this lane's key of a run with the mean query, log2 units.
 template <typename T, int DP>
 __device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
-                                              const float (&mean)[DP / 32], float scale,
+                                              const MeanPairs<T, DP>& mean, float scale,
                                               const PanelLane<DP>& panel) {
   float c[2][4] = {};
   const uint32_t base = smem_address(keys);
 #pragma unroll
   for (int k = 0; k < DP / 16; ++k) {
-    uint32_t right[2] = {};
-    mean_operand<T>(right, mean, k);
+    uint32_t right[2];
+    mean.operand(right, k);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       typename Mma<T>::A a;
@@ -77,11 +94,10 @@ __device__ __forceinline__ float logit_of_key(const uint16_t (&keys)[kRun][DP],
       Mma<T>::product(c[half], a, right[0], right[1]);
     }
   }
-  // Columns 0 and 1, which thread 4 g has, of rows g and g + 8.
   float logits[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) logits[i] = c[i / 2][i % 2 * 2] + c[i / 2][i % 2 * 2 + 1];
-  return scale * of_key(logits);
+  return scale * own_of_32(logits);
 }
 
 // Of one key, log2 units; the second up to what a block has in common.
@@ -137,7 +153,7 @@ template <typename T, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void multiply_sample(SampleProducts& c, const Shared& s,
                                                 const Inputs& in, int run,
                                                 const SampledQuery& query,
-                                                const float (&mean)[DP / 32],
+                                                const MeanPairs<T, DP>& mean,
                                                 const PanelLane<DP>& panel) {
   const int lane = threadIdx.x % 32, g = lane / 4;
   const uint32_t keys = smem_address(s.run_of(in.k(), run));
@@ -156,7 +172,9 @@ __device__ __forceinline__ void multiply_sample(SampleProducts& c, const Shared&
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int k = 2 * j + i;
-      mean_operand<T>(reinterpret_cast<uint32_t(&)[2]>(words[0][2 * i]), mean, k);
+      uint32_t of_mean[2];
+      mean.operand(of_mean, k);
+      if (g < 2) words[0][2 * i] = of_mean[0], words[0][2 * i + 1] = of_mean[1];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         typename Mma<T>::A a;
@@ -248,10 +266,10 @@ __device__ __forceinline__ void to_log_weights(float (&weight)[4], const SampleP
   }
 }
 
-// Logits of key `lane` of a run as the sample of queries makes them. All warps call this.
+// Logits of this lane's key of a run as the sample of queries makes them. All warps call this.
 template <typename T, int DP, class Shared, class Inputs>
 __device__ __forceinline__ KeyLogits sampled_logits(Shared& s, const Inputs& in, int run,
-                                                    const float (&mean)[DP / 32], float scale,
+                                                    const MeanPairs<T, DP>& mean, float scale,
                                                     const PanelLane<DP>& panel) {
   constexpr int kRuns = Shared::kRows / kRun;
   const int g = threadIdx.x % 32 / 4;
@@ -268,14 +286,16 @@ __device__ __forceinline__ KeyLogits sampled_logits(Shared& s, const Inputs& in,
     logits[2 * half] = c[half][0][0];
     logits[2 * half + 1] = c[half][0][2];
   }
+#pragma unroll
+  for (float& logit : logits) logit = __shfl_sync(kFullWarp, logit, threadIdx.x % 32 & ~3);
   KeyLogits result;
-  result.mean = of_key(logits);
+  result.mean = own_of_32(logits);
   OfColumns top;
   to_exponentials(c, top, s.coarse.of_sample(run));
   __syncthreads();
   const float offset = __shfl_sync(kFullWarp, query.offset, threadIdx.x % 16);
   to_log_weights(logits, c, top, lse_of_sample(s, kRuns) + offset);
-  result.weight = of_key(logits);
+  result.weight = own_of_32(logits);
   return result;
 }
 

@@ -34,13 +34,14 @@ struct MomentBlocks {
 template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
 struct Moments {
   static constexpr int kWarps = Shared::kRows / kRun, kRowPieces = 2 * DP / 16;
-  static_assert(kWarps % 4 == 0);
+  // By warpgroups: that many have a part of the runs each.
+  static constexpr int kParts = kWeighted && Shared::kPlaces > 0 ? kWarps / kRowPieces : 1;
+  static_assert(kWarps % 4 == 0 && (kParts == 1 || kWarps / kParts <= 8));
   Shared& s;
   const Inputs& in;
   const HeadBlocks& blocks;
   const PanelLane<DP>& panel;
   int runs, phase;
-  float over_n;
   Kept<T>* out;
 
   // Even means: the product of the keys as they are, less that of the means. Weighted ones are
@@ -53,7 +54,9 @@ struct Moments {
     if (__all_sync(kFullWarp, there == kFullWarp) && !halves) {
       // What follows from it then takes no registers from head to head.
       if constexpr (kWeighted) asm volatile("" : "+r"(warp));
-      if (warp < kRowPieces) make_piece<DP / 8, true>(warp, 0);
+      if (warp < kRowPieces * kParts) {
+        make_piece<DP / 8, true>(warp % kRowPieces, 0, warp / kRowPieces);
+      }
       return;
     }
     constexpr int kCut = std::max(kWarps / kRowPieces, DP / 32), kTiles = DP / 8 / kCut;
@@ -64,7 +67,7 @@ struct Moments {
   }
 
   template <int kTiles, bool kWhole>
-  __device__ __forceinline__ void make_piece(int row_piece, int column) const {
+  __device__ __forceinline__ void make_piece(int row_piece, int column, int part = 0) const {
     const int row = row_piece * 16 % DP;
     const bool sigma = (row_piece >= kRowPieces / 2) == (DP == 64);
     const bool values_left = DP == 32 && !sigma, values_right = DP == 64 && !sigma;
@@ -73,8 +76,12 @@ struct Moments {
         values_right ? in.v() : in.k(), values_right ? s.coarse.v : s.coarse.k, row, column, panel);
     float c[kTiles][4];
     if constexpr (kWhole && kWeighted) {
-      multiply_weighted<T, DP>(c, of, values_right ? in.v() : in.k(), blocks, s.coarse.weights,
-                               runs, panel);
+      const int each = (runs + kParts - 1) / kParts, first = min(part * each, runs);
+      multiply_weighted<kParts == 1 ? 2 : 1>(c, of, values_right ? in.v() : in.k(), blocks,
+                                             s.coarse.weights, first, min(first + each, runs));
+      if constexpr (kParts > 1) {
+        if (!add_parts(c, part)) return;
+      }
     } else if constexpr (kWhole) {
       multiply_runs<T, DP>(c, in.k(), values_right ? in.v() : in.k(), runs);
     } else {
@@ -114,11 +121,51 @@ struct Moments {
     write(c, sigma, row, column, values_left);
   }
 
+  // From the last part to the first one, whose warpgroup has the sums then: true for that. All
+  // warps have made their scores when the first sums take the places of the means.
+  __device__ __forceinline__ bool add_parts(float (&c)[DP / 8][4], int part) const {
+    constexpr int kScored = 9, kAdded = 10, kTaken = kAdded + kParts;  // barriers
+    static_assert(Shared::kPlaces == DP / 8 && kTaken < 16);
+    const int thread = threadIdx.x % 128;
+    const auto arrive = [](int barrier, int threads) {
+      __syncwarp();
+      asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    };
+    const auto meet = [](int barrier, int threads) {
+      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    };
+    if (part == kParts - 1) {
+      meet(kScored, Shared::kRows);
+    } else {
+      arrive(kScored, Shared::kRows);
+      meet(kAdded + part, 256);
+    }
+#pragma unroll
+    for (int i = 0; i < Shared::kPlaces; ++i) {
+      float4& place = s.place(i, thread);
+      if (part < kParts - 1) {
+        const float4 others = place;
+        c[i][0] += others.x, c[i][1] += others.y, c[i][2] += others.z, c[i][3] += others.w;
+      }
+      if (part > 0) place = make_float4(c[i][0], c[i][1], c[i][2], c[i][3]);
+    }
+    if (part > 0) {
+      arrive(kAdded + part - 1, 256);
+      return false;
+    }
+    meet(kTaken, 128);  // the matrices come where the sums were
+    return true;
+  }
+
   template <int kTiles>
   __device__ __forceinline__ void write(const float (&c)[kTiles][4], bool sigma, int row,
                                         int column, bool transposed) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     uint16_t(&matrix)[DP][DP] = s.coarse.matrices[sigma];
+    const int lane = threadIdx.x % 32;
+    const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
+    float over_n = 1.f / static_cast<float>(max(counted, 1));
+    if constexpr (kWeighted) over_n /= kept_weight<T>(s.coarse.most[phase], blocks);
     const float scale = MomentScale<T>(s.coarse.most[phase]).of(sigma);
     Kept<T>* const to = out == nullptr ? nullptr : out + sigma * DP * DP;
 #pragma unroll
@@ -148,12 +195,7 @@ template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void make_matrices(Shared& s, const Inputs& in, const HeadBlocks& blocks,
                                               int runs, int warp, int phase, Kept<T>* out) {
   const auto panel = panel_here<DP>();
-  const int lane = threadIdx.x % 32;
-  const int counted = __reduce_add_sync(kFullWarp, lane < runs ? __popc(s.keys_there[lane]) : 0);
-  float over_n = 1.f / static_cast<float>(max(counted, 1));
-  if constexpr (kWeighted) over_n /= kept_weight<T>(s.coarse.most[phase], blocks);
-  Moments<T, kWeighted, DP, Shared, Inputs>{s, in, blocks, panel, runs, phase, over_n, out}.make(
-      warp);
+  Moments<T, kWeighted, DP, Shared, Inputs>{s, in, blocks, panel, runs, phase, out}.make(warp);
   barrier_arrive(&s.coarse.made);
 }
 

@@ -15,11 +15,14 @@ constexpr int kRun = 32;  // rows
 
 // Where a lane's parts of panels lie, made anew: the compiler would else hold what follows from it,
 // addresses of every panel, in registers through all stages.
-template <int DP>
-__device__ __forceinline__ PanelLane<DP> panel_here() {
+__device__ __forceinline__ int lane_here() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return PanelLane<DP>(lane);
+  return lane;
+}
+template <int DP>
+__device__ __forceinline__ PanelLane<DP> panel_here() {
+  return PanelLane<DP>(lane_here());
 }
 
 // The runs of a block of two have warps that are neighbours. The number of its first run, the
@@ -44,16 +47,17 @@ struct HeadCoarse {  // row: pooled keys are attended as keys are
   // What rounding has taken from them.
   uint16_t k_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
   uint16_t v_lost[kForm == HeadForm::order1 ? 16 : 1][DP];
-  uint16_t matrices[2][DP][DP];  // C, Sigma; before them of_second and of_sample
-  uint64_t made;                 // passed once the matrices are there
-  uint32_t most[2][2];           // float16, by turns: the largest key and value, bits
-  float log_mass[16];            // of a block's keys, log2 units; -inf where there are none
+  uint16_t matrices[2][DP][DP];   // C, Sigma; before them of_second and of_sample
+  uint64_t made;                  // passed once the matrices are there
+  uint32_t most[2][2];            // float16, by turns: the largest key and value, bits
+  alignas(8) float log_mass[16];  // of a block's keys, log2 units; -inf where there are none
   static constexpr bool kWeighted = is_weighted(kForm), kSampled = kForm == HeadForm::sampled;
-  uint32_t weights[kWeighted ? 16 * kRuns : 1];  // times counts, as kept, pairs
-  float4 of_run[kWeighted ? kRuns : 1];          // RunLogits of log weights
-  float4 of_run_mean[kSampled ? kRuns : 1];      // and of logits with the mean query
-  float score_bias[kWeighted ? 16 : 1];          // of a key block, natural units
-  uint32_t centre[kWeighted ? DP / 2 : 1];       // the mean query, rounded, pairs
+  // Times counts, as kept: of each run pairs of keys, 4 t + i that of 8 i + 2 t.
+  alignas(16) uint32_t weights[kWeighted ? 16 * kRuns : 1];
+  float4 of_run[kWeighted ? kRuns : 1];      // RunLogits of log weights
+  float4 of_run_mean[kSampled ? kRuns : 1];  // and of logits with the mean query
+  float score_bias[kWeighted ? 16 : 1];      // of a key block, natural units
+  uint32_t centre[kWeighted ? DP / 2 : 1];   // the mean query, rounded, pairs
 
   // Blocks beyond the last one.
   __device__ __forceinline__ void clear(int thread, int threads) {
@@ -124,6 +128,18 @@ struct HeadShared {
     return reinterpret_cast<HeadAt&>(places[turn]);
   }
 
+  // Where the threads of a warpgroup hand 16 bytes each over to another one: before the matrices
+  // are there, behind the last use of the means of blocks.
+  static constexpr int kPlaces = DP == 32 && kRuns == 16 ? 4 : 0;
+  __device__ __forceinline__ float4& place(int i, int thread) {
+    static_assert(kPlaces == 0 || (sizeof(q_mean) >= 128 * sizeof(float4) &&
+                                   sizeof(coarse.matrices) == 2 * 128 * sizeof(float4)));
+    float4* const at = i < 2    ? reinterpret_cast<float4*>(coarse.matrices) + 128 * i
+                       : i == 2 ? reinterpret_cast<float4*>(q_mean)
+                                : reinterpret_cast<float4*>(k_mean);
+    return at[thread];
+  }
+
   template <int kLength>
   static __device__ __forceinline__ const uint16_t (&run_of(const uint16_t (&from)[kLength][DP],
                                                             int run))[kRun][DP] {
@@ -156,102 +172,111 @@ __device__ __forceinline__ uint32_t mask_pair(uint32_t there, int row) {
   return (there >> row & 1 ? 0xffffu : 0u) | (there >> row & 2 ? 0xffff0000u : 0u);
 }
 
-// Sums over the rows of a run that `there` says, weighted by left operands of 16 rows each, all
-// equal but for rounding (rows 8 on may hold what rows 0 to 7 have lost): by the tensor cores, in
-// float32. Thread 4 g + t has those of columns 8 n + 2 t, 8 n + 2 t + 1, whatever g.
-template <typename T, int DP>
-__device__ __forceinline__ void sum_run(float (&sum)[DP / 8][4], const uint16_t (&rows)[kRun][DP],
-                                        uint32_t there, const typename Mma<T>::A (&weights)[2],
-                                        const PanelLane<DP>& panel) {
+// Where quads have something of each of 32 rows or columns, thread 4 g + t of those g, g + 8, g +
+// 16 and g + 24: the one that is this lane's own.
+__device__ __forceinline__ int own_of_32() { return threadIdx.x % 4 * 8 + threadIdx.x % 32 / 4; }
+__device__ __forceinline__ float own_of_32(const float (&x)[4]) {
   const int t = threadIdx.x % 4;
-#pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[n][i] = 0.f;
-  }
-  const uint32_t base = smem_address(rows);
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    typename Mma<T>::B fb[DP / 16];
-#pragma unroll
-    for (int n = 0; n < DP / 16; ++n) {
-      ldmatrix_x4<true>(fb[n].r, base + 16 * k * PanelLane<DP>::kRowBytes + panel.rows(n));
-    }
-    if (there != kFullWarp) {  // what lies elsewhere may be NaN
-      const uint32_t low = mask_pair(there, 16 * k + 2 * t);
-      const uint32_t high = mask_pair(there, 16 * k + 8 + 2 * t);
-#pragma unroll
-      for (int n = 0; n < DP / 16; ++n) {
-        fb[n].r[0] &= low, fb[n].r[1] &= high, fb[n].r[2] &= low, fb[n].r[3] &= high;
-      }
-    }
-    Mma<T>::mma(sum, 0, weights[k], fb, false);
-  }
+  const float low = t % 2 == 0 ? x[0] : x[1], high = t % 2 == 0 ? x[2] : x[3];
+  return t < 2 ? low : high;
 }
 
-// One pair of columns of a run's sums a thread: columns 2 * (threadIdx.x % 4) on of the tile of
-// eight that column_of says. Where there are fewer than eight tiles several threads have the same.
+// Of a row's columns a lane has own_of_32(), and with 64 that and the one 32 behind.
 template <int DP>
-__device__ __forceinline__ int column_of() {
-  return threadIdx.x % 32 / 4 % (DP / 8) * 8 + threadIdx.x % 4 * 2;
-}
-template <int DP>
-__device__ __forceinline__ float2 of_column(const float (&sum)[DP / 8][4]) {
-  const int tile = threadIdx.x % 32 / 4 % (DP / 8);
-  float2 mine = make_float2(sum[0][0], sum[0][1]);
+struct OwnColumns {
+  float x[DP / 32];
+
+  __device__ __forceinline__ void put(float* to) const {
 #pragma unroll
-  for (int n = 1; n < DP / 8; ++n) {
-    if (tile == n) mine = make_float2(sum[n][0], sum[n][1]);
+    for (int i = 0; i < DP / 32; ++i) to[own_of_32() + 32 * i] = x[i];
   }
-  return mine;
+  __device__ __forceinline__ void add(const float* from) {
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) x[i] += from[own_of_32() + 32 * i];
+  }
+  // Divided as the kernels of the stage do it, with one product where that is the same.
+  __device__ __forceinline__ void divide(int count) {
+    const auto n = static_cast<float>(max(count, 1));
+    const bool exact = (count & (count - 1)) == 0;
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) x[i] = exact ? x[i] * (1.f / n) : x[i] / n;
+  }
+  // As row `row` of a panel; what rounding takes is left.
+  template <typename T>
+  __device__ __forceinline__ void round(uint16_t (&to)[16][DP], int row) {
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) {
+      const uint32_t rounded = Mma<T>::pack(x[i], 0.f);
+      const int chunk = swizzled<DP>(4 * i + own_of_32() / 8, row);
+      to[row][chunk * 8 + own_of_32() % 8] = static_cast<uint16_t>(rounded);
+      x[i] -= unpack2(rounded, T{}).x;
+    }
+  }
+  // The mean of block y of `count` blocks of a head, unless there is no place for it.
+  __device__ __forceinline__ void write(float* means, int64_t head, int count, int y, int D) const {
+    if (means == nullptr || y >= count) return;
+    float* const to = means + (head * count + y) * D;
+#pragma unroll
+    for (int i = 0; i < DP / 32; ++i) {
+      if (own_of_32() + 32 * i < D) to[own_of_32() + 32 * i] = x[i];
+    }
+  }
+};
+
+// Sums over the rows of a run that `there` says, by the tensor cores, in float32. Their weights are
+// right operands of 16 rows each, even columns of which are equal, and odd ones, which are added to
+// these, or with kPlain all.
+template <typename T, bool kPlain, int DP>
+__device__ __forceinline__ OwnColumns<DP> sum_run(const uint16_t (&rows)[kRun][DP], uint32_t there,
+                                                  const uint32_t (&weights)[2][2],
+                                                  const PanelLane<DP>& panel) {
+  OwnColumns<DP> own;
+  const uint32_t base = smem_address(rows);
+#pragma unroll
+  for (int j = 0; j < DP / 32; ++j) {
+    typename Mma<T>::A a[2][2];  // of 16 rows, 16 columns
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        ldmatrix_x4<true>(a[k][i].r,
+                          base + 16 * k * PanelLane<DP>::kRowBytes + panel.keys(2 * j + i));
+      }
+    }
+    if (there != kFullWarp) {  // what lies elsewhere may be NaN
+      const int t = lane_here() % 4;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t low = mask_pair(there, 16 * k + 2 * t);
+        const uint32_t high = mask_pair(there, 16 * k + 8 + 2 * t);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t(&r)[4] = a[k][i].r;
+          r[0] &= low, r[1] &= low, r[2] &= high, r[3] &= high;
+        }
+      }
+    }
+    float sums[2][4] = {}, of_four[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Mma<T>::product(sums[i], a[0][i], weights[0][0], weights[0][1]);
+      Mma<T>::product(sums[i], a[1][i], weights[1][0], weights[1][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      of_four[i] = sums[i / 2][i % 2 * 2] + (kPlain ? 0.f : sums[i / 2][i % 2 * 2 + 1]);
+    }
+    own.x[j] = own_of_32(of_four);
+  }
+  return own;
 }
 
 // Plain sums of a run.
 template <typename T, int DP>
-__device__ __forceinline__ float2 sum_run(const uint16_t (&rows)[kRun][DP], uint32_t there,
-                                          const PanelLane<DP>& panel) {
-  const uint32_t one = Mma<T>::pack(1.f, 1.f);
-  const typename Mma<T>::A ones[2] = {{{one, one, one, one}}, {{one, one, one, one}}};
-  float sum[DP / 8][4];
-  sum_run<T>(sum, rows, there, ones, panel);
-  return of_column<DP>(sum);
-}
-
-template <int DP>
-__device__ __forceinline__ void put_pair(float* to, float2 pair) {
-  if (threadIdx.x % 32 < DP / 2) *reinterpret_cast<float2*>(to + column_of<DP>()) = pair;
-}
-template <int DP>
-__device__ __forceinline__ float2 get_pair(const float* from) {
-  return *reinterpret_cast<const float2*>(from + column_of<DP>());
-}
-// As row `row` of a panel; returns what rounding has taken.
-template <typename T, int DP>
-__device__ __forceinline__ float2 round_pair(uint16_t (&to)[16][DP], int row, float2 pair) {
-  const uint32_t rounded = Mma<T>::pack(pair.x, pair.y);
-  const float2 kept = unpack2(rounded, T{});
-  if (threadIdx.x % 32 < DP / 2) {
-    const int column = column_of<DP>(), chunk = swizzled<DP>(column / 8, row);
-    *reinterpret_cast<uint32_t*>(&to[row][chunk * 8 + column % 8]) = rounded;
-  }
-  return make_float2(pair.x - kept.x, pair.y - kept.y);
-}
-// The mean of block x of `count` blocks of a head, unless there is no place for it.
-template <int DP>
-__device__ __forceinline__ void write_mean(const HeadParams& p, float* means, int64_t head,
-                                           int count, int x, float2 mean) {
-  const int D = p.fine.D;
-  if (means == nullptr || x >= count || threadIdx.x % 32 >= DP / 2 || column_of<DP>() >= D) return;
-  put_pair<DP>(means + (head * count + x) * D, mean);
-}
-__device__ __forceinline__ float2 operator+(float2 a, float2 b) {
-  return make_float2(a.x + b.x, a.y + b.y);
-}
-// Divided as the kernels of the stage do it, with one product where that is the same.
-__device__ __forceinline__ float2 over_count(float2 sum, int count) {
-  const auto n = static_cast<float>(max(count, 1));
-  if ((count & (count - 1)) == 0) return make_float2(sum.x * (1.f / n), sum.y * (1.f / n));
-  return make_float2(sum.x / n, sum.y / n);
+__device__ __forceinline__ OwnColumns<DP> sum_run(const uint16_t (&rows)[kRun][DP], uint32_t there,
+                                                  const PanelLane<DP>& panel) {
+  const uint32_t one = Mma<T>::pack(1.f, 1.f), ones[2][2] = {{one, one}, {one, one}};
+  return sum_run<T, true>(rows, there, ones, panel);
 }
 
 // pool: the sums of a run's queries and keys, and their means of the block that it leads. Second
@@ -269,9 +294,9 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
   };
   const uint32_t q_there = there(f.rows, f.row_mask), k_there = there(f.M, f.key_mask);
   barrier_wait(&s.full[1], phase);
-  float2 k_mean = sum_run<T>(s.run_of(in.k(), run), k_there, panel);
+  OwnColumns<DP> k_mean = sum_run<T>(s.run_of(in.k(), run), k_there, panel);
   barrier_wait(&s.full[0], phase);
-  float2 q_mean = sum_run<T>(s.run_of(in.q(), run), q_there, panel);
+  OwnColumns<DP> q_mean = sum_run<T>(s.run_of(in.q(), run), q_there, panel);
   if (first_lane) {
     s.queries_there[run] = q_there;
     s.keys_there[run] = k_there;
@@ -279,23 +304,23 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
   int q_count = __popc(q_there), k_count = __popc(k_there);
   if (kPairs && blocks.shift != 0) {
     if (!blocks.leads(run)) {
-      put_pair<DP>(s.q_mean[run], q_mean);
-      put_pair<DP>(s.k_mean[run], k_mean);
+      q_mean.put(s.q_mean[run]);
+      k_mean.put(s.k_mean[run]);
     }
     blocks.meet(run);
     if (!blocks.leads(run)) return;
     q_count += __popc(s.queries_there[run + 1]);
     k_count += __popc(s.keys_there[run + 1]);
-    q_mean = q_mean + get_pair<DP>(s.q_mean[run + 1]);
-    k_mean = k_mean + get_pair<DP>(s.k_mean[run + 1]);
+    q_mean.add(s.q_mean[run + 1]);
+    k_mean.add(s.k_mean[run + 1]);
   }
-  q_mean = over_count(q_mean, q_count);
-  k_mean = over_count(k_mean, k_count);
-  put_pair<DP>(s.q_mean[run], q_mean);
-  put_pair<DP>(s.k_mean[run], k_mean);
-  write_mean<DP>(p, p.q_mean, at.item, p.plan.nq, x, q_mean);
+  q_mean.divide(q_count);
+  k_mean.divide(k_count);
+  q_mean.put(s.q_mean[run]);
+  k_mean.put(s.k_mean[run]);
+  q_mean.write(p.q_mean, at.item, p.plan.nq, x, f.D);
   if (!is_weighted(kForm) && at.writes_keys) {
-    write_mean<DP>(p, p.k_mean, at.key_head(f), p.plan.nk, x, k_mean);
+    k_mean.write(p.k_mean, at.key_head(f), p.plan.nk, x, f.D);
   }
   if (at.h == 0 && first_lane) {
     if (p.q_count != nullptr && x < p.plan.nq) p.q_count[at.b * p.plan.nq + x] = q_count;
@@ -313,25 +338,27 @@ __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, cons
   __syncwarp();
   const uint32_t there = s.keys_there[run];
   barrier_wait(&s.full[2], phase);
-  float2 mean = sum_run<T>(s.run_of(in.v(), run), there, panel);
+  OwnColumns<DP> mean = sum_run<T>(s.run_of(in.v(), run), there, panel);
   int count = __popc(there);
   if (kPairs && blocks.shift != 0) {
-    if (!blocks.leads(run)) put_pair<DP>(s.coarse.of_second(0, x), mean);
+    if (!blocks.leads(run)) mean.put(s.coarse.of_second(0, x));
     blocks.meet(run);
     if (!blocks.leads(run)) return;
     count += __popc(s.keys_there[run + 1]);
-    mean = mean + get_pair<DP>(s.coarse.of_second(0, x));
+    mean.add(s.coarse.of_second(0, x));
   }
-  mean = over_count(mean, count);
-  if (at.writes_keys) write_mean<DP>(p, p.v_mean, at.key_head(p.fine), p.plan.nk, x, mean);
+  mean.divide(count);
+  if (at.writes_keys) mean.write(p.v_mean, at.key_head(p.fine), p.plan.nk, x, p.fine.D);
   if constexpr (kForm == HeadForm::state) {
-    put_pair<DP>(s.coarse.v_mean[run], mean);
+    mean.put(s.coarse.v_mean[run]);
   } else {
-    const float2 k_lost = round_pair<T>(s.coarse.k, x, get_pair<DP>(s.k_mean[run]));
-    const float2 v_lost = round_pair<T>(s.coarse.v, x, mean);
+    OwnColumns<DP> k_mean = {};
+    k_mean.add(s.k_mean[run]);
+    k_mean.template round<T>(s.coarse.k, x);
+    mean.template round<T>(s.coarse.v, x);
     if constexpr (kForm == HeadForm::order1) {
-      round_pair<T>(s.coarse.k_lost, x, k_lost);
-      round_pair<T>(s.coarse.v_lost, x, v_lost);
+      k_mean.template round<T>(s.coarse.k_lost, x);
+      mean.template round<T>(s.coarse.v_lost, x);
     }
     if (threadIdx.x % 32 == 0) {
       s.coarse.log_mass[x] = log2_approx(static_cast<float>(count));

@@ -9,7 +9,8 @@ namespace mra::cuda::sm90 {
 
 // The 16 bits of column `column` of row `row`, twice.
 template <int DP>
-__device__ __forceinline__ uint32_t twice(const uint16_t (&from)[16][DP], int row, int column) {
+__device__ __forceinline__ uint32_t twice(const uint16_t (&from)[16][DP], unsigned row,
+                                          unsigned column) {
   const uint32_t x = from[row][swizzled<DP>(column / 8, row) * 8 + column % 8];
   return x | x << 16;
 }
@@ -68,9 +69,10 @@ struct MomentPiece {
   // Zeros where `there` has no key, whatever there is.
   static __device__ __forceinline__ void mask(Run& r, uint32_t there) {
     if (there == kFullWarp) return;
+    const int t = lane_here() % 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t pair = mask_pair(there, 8 * i + threadIdx.x % 4 * 2);
+      const uint32_t pair = mask_pair(there, 8 * i + 2 * t);
       r.a[i / 2].r[i % 2 * 2] &= pair;
       r.a[i / 2].r[i % 2 * 2 + 1] &= pair;
 #pragma unroll
@@ -82,13 +84,14 @@ struct MomentPiece {
   __device__ __forceinline__ void weigh_left(typename Mma<T>::A (&a)[2], int y,
                                              const uint32_t* weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint4 of = reinterpret_cast<const uint4*>(weights)[t];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t mean = twice(left_mean, y, row + 8 * half + g);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t& u = a[i / 2].r[i % 2 * 2 + half];
-        u = times<T>(less<T>(u, mean), weights[4 * i + t]);
+        u = times<T>(less<T>(u, mean), (&of.x)[i]);
       }
     }
   }
@@ -165,30 +168,29 @@ __device__ __forceinline__ void multiply_runs(float (&c)[DP / 8][4],
   pin(c);
 }
 
-// The same of weighted deviations from the means of blocks, which a piece's warp makes of its 16
-// columns of the left side. They cancel within a block but for rounding: what is left of each
-// block, times its mean of the right side, makes up for that side being taken as it is.
-template <typename T, int DP, int kRows>
+// The same, of runs first .. last, of weighted deviations from the means of blocks, which a piece's
+// warp makes of its 16 columns of the left side. They cancel within a block but for rounding: what
+// is left of each block, times its mean of the right side, makes up for that side being taken as it
+// is. kEights: the runs belong to that many times eight blocks at most.
+template <int kEights, typename T, int DP, int kRows>
 __device__ __forceinline__ void multiply_weighted(float (&c)[DP / 8][4],
                                                   const MomentPiece<T, DP, kRows, DP / 8>& of,
                                                   const uint16_t (&right)[kRows][DP],
                                                   const HeadBlocks& blocks, const uint32_t* weights,
-                                                  int runs, const PanelLane<DP>& panel) {
+                                                  int first, int last) {
   constexpr int kNext = DP * 2 * 16 >> 4;
-  uint64_t b = descriptor<DP>(right);
+  first = uniform(first), last = uniform(last);
+  uint64_t b = descriptor<DP>(right) + 2 * kNext * first;
   const uint32_t one = Mma<T>::pack(1.f, 1.f);
-  const int g = threadIdx.x % 32 / 4, last = uniform(runs);
-  float rest[2][4];  // of blocks 0 to 15
+  const int g = threadIdx.x % 32 / 4, first_block = blocks.of_run(first);
+  float rest[kEights][4] = {};  // of blocks from the first one on
 #pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) c[n][i] = rest[n % 2][i] = 0.f;
-  }
+  for (int n = 0; n < DP / 8; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
   constexpr bool kAhead = DP == 64;  // where there are registers for the next run's
   typename Mma<T>::A next[2];
-  if constexpr (kAhead) of.load_left(next, 0);
+  if constexpr (kAhead) of.load_left(next, first);
 #pragma unroll 1
-  for (int run = 0; run < last; ++run) {
+  for (int run = first; run < last; ++run) {
     const int y = blocks.of_run(run);
     if constexpr (!kAhead) of.load_left(next, run);
     typename Mma<T>::A a[2] = {next[0], next[1]};
@@ -199,18 +201,38 @@ __device__ __forceinline__ void multiply_weighted(float (&c)[DP / 8][4],
     wgmma_commit();
     b += 2 * kNext;
     if constexpr (kAhead) of.load_left(next, min(run + 1, last - 1));
-    const uint32_t low = g == y ? one : 0u, high = g + 8 == y ? one : 0u;
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      Mma<T>::product(rest[0], a[k], low, low);
-      Mma<T>::product(rest[1], a[k], high, high);
+    for (int i = 0; i < kEights; ++i) {
+      const uint32_t here = g + 8 * i == y - first_block ? one : 0u;
+      Mma<T>::product(rest[i], a[0], here, here);
+      Mma<T>::product(rest[i], a[1], here, here);
     }
     wgmma_wait<0>();
   }
   pin(c);
+  typename Mma<T>::A a = {};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) rest[i / 4][i % 4] = -rest[i / 4][i % 4];
-  multiply_pn<T>(c, rest, as_panel(of.right_mean), panel);
+  for (int i = 0; i < kEights; ++i) {
+    a.r[2 * i] = Mma<T>::pack(-rest[i][0], -rest[i][1]);
+    a.r[2 * i + 1] = Mma<T>::pack(-rest[i][2], -rest[i][3]);
+  }
+  // Eight means are as many rows of a right operand.
+  const int lane = threadIdx.x % 32;
+  uint32_t means[kEights * DP / 32][4];
+#pragma unroll
+  for (int j = 0; j < DP / 32; ++j) {
+#pragma unroll
+    for (int i = 0; i < kEights; ++i) {
+      const int row = (first_block + 8 * i + lane % 8) % 16;
+      const int chunk = swizzled<DP>(4 * j + lane / 8, row);
+      ldmatrix_x4<true>(means[kEights * j + i], smem_address(&of.right_mean[row][8 * chunk]));
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      Mma<T>::product(c[4 * j + n], a, means[kEights * j][n],
+                      kEights > 1 ? means[kEights * j + kEights - 1][n] : 0u);
+    }
+  }
 }
 
 }  // namespace mra::cuda::sm90

@@ -22,7 +22,7 @@ __device__ __forceinline__ bool last_to_leave(int& counter, int warps) {
 // Scores of a run of keys -> logits in log2 units, -inf for keys whose bit is not set.
 template <int kTiles>
 __device__ __forceinline__ void to_logits(float (&c)[kTiles][4], uint32_t there, float scale) {
-  const int t = threadIdx.x % 4;
+  const int t = lane_here() % 4;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -68,38 +68,24 @@ __device__ __forceinline__ void finish_rows(Softmax& s, float* lse, float* share
   }
 }
 
-// A warp's 16 rows of accumulators to memory: four lanes that share a row trade columns until each
-// has 16 bytes that lie together. `present` of the rows are there.
+// A warp's 16 rows of accumulators to memory: two lanes that share a row trade columns until each
+// has 8 bytes that lie together. `present` of the rows are there.
 template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(T* out, int64_t stride, int present, int D,
                                            const float (&acc)[kTiles][4]) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int lane = lane_here(), g = lane / 4, t = lane % 4, odd = t % 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
 #pragma unroll
-    for (int j = 0; j < kTiles; j += 4) {
-      uint32_t w[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        w[i] = Mma<T>::pack(acc[j + i][2 * half], acc[j + i][2 * half + 1]);
-      }
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        const bool upper = t & step;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i & step) continue;
-          const uint32_t got = __shfl_xor_sync(kFullWarp, upper ? w[i] : w[i + step], step);
-          if (upper) {
-            w[i] = got;
-          } else {
-            w[i + step] = got;
-          }
-        }
-      }
-      const int row = g + 8 * half, column = (j + t) * 8;
-      if (row < present && column < D) {
-        *reinterpret_cast<uint4*>(out + row * stride + column) = make_uint4(w[0], w[1], w[2], w[3]);
+    for (int j = 0; j < kTiles; j += 2) {
+      const uint32_t w = Mma<T>::pack(acc[j][2 * half], acc[j][2 * half + 1]);
+      const uint32_t next = Mma<T>::pack(acc[j + 1][2 * half], acc[j + 1][2 * half + 1]);
+      const uint32_t got = __shfl_xor_sync(kFullWarp, odd ? w : next, 1);
+      const int tile = 8 * (j + odd);
+      if (row < present && tile < D) {
+        *reinterpret_cast<uint2*>(out + row * stride + tile + t / 2 * 4) =
+            odd ? make_uint2(got, next) : make_uint2(w, got);
       }
     }
   }
@@ -180,10 +166,11 @@ __device__ __forceinline__ void pooled_logits(float (&c)[2][4], const Coarse& co
   multiply_nt<T, DP / 16>(c, left, as_panel(coarse.k), panel);
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
+    const int first = 8 * n + threadIdx.x % 4 * 2;
+    const float2 mass = *reinterpret_cast<const float2*>(&coarse.log_mass[first]);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int y = 8 * n + threadIdx.x % 4 * 2 + e;
-      const float bias = taken >> y & 1 ? -INFINITY : coarse.log_mass[y];
+      const float bias = taken >> (first + e) & 1 ? -INFINITY : e == 0 ? mass.x : mass.y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& logit = c[n][2 * i + e];
@@ -231,7 +218,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
 
   // fine
-  constexpr int kKeys = DP == 32 ? 16 : 32;  // a turn, as registers allow
+  constexpr int kKeys = 32;  // a turn
 #pragma unroll 1
   for (uint32_t blocks_left = taken; blocks_left != 0; blocks_left &= blocks_left - 1) {
     const int lead = blocks.lead(__ffs(blocks_left) - 1) * kRun;

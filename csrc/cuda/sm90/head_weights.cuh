@@ -42,12 +42,13 @@ struct RunLogits {
   }
 };
 
-// Weight of key `lane` of a run within its block, from its logits (-inf where it does not count).
-// To shared memory: the weights times the block's count and, by the run that leads, the entropy of
-// the block's weights, log2 units, -inf for an empty block, and what its scores are biased by.
+// Weights of keys 2 p and 2 p + 1 of a run within their block, which are this lane's key and
+// another, from the logits of this lane's key (-inf where it does not count). To shared memory: the
+// weights times the block's count and, by the run that leads, the entropy of the block's weights,
+// log2 units, -inf for an empty block, and what its scores are biased by.
 template <typename T, bool kSampled, class Shared>
-__device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& blocks, int run,
-                                               const KeyLogits& logit, int phase) {
+__device__ __forceinline__ float2 weights_of_pair(Shared& s, const HeadBlocks& blocks, int run,
+                                                  const KeyLogits& logit, int phase) {
   const int lane = threadIdx.x % 32;
   float weight, unused;
   RunLogits logits(logit.weight, weight), mean = logits;
@@ -67,7 +68,8 @@ __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& bloc
       mean = logits;
     }
   }
-  const float inverse = count == 0 ? 0.f : 1.f / logits.sum, log_sum = log2_approx(logits.sum);
+  const float inverse = count == 0 ? 0.f : reciprocal_approx(logits.sum);
+  const float log_sum = log2_approx(logits.sum);
   weight *= inverse;
   if (lane == 0 && blocks.leads(run)) {
     const int y = blocks.of_run(run);
@@ -76,45 +78,33 @@ __device__ __forceinline__ float weight_of_key(Shared& s, const HeadBlocks& bloc
     const float mean_sum = kSampled ? log2_approx(mean.sum) : log_sum;
     s.coarse.score_bias[y] = count == 0 ? 0.f : kLn2 * (0.25f * (mean.top + mean_sum) - half_mean);
   }
-  const float kept =
-      weight * static_cast<float>(count) * kept_weight<T>(s.coarse.most[phase], blocks);
-  const float next = __shfl_down_sync(kFullWarp, kept, 1);
-  if (lane % 2 == 0) s.coarse.weights[(run * kRun + lane) / 2] = Mma<T>::pack(kept, next);
-  return weight;
+  const float other = __shfl_xor_sync(kFullWarp, weight, 4);
+  const bool second = lane / 4 % 2 != 0;
+  const float2 pair = second ? make_float2(other, weight) : make_float2(weight, other);
+  const float kept = static_cast<float>(count) * kept_weight<T>(s.coarse.most[phase], blocks);
+  if (!second) {
+    s.coarse.weights[run * (kRun / 2) + lane / 8 * 4 + lane % 4] =
+        Mma<T>::pack(pair.x * kept, pair.y * kept);
+  }
+  return pair;
 }
 
-// Weights of a run's keys, one a lane, as left operands: rounded in rows 0 to 7, what that lost in
-// rows 8 on.
+// Weights of a run's keys, a pair a lane, as right operands: rounded in even columns, what that
+// lost in odd ones.
 template <typename T>
-__device__ __forceinline__ void as_operands(typename Mma<T>::A (&a)[2], float weight) {
-  const int t = threadIdx.x % 4;
+__device__ __forceinline__ void as_operands(uint32_t (&right)[2][2], float2 pair) {
+  const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
+  const uint32_t high = Mma<T>::pack(pair.x, pair.y);
+  const float2 kept = unpack2(high, T{});
+  const uint32_t low = Mma<T>::pack(pair.x - kept.x, pair.y - kept.y);
+  const uint32_t word = odd ? low : high;  // both lanes of a pair have it
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float x = __shfl_sync(kFullWarp, weight, 8 * i + 2 * t);
-    const float y = __shfl_sync(kFullWarp, weight, 8 * i + 2 * t + 1);
-    const uint32_t high = Mma<T>::pack(x, y);
-    const float2 kept = unpack2(high, T{});
-    a[i / 2].r[i % 2 * 2] = high;
-    a[i / 2].r[i % 2 * 2 + 1] = Mma<T>::pack(x - kept.x, y - kept.y);
+  for (int i = 0; i < 4; ++i) {  // keys 8 i + 2 t
+    right[i / 2][i % 2] = __shfl_sync(kFullWarp, word, lane % 4 * 8 + 4 * odd + i);
   }
 }
 
-// Weighted sums of a run.
-template <typename T, int DP>
-__device__ __forceinline__ float2 weighted_sum(const uint16_t (&rows)[kRun][DP], uint32_t there,
-                                               const typename Mma<T>::A (&weights)[2],
-                                               const PanelLane<DP>& panel) {
-  float sum[DP / 8][4];
-  sum_run<T>(sum, rows, there, weights, panel);
-#pragma unroll
-  for (int n = 0; n < DP / 8; ++n) {
-    sum[n][0] += sum[n][2];
-    sum[n][1] += sum[n][3];
-  }
-  return of_column<DP>(sum);
-}
-
-// What backward reads again of a run: the weight of key `lane`, the mass of the block that it
+// What backward reads again of a run: the weight of this lane's key, the mass of the block that it
 // leads, and from the first one the mean query.
 template <int DP, class Shared>
 __device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& s, const HeadAt& at,
@@ -123,7 +113,7 @@ __device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& 
   const int lane = threadIdx.x % 32, x = blocks.of_run(run);
   const int64_t head = at.key_head(p.fine);
   if (x < p.plan.nk) {
-    p.weights[((head * p.plan.nk) << (5 + blocks.shift)) + run * kRun + lane] = weight;
+    p.weights[((head * p.plan.nk) << (5 + blocks.shift)) + run * kRun + own_of_32()] = weight;
     if (lane == 0 && blocks.leads(run)) {
       p.mass[head * p.plan.nk + x] = exp2f(s.coarse.log_mass[x]);
     }
@@ -141,50 +131,47 @@ __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const 
                                           const HeadAt& at, const HeadBlocks& blocks, int run,
                                           int phase) {
   const auto panel = panel_here<DP>();
-  const int lane = threadIdx.x % 32, x = blocks.of_run(run);
+  const int x = blocks.of_run(run);
   const uint32_t there = s.keys_there[run];
   float centre[DP / 32];
-  mean_query<DP>(centre, s, blocks, Shared::kRows / kRun);
-  if (run == 0) {
-#pragma unroll
-    for (int i = 0; i < DP / 32; ++i) {
-      const float next = __shfl_down_sync(kFullWarp, centre[i], 1);
-      if (lane % 2 == 0) s.coarse.centre[16 * i + lane / 2] = Mma<T>::pack(centre[i], next);
-    }
-  }
+  mean_query<DP>(centre, s, blocks);
+  const MeanPairs<T, DP> pairs(centre);
+  if (run == 0) pairs.keep(s.coarse.centre);
   constexpr bool kSampled = kForm == HeadForm::sampled;
   KeyLogits logit;
   if constexpr (kSampled) {
-    logit = sampled_logits<T, DP>(s, in, run, centre, p.fine.scale * kLog2e, panel);
+    logit = sampled_logits<T, DP>(s, in, run, pairs, p.fine.scale * kLog2e, panel);
   } else {
     logit.mean = logit.weight =
-        logit_of_key<T>(s.run_of(in.k(), run), centre, p.fine.scale * kLog2e, panel);
+        logit_of_key<T>(s.run_of(in.k(), run), pairs, p.fine.scale * kLog2e, panel);
   }
-  if (!(there >> lane & 1)) logit.mean = logit.weight = -INFINITY;
-  const float weight = weight_of_key<T, kSampled>(s, blocks, run, logit, phase);
+  if (!(there >> own_of_32() & 1)) logit.mean = logit.weight = -INFINITY;
+  const float2 pair = weights_of_pair<T, kSampled>(s, blocks, run, logit, phase);
   const bool keeps = p.weights != nullptr && at.writes_keys;
-  if (keeps) keep_weights<DP>(p, s, at, blocks, run, centre, weight);
-  typename Mma<T>::A weights[2];
-  as_operands<T>(weights, weight);
-  float2 k_mean = weighted_sum<T>(s.run_of(in.k(), run), there, weights, panel);
+  if (keeps) {
+    keep_weights<DP>(p, s, at, blocks, run, centre, own_of_32() % 2 == 0 ? pair.x : pair.y);
+  }
+  uint32_t weights[2][2];
+  as_operands<T>(weights, pair);
+  OwnColumns<DP> k_mean = sum_run<T, false>(s.run_of(in.k(), run), there, weights, panel);
   barrier_wait(&s.full[2], phase);
-  float2 v_mean = weighted_sum<T>(s.run_of(in.v(), run), there, weights, panel);
+  OwnColumns<DP> v_mean = sum_run<T, false>(s.run_of(in.v(), run), there, weights, panel);
   if (blocks.shift != 0) {
     if (!blocks.leads(run)) {
-      put_pair<DP>(s.coarse.of_second(0, x), v_mean);
-      put_pair<DP>(s.coarse.of_second(1, x), k_mean);
+      v_mean.put(s.coarse.of_second(0, x));
+      k_mean.put(s.coarse.of_second(1, x));
     }
     blocks.meet(run);
     if (!blocks.leads(run)) return;
-    v_mean = v_mean + get_pair<DP>(s.coarse.of_second(0, x));
-    k_mean = k_mean + get_pair<DP>(s.coarse.of_second(1, x));
+    v_mean.add(s.coarse.of_second(0, x));
+    k_mean.add(s.coarse.of_second(1, x));
   }
   if (keeps) {
-    write_mean<DP>(p, p.k_mean, at.key_head(p.fine), p.plan.nk, x, k_mean);
-    write_mean<DP>(p, p.v_mean, at.key_head(p.fine), p.plan.nk, x, v_mean);
+    k_mean.write(p.k_mean, at.key_head(p.fine), p.plan.nk, x, p.fine.D);
+    v_mean.write(p.v_mean, at.key_head(p.fine), p.plan.nk, x, p.fine.D);
   }
-  round_pair<T>(s.coarse.k, x, k_mean);
-  round_pair<T>(s.coarse.v, x, v_mean);
+  k_mean.template round<T>(s.coarse.k, x);
+  v_mean.template round<T>(s.coarse.v, x);
 }
 
 }  // namespace mra::cuda::sm90

@@ -9,8 +9,8 @@ namespace mra::cuda::sm90 {
 
 // Where the swizzle of a panel of kColumns has put the 16 bytes `chunk` of a row.
 template <int kColumns>
-__device__ __forceinline__ int swizzled(int chunk, int row) {
-  return kColumns == 64 ? chunk ^ row % 8 : chunk ^ row / 2 % 4;
+__device__ __forceinline__ int swizzled(int chunk, unsigned row) {
+  return chunk ^ static_cast<int>(kColumns == 64 ? row % 8 : row / 2 % 4);
 }
 
 // Byte offsets in a panel of the 16 bytes that ldmatrix takes from this lane, for 16 of its
