@@ -86,9 +86,10 @@ def test_hopper_kernels_compile_without_spills():
             assert code == 0, log
             assert "serialized" not in log, log
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-            # Outside of the loops over keys: where the rest of the registers is worth more.
-            most = {"forward_head_order1": 24, "forward_head_centred": 80}
-            most["forward_head_sampled"] = 64
+            # Outside of the loops over keys, but for two words of block-coarse short heads: where
+            # the rest of the registers is worth more.
+            most = {"forward_head_order1": 24, "forward_head_centred": 20}
+            most |= {"forward_head_sampled": 28, "forward_head_state": 8}
             outside = max((n for start, n in most.items() if name.startswith(start)), default=0)
             assert spills and max(spills) <= outside, log
 

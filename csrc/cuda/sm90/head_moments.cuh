@@ -34,7 +34,7 @@ struct MomentBlocks {
 template <typename T, bool kWeighted, int DP, class Shared, class Inputs>
 struct Moments {
   static constexpr int kWarps = Shared::kRows / kRun, kRowPieces = 2 * DP / 16;
-  // By warpgroups: that many have a part of the runs each.
+  // Warpgroups that have a part of the runs each, where every key counts.
   static constexpr int kParts = kWeighted && Shared::kPlaces > 0 ? kWarps / kRowPieces : 1;
   static_assert(kWarps % 4 == 0 && (kParts == 1 || kWarps / kParts <= 8));
   Shared& s;

@@ -6,8 +6,8 @@
 namespace mra::cuda::sm90 {
 
 // Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
-// block has of it), x_j in docs/algorithm.md, from their deviations, the products dk and dv of these
-// with dC and dSigma, and the block's shares. Of a product of two deviations each has a half.
+// block has of it), x_j in docs/algorithm.md, from their deviations, the products dk and dv of
+// these with dC and dSigma, and the block's shares. Of a product of two deviations each has a half.
 template <int kBlocks, int kTiles, int kPanels>
 struct WeightsBackward {
   const uint16_t (&kappa)[kPanels][64][64], (&nu)[kPanels][64][64];  // deviations
