@@ -12,9 +12,12 @@ struct ClassCounts {
   static constexpr int kClasses = 6, kBits = 21;
   uint64_t words[2] = {};
 
-  // `one`: 0 or 1. Words are chosen by selects: an index would put them in memory.
-  __device__ __forceinline__ void add(int kind, int one = 1) {
-    const uint64_t more = static_cast<uint64_t>(one) << kBits * (kind < 3 ? kind : kind - 3);
+  // Words are chosen by selects: an index would put them in memory.
+  static __device__ __forceinline__ int shift(int kind) {
+    return kBits * (kind < 3 ? kind : kind - 3);
+  }
+  __device__ __forceinline__ void add(int kind, bool one = true) {
+    const uint64_t more = static_cast<uint64_t>(one) << shift(kind);
     words[0] += kind < 3 ? more : 0;
     words[1] += kind < 3 ? 0 : more;
   }
@@ -23,7 +26,7 @@ struct ClassCounts {
   }
   __device__ __forceinline__ int of(int kind) const {
     const uint64_t word = kind < 3 ? words[0] : words[1];
-    return static_cast<int>(word >> kBits * (kind < 3 ? kind : kind - 3)) & (1 << kBits) - 1;
+    return static_cast<int>(word >> shift(kind)) & (1 << kBits) - 1;
   }
   __device__ __forceinline__ void sum_warp() {
 #pragma unroll

@@ -21,4 +21,15 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
   return reinterpret_cast<const uint32_t&>(d);
 }
 
+// Two numbers as a pair of T, and what its rounding has taken.
+template <typename T>
+struct SplitPair {
+  uint32_t high, low;
+
+  __device__ __forceinline__ SplitPair(float x, float y) : high(Mma<T>::pack(x, y)) {
+    const float2 kept = unpack2(high, T{});
+    low = Mma<T>::pack(x - kept.x, y - kept.y);
+  }
+};
+
 }  // namespace mra::cuda::sm90

@@ -47,11 +47,9 @@ struct MeanPairs {
       const float w = __shfl_sync(kFullWarp, mean[1], from + 1);
       if (lane >= 16) x = u, y = w;
     }
-    const uint32_t high = Mma<T>::pack(x, y);
-    const float2 kept = unpack2(high, T{});
-    const uint32_t low = Mma<T>::pack(x - kept.x, y - kept.y);
-    words[0] = DP == 64 || lane < 16 ? high : low;
-    if constexpr (DP == 64) words[1] = low;
+    const SplitPair<T> pair(x, y);
+    words[0] = DP == 64 || lane < 16 ? pair.high : pair.low;
+    if constexpr (DP == 64) words[1] = pair.low;
   }
   // Pair `lane` of what is rounded.
   __device__ __forceinline__ void keep(uint32_t (&to)[DP / 2]) const {

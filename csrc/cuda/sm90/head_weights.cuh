@@ -94,10 +94,8 @@ __device__ __forceinline__ float2 weights_of_pair(Shared& s, const HeadBlocks& b
 template <typename T>
 __device__ __forceinline__ void as_operands(uint32_t (&right)[2][2], float2 pair) {
   const int lane = threadIdx.x % 32, odd = lane / 4 % 2;
-  const uint32_t high = Mma<T>::pack(pair.x, pair.y);
-  const float2 kept = unpack2(high, T{});
-  const uint32_t low = Mma<T>::pack(pair.x - kept.x, pair.y - kept.y);
-  const uint32_t word = odd ? low : high;  // both lanes of a pair have it
+  const SplitPair<T> split(pair.x, pair.y);
+  const uint32_t word = odd ? split.low : split.high;  // both lanes of a pair have it
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // keys 8 i + 2 t
     right[i / 2][i % 2] = __shfl_sync(kFullWarp, word, lane % 4 * 8 + 4 * odd + i);
