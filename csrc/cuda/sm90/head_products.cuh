@@ -7,13 +7,7 @@
 
 namespace mra::cuda::sm90 {
 
-// The 16 bits of column `column` of row `row`, twice.
-template <int DP>
-__device__ __forceinline__ uint32_t twice(const uint16_t (&from)[16][DP], unsigned row,
-                                          unsigned column) {
-  const uint32_t x = from[row][swizzled<DP>(column / 8, row) * 8 + column % 8];
-  return x | x << 16;
-}
+__device__ __forceinline__ uint32_t twice(uint16_t x) { return x | uint32_t{x} << 16; }
 
 // A warp's piece of C or Sigma: 16 rows from `row` and 8 kTiles columns from `column` of a product
 // of keys or values, transposed, with values or keys.
@@ -85,9 +79,10 @@ struct MomentPiece {
                                              const uint32_t* weights) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint4 of = reinterpret_cast<const uint4*>(weights)[t];
+    const int chunk = swizzled<DP>(row / 8, y);  // an even one: the next lies beside it
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t mean = twice(left_mean, y, row + 8 * half + g);
+      const uint32_t mean = twice(left_mean[y][(chunk ^ half) * 8 + g]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t& u = a[i / 2].r[i % 2 * 2 + half];
@@ -99,7 +94,8 @@ struct MomentPiece {
     weigh_left(r.a, y, weights);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const uint32_t mean = twice(right_mean, y, column + 8 * n + threadIdx.x % 32 / 4);
+      const int chunk = swizzled<DP>(column / 8 + n, y);
+      const uint32_t mean = twice(right_mean[y][chunk * 8 + threadIdx.x % 32 / 4]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) r.b[n][i] = less<T>(r.b[n][i], mean);
     }

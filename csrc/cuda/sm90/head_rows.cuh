@@ -38,25 +38,27 @@ __device__ __forceinline__ void to_logits(float (&c)[kTiles][4], uint32_t there,
 template <bool kShare, class Softmax>
 __device__ __forceinline__ void finish_rows(Softmax& s, float* lse, float* share_out, int present,
                                             uint32_t there, float (&share)[2]) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float inverse[2];
+  const int lane = lane_here(), g = lane / 4, t = lane % 4;
+  float inverse[2], total[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int r = g + 8 * half;
-    const float sum = quad_sum(s.sum[half]);
-    const float total = there >> r & 1 ? sum : 0.f;
-    const bool weight = !(total == 0.f);  // NaN in, NaN out
-    inverse[half] = weight ? __fdividef(1.f, total) : 0.f;
+    total[half] = quad_sum(s.sum[half]);
+    if (!(there >> (g + 8 * half) & 1)) total[half] = 0.f;
+    const bool weight = !(total[half] == 0.f);  // NaN in, NaN out
+    inverse[half] = weight ? reciprocal_approx(total[half]) : 0.f;
     if (kShare) {
       const float pooled = quad_sum(s.pooled_sum[half]);
       share[half] = weight && pooled > 0.f
                         ? pooled * exp2_approx(s.pooled_max[half] - s.max[half]) * inverse[half]
                         : 0.f;
     }
-    if (t == 0 && r < present) {
-      lse[r] = weight ? (s.max[half] + log2_approx(total)) * kLn2 : -INFINITY;
-      if (kShare) share_out[r] = share[half];
-    }
+  }
+  // Of the four threads of both rows the first writes for one, the second for the other.
+  const int r = g + 8 * t;
+  if (t < 2 && r < present) {
+    const float mass = t == 0 ? total[0] : total[1], top = t == 0 ? s.max[0] : s.max[1];
+    lse[r] = mass == 0.f ? -INFINITY : (top + log2_approx(mass)) * kLn2;
+    if (kShare) share_out[r] = t == 0 ? share[0] : share[1];
   }
   s.rescale(inverse);
   if ((there & 0xffffu) == 0xffffu) return;
@@ -74,20 +76,19 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void store_rows(T* out, int64_t stride, int present, int D,
                                            const float (&acc)[kTiles][4]) {
   const int lane = lane_here(), g = lane / 4, t = lane % 4, odd = t % 2;
+  T* at = out + g * stride + 8 * odd + t / 2 * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = g + 8 * half;
 #pragma unroll
     for (int j = 0; j < kTiles; j += 2) {
       const uint32_t w = Mma<T>::pack(acc[j][2 * half], acc[j][2 * half + 1]);
       const uint32_t next = Mma<T>::pack(acc[j + 1][2 * half], acc[j + 1][2 * half + 1]);
       const uint32_t got = __shfl_xor_sync(kFullWarp, odd ? w : next, 1);
-      const int tile = 8 * (j + odd);
-      if (row < present && tile < D) {
-        *reinterpret_cast<uint2*>(out + row * stride + tile + t / 2 * 4) =
-            odd ? make_uint2(got, next) : make_uint2(w, got);
+      if (g + 8 * half < present && 8 * (j + odd) < D) {
+        *reinterpret_cast<uint2*>(at + 8 * j) = odd ? make_uint2(got, next) : make_uint2(w, got);
       }
     }
+    at += 8 * stride;
   }
 }
 
@@ -155,8 +156,8 @@ __device__ __forceinline__ auto rows_from(const uint16_t (&panel)[kRows][DP], in
 }
 
 // Logits of 16 rows, as left(i) gives them, with the pooled keys of blocks that `taken` has not, in
-// log2 units, and each row's bias added.
-template <typename T, int DP, class Coarse, class Left>
+// log2 units; with kBiased each row's bias is added.
+template <typename T, bool kBiased, int DP, class Coarse, class Left>
 __device__ __forceinline__ void pooled_logits(float (&c)[2][4], const Coarse& coarse,
                                               const Left& left, uint32_t taken, float scale,
                                               const float (&row_bias)[2],
@@ -164,17 +165,18 @@ __device__ __forceinline__ void pooled_logits(float (&c)[2][4], const Coarse& co
 #pragma unroll
   for (int i = 0; i < 8; ++i) c[i / 4][i % 4] = 0.f;
   multiply_nt<T, DP / 16>(c, left, as_panel(coarse.k), panel);
+  const int first = threadIdx.x % 4 * 2;  // of this thread's blocks
+  taken >>= first;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const int first = 8 * n + threadIdx.x % 4 * 2;
-    const float2 mass = *reinterpret_cast<const float2*>(&coarse.log_mass[first]);
+    const float2 mass = *reinterpret_cast<const float2*>(&coarse.log_mass[8 * n + first]);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float bias = taken >> (first + e) & 1 ? -INFINITY : e == 0 ? mass.x : mass.y;
+      const float bias = taken & 1u << (8 * n + e) ? -INFINITY : e == 0 ? mass.x : mass.y;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& logit = c[n][2 * i + e];
-        logit = fmaf(logit, scale, bias + row_bias[i]);
+        logit = fmaf(logit, scale, kBiased ? bias + row_bias[i] : bias);
       }
     }
   }
@@ -208,7 +210,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
     softmax.start(nullptr, nullptr, DP);
     if constexpr (!kWeighted) {
       float c[2][4], due[2];  // nothing is there yet to be due
-      pooled_logits<T>(c, s.coarse, left, taken, scale, {0.f, 0.f}, panel);
+      pooled_logits<T, false>(c, s.coarse, left, taken, scale, {}, panel);
       softmax.weigh(c, 1.f, due);
       softmax.keep_pooled();
       multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
@@ -250,7 +252,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
     for (int i = 0; i < 2; ++i) {
       row_bias[i] = log2_approx(3.f - __fdividef(2.f, 1.f + variance[i] / 4));
     }
-    pooled_logits<T>(c, s.coarse, left, taken, scale, row_bias, panel);
+    pooled_logits<T, true>(c, s.coarse, left, taken, scale, row_bias, panel);
     softmax.update(c, 1.f);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
