@@ -149,12 +149,6 @@ __device__ __forceinline__ void take_centre(typename Mma<T>::A (&q)[kSteps],
   }
 }
 
-template <int kCount, int kRows, int DP>
-__device__ __forceinline__ auto rows_from(const uint16_t (&panel)[kRows][DP], int row) -> const
-    uint16_t (&)[kCount][DP] {
-  return reinterpret_cast<const uint16_t(&)[kCount][DP]>(panel[row]);
-}
-
 // Logits of 16 rows, as left(i) gives them, with the pooled keys of blocks that `taken` has not, in
 // log2 units; with kBiased each row's bias is added.
 template <typename T, bool kBiased, int DP, class Coarse, class Left>
@@ -220,22 +214,21 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
   }
 
   // fine
-  constexpr int kKeys = 32;  // a turn
 #pragma unroll 1
   for (uint32_t blocks_left = taken; blocks_left != 0; blocks_left &= blocks_left - 1) {
-    const int lead = blocks.lead(__ffs(blocks_left) - 1) * kRun;
+    const int lead = blocks.lead(__ffs(blocks_left) - 1);
 #pragma unroll 1
-    for (int key = lead; key < lead + (kRun << blocks.shift); key += kKeys) {
-      const uint32_t there = s.keys_there[key / kRun] >> key % kRun;
+    for (int keys = lead; keys < lead + (1 << blocks.shift); ++keys) {
+      const uint32_t there = s.keys_there[keys];
       if (kRow && there == 0) continue;
-      float c[kKeys / 8][4] = {}, factor = scale;
-      multiply_nt<T, DP / 16>(c, left, as_panel(rows_from<kKeys>(in.k(), key)), panel);
-      if (~there << (32 - kKeys) != 0) {
+      float c[kRun / 8][4] = {}, factor = scale;
+      multiply_nt<T, DP / 16>(c, left, as_panel(s.run_of(in.k(), keys)), panel);
+      if (there != kFullWarp) {
         to_logits(c, there, scale);
         factor = 1.f;
       }
       softmax.update(c, factor);
-      multiply_pn<T>(acc, c, as_panel(rows_from<kKeys>(in.v(), key)), panel);
+      multiply_pn<T>(acc, c, as_panel(s.run_of(in.v(), keys)), panel);
     }
   }
 

@@ -156,10 +156,9 @@ __device__ __forceinline__ void take_means(Tiles& s, int stage, int unit, const 
       if (d < D) {
         mean = *reinterpret_cast<const float4*>(&means[at.which][block * D + d + 2 * e]);
       }
-      high[e] = Mma<T>::pack(mean.x, mean.y), high[e + 1] = Mma<T>::pack(mean.z, mean.w);
-      const float2 u = unpack2(high[e], T{}), w = unpack2(high[e + 1], T{});
-      low[e] = Mma<T>::pack(mean.x - u.x, mean.y - u.y);
-      low[e + 1] = Mma<T>::pack(mean.z - w.x, mean.w - w.y);
+      const SplitPair<T> u(mean.x, mean.y), w(mean.z, mean.w);
+      high[e] = u.high, high[e + 1] = w.high;
+      low[e] = u.low, low[e + 1] = w.low;
     }
 #pragma unroll
     for (int i = block * kRows; i < (block + 1) * kRows; ++i) {
