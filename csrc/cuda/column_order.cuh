@@ -1,5 +1,5 @@
-// In which order the kernels of the columns take their items (ColumnOrder in delta.h), found along
-// with the sums of the rows.
+// In which order the kernels of the columns take their items (ColumnOrder in delta.h), found beside
+// the sums of the rows.
 #pragma once
 
 #include "delta.h"
@@ -7,102 +7,88 @@
 
 namespace mra::cuda {
 
-// How many items each class of ColumnOrder has.
-struct ClassCounts {
-  static constexpr int kClasses = 6, kBits = 21;
-  uint64_t words[2] = {};
-
-  // Words are chosen by selects: an index would put them in memory.
-  static __device__ __forceinline__ int shift(int kind) {
-    return kBits * (kind < 3 ? kind : kind - 3);
-  }
-  __device__ __forceinline__ void add(int kind, bool one = true) {
-    const uint64_t more = static_cast<uint64_t>(one) << shift(kind);
-    words[0] += kind < 3 ? more : 0;
-    words[1] += kind < 3 ? 0 : more;
-  }
-  __device__ __forceinline__ void add(const ClassCounts& other) {
-    words[0] += other.words[0], words[1] += other.words[1];
-  }
-  __device__ __forceinline__ int of(int kind) const {
-    const uint64_t word = kind < 3 ? words[0] : words[1];
-    return static_cast<int>(word >> shift(kind)) & (1 << kBits) - 1;
-  }
-  __device__ __forceinline__ void sum_warp() {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-#pragma unroll
-      for (uint64_t& word : words) word += __shfl_xor_sync(kFullWarp, word, step);
-    }
-  }
-};
-
-// Entries in all lists of an item; kOne: in its only one. 0 beyond the last item.
-template <bool kOne>
+// Entries in all lists of an item; kDirect: an item has one list, its own. -1 beyond the last item.
+template <bool kDirect>
 __device__ __forceinline__ int entries_of(const ColumnOrder& c, int item) {
-  if (item >= c.all) return 0;
-  const unsigned head = static_cast<unsigned>(item) / c.items, group = kOne ? 1 : c.group;
+  if (item >= c.all) return -1;
+  if constexpr (kDirect) return c.count[item];
+  const unsigned head = static_cast<unsigned>(item) / c.items;
   const unsigned y = (item - head * c.items) / c.items_block;
-  const int* list = c.count + static_cast<int64_t>(head) * group * c.lists + y;
-  int entries = list[0];
-  if constexpr (!kOne) {
-    for (int i = 1; i < c.group; ++i) entries += list[static_cast<int64_t>(i) * c.lists];
-  }
+  const int* list = c.count + static_cast<int64_t>(head) * c.group * c.lists + y;
+  int entries = 0;
+  for (int i = 0; i < c.group; ++i) entries += list[static_cast<int64_t>(i) * c.lists];
   return entries;
-}
-
-__device__ __forceinline__ int class_of(const ColumnOrder& c, int64_t entries) {
-  const int64_t mean = c.mean;
-  if (entries > 2 * mean) return entries > 8 * mean ? 0 : entries > 4 * mean ? 1 : 2;
-  if (mean < ColumnOrder::kLongLists * c.group || 8 * entries > 7 * mean) return 3;
-  return 8 * entries > 5 * mean ? 4 : 5;
 }
 
 // By 256 threads, the first of which has item `first`: each finds the place of its item. All count
 // for themselves, so that no block of threads waits for another.
-template <bool kOne>
+template <bool kDirect>
 __device__ void place_items(const ColumnOrder& c, int first) {
-  constexpr int kBatch = 8;                                   // readings in flight
-  __shared__ ClassCounts all_of[8], before_of[8], own_of[8];  // of each warp
+  constexpr int kClasses = ColumnOrder::kClasses, kBatch = 16;  // readings in flight
+  // Of each warp: items in classes below the index, of all, of those before `first`, of its own.
+  __shared__ int all_of[8][kClasses + 1], before_of[8][kClasses + 1], own_of[8][kClasses + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = first + threadIdx.x;
-  ClassCounts all, before, own;
+  const int mine = entries_of<kDirect>(c, item);
+
+  int below[kClasses] = {}, before[kClasses];
+  const auto count = [&](int begin, int end) {  // multiples of 256, but for the last end
 #pragma unroll 1
-  for (int i = threadIdx.x; i < c.all; i += 256 * kBatch) {
-    int entries[kBatch];
+    for (int i = begin + threadIdx.x; i < end; i += 256 * kBatch) {
+      int entries[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) entries[j] = entries_of<kOne>(c, i + 256 * j);
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = i + 256 * j;
+        entries[j] = at < end ? entries_of<kDirect>(c, at) : -1;
+      }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int kind = class_of(c, entries[j]);
-      all.add(kind, i + 256 * j < c.all);
-      before.add(kind, i + 256 * j < first);
+      for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+        for (int k = 0; k < kClasses; ++k) below[k] += entries[j] > c.above[k];
+      }
+    }
+  };
+  count(0, first);
+#pragma unroll
+  for (int k = 0; k < kClasses; ++k) before[k] = below[k];
+  count(first, c.all);
+
+  int kind = 0;
+#pragma unroll
+  for (int k = 0; k < kClasses; ++k) kind += mine <= c.above[k];
+  unsigned same = 0, lower = 0;  // lanes with an item of this lane's class, of a lower one
+#pragma unroll
+  for (int k = 0; k < kClasses; ++k) {
+    const unsigned here = __ballot_sync(kFullWarp, mine > c.above[k]);
+    if (k == kind) same = here & ~lower;
+    lower = here;
+    const int all = __reduce_add_sync(kFullWarp, below[k]);
+    const int earlier = __reduce_add_sync(kFullWarp, before[k]);
+    if (lane == 0) {
+      all_of[warp][k + 1] = all, before_of[warp][k + 1] = earlier;
+      own_of[warp][k + 1] = __popc(here);
     }
   }
-  const int kind = item < c.all ? class_of(c, entries_of<kOne>(c, item)) : -1;
-  const uint32_t same = __match_any_sync(kFullWarp, kind);
-  if (kind >= 0) own.add(kind);
-  all.sum_warp();
-  before.sum_warp();
-  own.sum_warp();
-  if (lane == 0) all_of[warp] = all, before_of[warp] = before, own_of[warp] = own;
+  if (lane == 0) all_of[warp][0] = before_of[warp][0] = own_of[warp][0] = 0;
   __syncthreads();
-  all = before = {};
+  if (mine < 0) return;
+  int place = __popc(same & (1u << lane) - 1);
+#pragma unroll
   for (int w = 0; w < 8; ++w) {
-    all.add(all_of[w]);
-    before.add(before_of[w]);
-    if (w < warp) before.add(own_of[w]);
+    place += all_of[w][kind] + before_of[w][kind + 1] - before_of[w][kind];
+    if (w < warp) place += own_of[w][kind + 1] - own_of[w][kind];
   }
-  if (kind < 0) return;
-  int place = before.of(kind) + __popc(same & (1u << lane) - 1);
-  for (int i = 0; i < kind; ++i) place += all.of(i);
   c.order[place] = item;
 }
 
-__device__ __forceinline__ void order_columns(const ColumnOrder& c) {
-  for (int64_t i = int64_t{blockIdx.x} * 256; i < c.all; i += int64_t{gridDim.x} * 256) {
-    __syncthreads();
-    c.group == 1 ? place_items<true>(c, static_cast<int>(i))
-                 : place_items<false>(c, static_cast<int>(i));
+// Blocks of 256 threads that find the order: `c` as it is handed over.
+inline int64_t order_blocks(const ColumnOrder& c) {
+  return c.order == nullptr ? 0 : (int64_t{c.all} + 255) / 256;
+}
+__device__ __forceinline__ void order_columns(const ColumnOrder& c, int block) {
+  if (c.group == 1 && c.items_block == 1) {
+    place_items<true>(c, 256 * block);
+  } else {
+    place_items<false>(c, 256 * block);
   }
 }
 

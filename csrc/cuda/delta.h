@@ -40,12 +40,12 @@ struct BlockRowsParams {
 // last, so that all blocks of threads end at about the same time. Within a class items keep their
 // order, head by head.
 struct ColumnOrder {
-  static constexpr int kLongLists = 8;  // entries, in the mean
+  static constexpr int kClasses = 6, kLongLists = 8;  // kLongLists: entries, in the mean
 
   const int* count;  // [heads, lists]: entries of each key block's list
   int* order;        // [heads / group, items of a head], or null: not asked for
   int lists, group, items, all, items_block;  // items: of a head; in all; of a block
-  int mean;                                   // entries of a key block, at least 1
+  int above[kClasses];  // a class has what has more entries than this and is in no class before
 };
 
 // What the attention kernels of the backward read of each row: lse in log2 units, with +inf for a

@@ -210,27 +210,58 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
   if (blockIdx.x == 0) wait_for_previous();
 }
 
-__global__ void __launch_bounds__(256) row_sums_kernel(const RowSumsParams p) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x, padded = 32 * p.chunks;
-  if (p.columns.order != nullptr) order_columns(p.columns);
-  if (i >= p.heads * padded) return;
-  const int64_t head = i / padded, row = i - head * padded, at = head * p.rows + row;
-  const bool there = row < p.rows;
-  const float lse = there ? p.lse[at] : -INFINITY;
-  const bool weight = fabsf(lse) != INFINITY;
-  const float lse2 = weight ? lse * kLog2e : INFINITY;
-  float pooled_lse2 = lse2;
-  if (p.row_bias != nullptr && weight) pooled_lse2 = (lse - p.row_bias[at]) * kLog2e;
-  if (there) p.lse2[at] = lse2;
-  if (there && p.row_bias != nullptr) p.pooled_lse2[at] = pooled_lse2;
-  const int64_t to = i / 32 * 64 + i % 32;
-  const auto store = [&](float* sums, float lse2, const float* delta) {
-    if (sums == nullptr) return;
-    sums[to] = lse2;
-    sums[to + 32] = there ? delta[at] : 0.f;
-  };
-  store(p.sums, lse2, p.delta);
-  store(p.pooled_sums, pooled_lse2, p.pooled_delta);
+// Runs of 32 rows that a warp has, all of them on their way at once.
+constexpr int kRuns = 4;
+
+// The first `order_blocks` blocks of threads find the order of the columns, the others the sums.
+__global__ void __launch_bounds__(kWarps * 32)
+    row_sums_kernel(const RowSumsParams p, int order_blocks) {
+  const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x) - order_blocks;
+  if (block < 0) {
+    order_columns(p.columns, blockIdx.x);
+    if (blockIdx.x == 0) wait_for_previous();
+    return;
+  }
+  const int64_t first = (int64_t{block} * kWarps + threadIdx.x / 32) * kRuns;
+  const int64_t runs = p.heads * p.chunks;
+  if (first < runs) {
+    int64_t head = first / p.chunks, chunk = first - head * p.chunks, at[kRuns];
+    bool there[kRuns];
+    float lse[kRuns], bias[kRuns], delta[kRuns], pooled_delta[kRuns];
+    const auto read = [](const float* from, bool there, int64_t at) {
+      return there && from != nullptr ? from[at] : 0.f;
+    };
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      const int64_t row = 32 * chunk + lane;
+      there[i] = first + i < runs && row < p.rows;
+      at[i] = head * p.rows + row;
+      lse[i] = there[i] ? p.lse[at[i]] : -INFINITY;
+      bias[i] = read(p.row_bias, there[i], at[i]);
+      delta[i] = read(p.sums != nullptr ? p.delta : nullptr, there[i], at[i]);
+      pooled_delta[i] = read(p.pooled_sums != nullptr ? p.pooled_delta : nullptr, there[i], at[i]);
+      if (++chunk == p.chunks) chunk = 0, ++head;
+    }
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      if (first + i >= runs) break;
+      const bool weight = fabsf(lse[i]) != INFINITY;
+      const float lse2 = weight ? lse[i] * kLog2e : INFINITY;
+      const float pooled_lse2 = weight ? (lse[i] - bias[i]) * kLog2e : INFINITY;
+      if (there[i]) {
+        p.lse2[at[i]] = lse2;
+        if (p.row_bias != nullptr) p.pooled_lse2[at[i]] = pooled_lse2;
+      }
+      const auto store = [&](float* sums, float lse2, float delta) {
+        if (sums == nullptr) return;
+        float* const to = sums + (first + i) * 64 + lane;
+        to[0] = lse2;
+        to[32] = delta;
+      };
+      store(p.sums, lse2, delta[i]);
+      store(p.pooled_sums, pooled_lse2, pooled_delta[i]);
+    }
+  }
   if (blockIdx.x == 0) wait_for_previous();
 }
 
@@ -274,8 +305,11 @@ struct LaunchDeltaAndBlockRows {
 }  // namespace
 
 cudaError_t row_sums(const RowSumsParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.heads * p.chunks * 32 + 255) / 256;
-  return launch_grid(row_sums_kernel, blocks, 256, 0, stream, Beside{p.beside}, p);
+  constexpr int kRunsOfBlock = kWarps * kRuns;
+  const int64_t blocks = (p.heads * p.chunks + kRunsOfBlock - 1) / kRunsOfBlock;
+  const int64_t first = order_blocks(p.columns);
+  return launch_grid(row_sums_kernel, first + blocks, kWarps * 32, 0, stream, Beside{p.beside}, p,
+                     static_cast<int>(first));
 }
 
 cudaError_t delta_backward(const DeltaParams& params, cudaStream_t stream) {

@@ -63,8 +63,13 @@ Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns
   c.items = static_cast<int>(items);
   c.all = static_cast<int>(all);
   c.items_block = static_cast<int>(p.block_k / keys);
-  const int64_t mean = ceil_div(group * p.column_lists.capacity, c.lists);
-  c.mean = static_cast<int>(std::clamp<int64_t>(mean, 1, INT_MAX));
+  const int64_t mean = std::max<int64_t>(ceil_div(group * p.column_lists.capacity, c.lists), 1);
+  const bool long_lists = mean >= ColumnOrder::kLongLists * group;
+  const int64_t above[] = {
+      8 * mean, 4 * mean, 2 * mean, long_lists ? 7 * mean / 8 : -1, long_lists ? 5 * mean / 8 : -1,
+      -1};
+  std::transform(std::begin(above), std::end(above), c.above,
+                 [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT_MAX)); });
   const Tensor order = at::empty({all}, columns.count.options());
   p.order = c.order = order.mutable_data_ptr<int>();
   return order;
