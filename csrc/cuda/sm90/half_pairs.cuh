@@ -1,6 +1,7 @@
 // Pairs of a half type in a register: their arithmetic.
 #pragma once
 
+#include "../dtype.cuh"
 #include "../sm80/mma.cuh"
 
 namespace mra::cuda::sm90 {

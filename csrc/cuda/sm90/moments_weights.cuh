@@ -4,6 +4,7 @@
 
 #include "../centred_keys.cuh"
 #include "../centred_logits.cuh"
+#include "half_pairs.cuh"
 #include "key_tiles.cuh"
 #include "moments.h"
 #include "warp_products.cuh"
@@ -224,12 +225,11 @@ struct KeyWeigher {
       const int block = kBlocks == 4 ? 2 * i + lane / 16 : i;
       const float count = count_of_block<kBlocks>(block, valid) * (kBlocks / 64.f);
       if (lane % 2 != 0) continue;
-      const uint32_t high = Mma<T>::pack(weight[i], next);
-      const float2 kept = unpack2(high, T{});
+      const SplitPair<T> pair(weight[i], next);
       auto& to = s.weights[stage];
       const int at = 16 * i + lane / 2;
-      to[0][at] = high;
-      to[1][at] = Mma<T>::pack(weight[i] - kept.x, next - kept.y);
+      to[0][at] = pair.high;
+      to[1][at] = pair.low;
       to[2][at] = Mma<T>::pack(weight[i] * count, next * count);
     }
   }
