@@ -84,6 +84,28 @@ def test_more_blocks_than_the_device_holds(device, dtype, selection, D, block):
         assert_same_bits(case.check(), case.ours())
 
 
+@pytest.mark.parametrize("pooled", [31, 32, 33, 65])
+@pytest.mark.parametrize("block", [64, 32, (32, 64), (64, 16)])
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:3])
+def test_half_a_tile_of_pooled_keys(device, dtype, D, block, pooled):
+    """Up to 32 of them, for Hopper's kernels of the rows; with them alone, or exact ones too."""
+    keys = block if isinstance(block, int) else block[1]
+    for order, pool, causal, budget in [
+        (0, "even", False, {"selection": "global", "blocks_per_row": 1}),
+        (1, "even", False, {"density": 0.1}),
+        (1, "centred", False, {"density": 0.1}),
+        (1, "centred", True, {"density": 0.1}),
+    ]:
+        if causal and keys > 32:
+            continue
+        M = pooled * keys - 5
+        Case(
+            device, dtype, D=D, block_size=block, coarse="row", order=order, pool=pool, B=1, H=2,
+            Hk=1, N=M if causal else 333, M=M, is_causal=causal, spread=0.5, masks="both", **budget,
+        ).check()  # fmt: skip
+
+
 @pytest.mark.parametrize("block", [64, 32])
 @pytest.mark.parametrize("D", [8, 32, 64])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:2])

@@ -61,25 +61,25 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     float lse[2] = {}, delta[2] = {};  // of pooled keys, then of the others
     float acc[DP / 8][4] = {}, c[kKeys / 8][4], ds[kKeys / 8][4];
     uint32_t a[kKeys / 16][4];
-    auto start_scores = [&](int tile) {
+    auto start_scores = [&](int tile, auto& c, auto& ds) {
       const int stage = (before + tile) % kStages, phase = (before + tile) / kStages & 1;
       barrier_wait(&ring.k_full[stage], phase);
       barrier_wait(&ring.v_full[stage], phase);
       pin(c);
       pin(ds);
       wgmma_fence();
-      multiply_nt<T, kKeys>(c, s.q[place], ring.k[stage]);
-      multiply_nt<T, kKeys>(ds, s.grad_out[place], ring.v[stage]);
+      multiply_nt<T>(c, s.q[place], ring.k[stage]);
+      multiply_nt<T>(ds, s.grad_out[place], ring.v[stage]);
       wgmma_commit();
     };
-    auto start_gradient = [&](int tile) {
+    auto start_gradient = [&](int tile, const auto& a) {
       pin(acc);
       wgmma_fence();
-      multiply_pn<T, kKeys>(acc, a, ring.k[(before + tile) % kStages]);
+      multiply_pn<T>(acc, a, ring.k[(before + tile) % kStages]);
       wgmma_commit();
     };
-    // Scores of a tile, complete -> their gradients.
-    auto differentiate = [&](int tile, bool last) {
+    // Scores of a tile, complete -> their gradients, as the left operand of the next product.
+    auto differentiate = [&](int tile, bool last, auto& c, auto& ds, auto& a) {
       const int stage = (before + tile) % kStages;
       const bool pooled = tile < at.pooled_tiles;
       pin(c);
@@ -99,13 +99,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
         scale = 1.f;
       }
       barrier_arrive(kEarly && last ? &s.rows_empty[0] : &ring.v_empty[stage]);
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ds[n][i] = (ds[n][i] - delta[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
-        }
-      }
+      times_weights(ds, c, scale, lse, delta);
       if (pooled && p.coarse_sum != nullptr) s.add_coarse_sums(p, at, warp_row, tile, ds);
       pack<T>(a, ds);
     };
@@ -116,27 +110,41 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
                                   : &s.rows_empty[(turn - 1) % kPlaces]);
     };
 
-    if (tiles == 0) give_back();
-    if (tiles > 0) {
-      start_scores(0);
+    // The last of the tiles that are under way.
+    auto end_tile = [&](int tile, auto& c, auto& ds, auto& a) {
+      wgmma_wait<0>();
+      differentiate(tile, tile + 1 == tiles, c, ds, a);
+      start_gradient(tile, a);
+      wgmma_wait<0>();
+      pin(acc);
+      barrier_arrive(&ring.k_empty[(before + tile) % kStages]);
+    };
+    int first = 0;  // tile of 64 keys
+    if (uniform(at.few_pooled) != 0) {
+      // Half of a tile, before the others.
+      float few[kKeys / 16][4], few_ds[kKeys / 16][4];
+      uint32_t few_a[kKeys / 32][4];
+      start_scores(0, few, few_ds);
       give_back();
+      end_tile(0, few, few_ds, few_a);
+      first = 1;
+    }
+    if (tiles == 0) give_back();
+    if (tiles > first) {
+      start_scores(first, c, ds);
+      if (first == 0) give_back();
 #pragma unroll 1
-      for (int tile = 0; tile < tiles - 1; ++tile) {
+      for (int tile = first; tile < tiles - 1; ++tile) {
         wgmma_wait<0>();
-        differentiate(tile, false);
-        start_gradient(tile);
-        start_scores(tile + 1);
+        differentiate(tile, false, c, ds, a);
+        start_gradient(tile, a);
+        start_scores(tile + 1, c, ds);
         wgmma_wait<1>();
         barrier_arrive(&ring.k_empty[(before + tile) % kStages]);
       }
-      wgmma_wait<0>();
-      differentiate(tiles - 1, true);
-      start_gradient(tiles - 1);
-      wgmma_wait<0>();
-      pin(acc);
-      barrier_arrive(&ring.k_empty[(before + tiles - 1) % kStages]);
-      before += tiles;
+      end_tile(tiles - 1, c, ds, a);
     }
+    before += tiles;
 
     const float scale[2] = {p.scale, p.scale};
     bool live[2];

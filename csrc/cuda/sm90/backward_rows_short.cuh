@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       barrier_arrive(&s.rows_empty[slot ^ 1]);
     }
     float acc[kColumns / 8][4] = {};
-#pragma unroll 1
-    for (int tile = 0; tile < at.tiles; ++tile, ++at_tile) {
+    // c, ds: zeros.
+    const auto differentiate = [&](int tile, auto& c, auto& ds) {
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
       const bool pooled = tile < at.pooled_tiles;
       if (tile == 0 || tile == at.pooled_tiles) {
@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
           delta[half] = sums[1][row + g + 8 * half];
         }
       }
-      float c[8][4] = {}, ds[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
       multiply_nt<T, kColumns / 16>(c, s.q[slot], row, ring.k[stage], lane);
       float scale = p.scale * kLog2e;
@@ -83,16 +82,20 @@ __global__ void __launch_bounds__(BackwardRowsShortTraits<DP>::kThreads,
       barrier_wait(&ring.v_full[stage], phase);
       multiply_nt<T, kColumns / 16>(ds, s.grad_out[slot], row, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ds[n][i] = (ds[n][i] - delta[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
-        }
-      }
+      times_weights(ds, c, scale, lse, delta);
       if (pooled && p.coarse_sum != nullptr) s.add_coarse_sums(p, at, row, tile, ds);
       multiply_pn<T>(acc, ds, ring.k[stage], lane);
       barrier_arrive(&ring.k_empty[stage]);
+      ++at_tile;
+    };
+    if (at.few_pooled) {
+      float c[4][4] = {}, ds[4][4] = {};
+      differentiate(0, c, ds);
+    }
+#pragma unroll 1
+    for (int tile = at.few_pooled; tile < at.tiles; ++tile) {
+      float c[8][4] = {}, ds[8][4] = {};
+      differentiate(tile, c, ds);
     }
 
     const float scale[2] = {p.scale, p.scale};

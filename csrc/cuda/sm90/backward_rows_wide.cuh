@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(BackwardRowsWideTraits::kThreads, BackwardRows
       barrier_wait(&ring.k_full[group], phase);
       pin(c);
       wgmma_fence();
-      multiply_nt<T, kKeys>(c, s.q[0], ring.k[group]);
+      multiply_nt<T>(c, s.q[0], ring.k[group]);
       wgmma_commit();
       if (tile == first) give_back();
       barrier_wait(&ring.v_full[group], phase);
       pin(ds);
       wgmma_fence();
-      multiply_nt<T, kKeys>(ds, s.grad_out[0], ring.v[group]);
+      multiply_nt<T>(ds, s.grad_out[0], ring.v[group]);
       wgmma_commit();
 
       const auto& sums = tile < at.pooled_tiles ? s.pooled_sums[0] : s.sums[0];
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(BackwardRowsWideTraits::kThreads, BackwardRows
       pack<T>(a, ds);
       pin(acc);
       wgmma_fence();
-      multiply_pn<T, kKeys>(acc, a, ring.k[group]);
+      multiply_pn<T>(acc, a, ring.k[group]);
       wgmma_commit();
       wgmma_wait<0>();
       pin(acc);

@@ -29,8 +29,22 @@ struct BackwardRowsMaps : BackwardParams, KeyMaps {
 
 // What the consumers are told of a tile of rows; no rows: of the end.
 struct BackwardRowsWork {
-  int b, h, first_row, rows, pooled_tiles, tiles;
+  int b, h, first_row, rows, pooled_tiles, tiles, few_pooled;
 };
+
+// Gradients of weights -> those of their logits, by the weights: scores times `scale` less lse.
+template <int kTiles>
+__device__ __forceinline__ void times_weights(float (&ds)[kTiles][4], const float (&c)[kTiles][4],
+                                              float scale, const float (&lse)[2],
+                                              const float (&delta)[2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ds[n][i] = (ds[n][i] - delta[i / 2]) * exp2_approx(fmaf(c[n][i], scale, -lse[i / 2]));
+    }
+  }
+}
 
 // kWarps attend 16 rows each, kGroups times: each group other tiles of keys; kStages tiles of keys.
 template <int DP, int kWarps, int kStages, int kPlaces, int kGroups = 1>
@@ -74,7 +88,7 @@ struct BackwardRowsTiles {
       uint64_t* full = &rows_full[place];
       if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
       if (producer.lane == 0) {
-        work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles};
+        work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles, at.few_pooled};
       }
       constexpr int kSums = sizeof(sums[0]);
       const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;

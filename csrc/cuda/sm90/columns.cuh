@@ -175,11 +175,11 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     barrier_wait(&s.full[stage], tile / kStages & 1);
     pin(c);
     wgmma_fence();
-    multiply_nt<T, 64>(c, s.k[place], s.q[stage]);
+    multiply_nt<T>(c, s.k[place], s.q[stage]);
     wgmma_commit();
     pin(ds);
     wgmma_fence();
-    multiply_nt<T, 64>(ds, s.v[place], s.grad_out[stage]);
+    multiply_nt<T>(ds, s.v[place], s.grad_out[stage]);
     wgmma_commit();
 
     bias_towards<kPooled>(b, s, stage, key, bias);
@@ -189,7 +189,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     pack<T>(a, c);
     pin(dv);
     wgmma_fence();
-    multiply_pn<T, 64>(dv, a, s.grad_out[stage]);
+    multiply_pn<T>(dv, a, s.grad_out[stage]);
     wgmma_commit();
 
     wgmma_wait<1>();
@@ -209,7 +209,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
     if constexpr (kPooled && !kBeside) of_rows(tile, pairs);
     pin(dk);
     wgmma_fence();
-    multiply_pn<T, 64>(dk, da, s.q[stage]);
+    multiply_pn<T>(dk, da, s.q[stage]);
     wgmma_commit();
     if constexpr (kPooled && kBeside) of_rows(tile, pairs);
     wgmma_wait<0>();
@@ -238,7 +238,7 @@ __device__ __forceinline__ void attend_rows_wide(float (&sums)[DP / 8][4],
     barrier_wait(&s.full[stage], tile / kStages & 1);
     pin(c);
     wgmma_fence();
-    multiply_nt<T, 64>(c, kValues ? s.k[place] : s.v[place],
+    multiply_nt<T>(c, kValues ? s.k[place] : s.v[place],
                        kValues ? s.q[stage] : s.grad_out[stage]);
     wgmma_commit();
     if constexpr (kValues) {
@@ -271,7 +271,7 @@ __device__ __forceinline__ void attend_rows_wide(float (&sums)[DP / 8][4],
     }
     pin(sums);
     wgmma_fence();
-    multiply_pn<T, 64>(sums, a, kValues ? s.grad_out[stage] : s.q[stage]);
+    multiply_pn<T>(sums, a, kValues ? s.grad_out[stage] : s.q[stage]);
     wgmma_commit();
     wgmma_wait<0>();
     pin(sums);

@@ -64,10 +64,9 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       if (first_lane) store_wait();
       barrier_arrive(&s.q_empty[slot ^ 1]);
     }
-#pragma unroll 1
-    for (int tile = 0; tile < at.tiles; ++tile, ++at_tile) {
+    // c: zeros.
+    const auto attend = [&](int tile, auto& c) {
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
-      float c[8][4] = {};
       barrier_wait(&ring.k_full[stage], phase);
       multiply_nt<T, kColumns / 16>(
           c, [&](int i) { return q[i]; }, ring.k[stage], lane);
@@ -82,6 +81,16 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
+      ++at_tile;
+    };
+    if (at.few_pooled) {
+      float c[4][4] = {};
+      attend(0, c);
+    }
+#pragma unroll 1
+    for (int tile = at.few_pooled; tile < at.tiles; ++tile) {
+      float c[8][4] = {};
+      attend(tile, c);
     }
     float share[2];
     // Read again, as registers are full in between.

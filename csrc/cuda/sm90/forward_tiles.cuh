@@ -33,7 +33,8 @@ struct ForwardMaps : ForwardParams, KeyMaps {
 
 // What the consumers are told of a tile of rows; no rows: of the end.
 struct ForwardWork {
-  int b, h, key_head, first_row, rows, pooled_tiles, tiles;  // key_head: of all batch entries
+  int b, h, key_head, first_row, rows, pooled_tiles, tiles,
+      few_pooled;  // key_head: of all batch entries
   float state_lse;
 };
 
@@ -82,14 +83,9 @@ struct ForwardTiles {
       const bool state = p.state_mean != nullptr;
       const int64_t list = at.head * p.row_lists.lists + at.x;
       if (producer.lane == 0) {
-        work[slot] = {at.b,
-                      at.h,
-                      at.b * p.Hk + at.hk,
-                      at.first_row,
-                      at.rows,
-                      at.pooled_tiles,
-                      at.tiles,
-                      state ? p.state_lse[list] : 0.f};
+        work[slot] = {at.b,         at.h,          at.b * p.Hk + at.hk,
+                      at.first_row, at.rows,       at.pooled_tiles,
+                      at.tiles,     at.few_pooled, state ? p.state_lse[list] : 0.f};
       }
       barrier_expect(&q_full[slot], kRows * DP * 2 + (state ? p.D * 4 : 0));
       if (producer.lane == 0) {

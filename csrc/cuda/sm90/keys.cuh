@@ -56,6 +56,7 @@ cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& devi
 template <int kRows>
 struct RowTile {
   int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
+  bool few_pooled;  // at most 32 pooled keys, but some: half of a tile
   int64_t head;
   ListPlace place;
   List list;
@@ -83,6 +84,7 @@ struct RowTile {
     pooled_tiles = (pooled_blocks + 63) / 64;
     tiles =
         pooled_tiles + static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
+    few_pooled = pooled_blocks - 1u < 32u;
   }
 };
 
@@ -108,18 +110,19 @@ struct KeyRing {
   }
 
   // Scores of a tile that is not plain -> logits in log2 units. `row`: this lane's first.
-  __device__ __forceinline__ void to_logits(float (&c)[kKeys / 8][4], int stage, float scale,
+  template <int kScores>
+  __device__ __forceinline__ void to_logits(float (&c)[kScores][4], int stage, float scale,
                                             bool causal, int row) const {
     const int t = threadIdx.x % 4;
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int n = 0; n < kScores; ++n) {
       const float2 u = *reinterpret_cast<const float2*>(&bias[stage][8 * n + 2 * t]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[n][i] = fmaf(c[n][i], scale, i % 2 ? u.y : u.x);
     }
     if (!causal) return;
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+    for (int n = 0; n < kScores; ++n) {
       const int key = first[stage][n / 2] + n % 2 * 8 + 2 * t;
       if (key > row) c[n][0] = -INFINITY;
       if (key + 1 > row) c[n][1] = -INFINITY;

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
     pin(moment);
     pin(sigma);
     wgmma_fence();
-    multiply_pn<T, 64>(moment, a, s.keys.x[stage][1]);
-    multiply_pn<T, 64>(sigma, a, s.keys.x[stage][0]);
+    multiply_pn<T>(moment, a, s.keys.x[stage][1]);
+    multiply_pn<T>(sigma, a, s.keys.x[stage][0]);
     wgmma_commit();
     const int block = (first + tile) * kBlocks;
 #pragma unroll

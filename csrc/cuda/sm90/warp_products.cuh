@@ -49,20 +49,21 @@ __device__ __forceinline__ void load_rows(typename Mma<T>::A (&a)[kSteps],
   }
 }
 
-// c += A B^T over 16 kSteps columns, those from 16 i on of A as left(i) gives them: B of kRows
-// rows.
-template <typename T, int kSteps, int kPanels, int kRows, int kColumns, class Left>
-__device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4], const Left& left,
+// c += A B^T over 16 kSteps columns, those from 16 i on of A as left(i) gives them: B of as many
+// rows as c has columns or more.
+template <typename T, int kSteps, int kTiles, int kPanels, int kRows, int kColumns, class Left>
+__device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4], const Left& left,
                                             const uint16_t (&b)[kPanels][kRows][kColumns],
                                             const PanelLane<kColumns>& lane) {
+  static_assert(8 * kTiles <= kRows);
   constexpr int kEach = kColumns / 16, kRow = 2 * kColumns;
   const uint32_t base = smem_address(b);
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const typename Mma<T>::A a = left(i);
-    typename Mma<T>::B fb[kRows / 16];
+    typename Mma<T>::B fb[kTiles / 2];
 #pragma unroll
-    for (int n = 0; n < kRows / 16; ++n) {
+    for (int n = 0; n < kTiles / 2; ++n) {
       ldmatrix_x4<false>(fb[n].r,
                          base + (i / kEach * kRows + 16 * n) * kRow + lane.keys(i % kEach));
     }
@@ -71,8 +72,8 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4], const Left
 }
 
 // The same with the left rows, from row `first` of panels of kLeft, read again from where they lie.
-template <typename T, int kSteps, int kPanels, int kLeft, int kRows>
-__device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
+template <typename T, int kSteps, int kTiles, int kPanels, int kLeft, int kRows>
+__device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
                                             const uint16_t (&a)[kPanels][kLeft][64], int first,
                                             const uint16_t (&b)[kPanels][kRows][64],
                                             const PanelLane<>& lane) {
@@ -85,15 +86,16 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRows / 8][4],
   multiply_nt<T, kSteps>(c, left, b, lane);
 }
 
-// acc += P B: P of kRows columns in accumulators, B of kRows rows.
-template <typename T, int kTiles, int kPanels, int kRows, int kColumns>
-__device__ __forceinline__ void multiply_pn(float (&acc)[kTiles][4], const float (&p)[kRows / 8][4],
+// acc += P B: P of 8 kInner columns in accumulators, B of as many rows or more.
+template <typename T, int kTiles, int kInner, int kPanels, int kRows, int kColumns>
+__device__ __forceinline__ void multiply_pn(float (&acc)[kTiles][4], const float (&p)[kInner][4],
                                             const uint16_t (&b)[kPanels][kRows][kColumns],
                                             const PanelLane<kColumns>& lane) {
+  static_assert(8 * kInner <= kRows);
   constexpr int kPairs = kTiles / kPanels / 2, kRow = 2 * kColumns;
   const uint32_t base = smem_address(b);
 #pragma unroll
-  for (int k = 0; k < kRows / 16; ++k) {
+  for (int k = 0; k < kInner / 2; ++k) {
     const typename Mma<T>::A a = Mma<T>::from_accumulator(p, k);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) {

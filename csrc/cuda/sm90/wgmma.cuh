@@ -110,32 +110,32 @@ struct Wgmma;
 MRA_WGMMA_TYPE(__nv_bfloat16, "bf16")
 MRA_WGMMA_TYPE(__half, "f16")
 
-// c = A B^T over DP columns: A of 64 rows, B of N, both in panels.
-template <typename T, int N, int kPanels>
-__device__ __forceinline__ void multiply_nt(float (&c)[N / 8][4],
+// c = A B^T over DP columns: A of 64 rows, B of as many as c has columns or more, both in panels.
+template <typename T, int kTiles, int kPanels, int kRows>
+__device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
                                             const uint16_t (&a)[kPanels][64][64],
-                                            const uint16_t (&b)[kPanels][N][64]) {
+                                            const uint16_t (&b)[kPanels][kRows][64]) {
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
-    Wgmma<T, N>::template multiply<false, false>(c, descriptor(a[i / 4]) + 2 * (i % 4),
-                                                 descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
+    Wgmma<T, 8 * kTiles>::template multiply<false, false>(
+        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
   }
 }
 
-// acc += A B: A of 64 rows x K in registers, B of K rows in panels, four of them by two products:
-// one would need more registers at once than a thread may start with.
-template <typename T, int K, int kPanels>
+// acc += A B: A of 64 rows x 16 kSteps in registers, B of as many rows or more in panels, four of
+// them by two products: one would need more registers at once than a thread may start with.
+template <typename T, int kSteps, int kPanels, int kRows>
 __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
-                                            const uint32_t (&a)[K / 16][4],
-                                            const uint16_t (&b)[kPanels][K][64]) {
+                                            const uint32_t (&a)[kSteps][4],
+                                            const uint16_t (&b)[kPanels][kRows][64]) {
   constexpr int kEach = kPanels <= 3 ? kPanels : 2, kTiles = 8 * kEach;
   static_assert(kPanels % kEach == 0);
 #pragma unroll
-  for (int j = 0; j < K / 16; ++j) {
+  for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
     for (int i = 0; i < kPanels; i += kEach) {
       auto& part = *reinterpret_cast<float(*)[kTiles][4]>(&acc[8 * i]);
-      Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], K * 128) + 128 * j);
+      Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], kRows * 128) + 128 * j);
     }
   }
 }
