@@ -12,15 +12,16 @@
 namespace mra::cuda {
 namespace {
 
-// The list of query block x by one warp: writes index[0 .. row_capacity), zeros behind the list,
-// and returns how many are taken. With v_mean, row.keys then holds the scores of those that are
-// left to the coarse part, -inf elsewhere.
+// The list of query block x, which may take `budget` blocks, by one warp: writes index[0 ..
+// row_capacity), zeros behind the list, and returns how many are taken. With v_mean, row.keys then
+// holds the scores of those that are left to the coarse part, -inf elsewhere.
 template <int kSteps>
-__device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* index,
+__device__ int select_row(const PlanParams& p, int x, int budget, Row<kSteps> row, int32_t* index,
                           uint32_t* candidates) {
   const int lane = threadIdx.x % 32;
-  int pairs[kTiers] = {0, 0, 0, 0, 0};
+  Boundary edge;
   if (has_tiers(p)) {
+    int pairs[kTiers] = {0, 0, 0, 0, 0};
     row.each([&](int t, uint32_t key) {
       if (key == kAbsent) return;
       const int tier = tier_of<false>(p, x, t * 32 + lane);
@@ -28,13 +29,15 @@ __device__ int select_row(const PlanParams& p, int x, Row<kSteps> row, int32_t* 
       for (int i = 0; i < kTiers; ++i) pairs[i] += tier == i;
     });
 #pragma unroll
-    for (int i = 1; i < kTiers; ++i) pairs[i] = __reduce_add_sync(kFullWarp, pairs[i]);
+    for (int i = 0; i < kTiers; ++i) pairs[i] = __reduce_add_sync(kFullWarp, pairs[i]);
+    edge = find_boundary(pairs, budget);
   } else {
-    row.each([&](int, uint32_t key) { pairs[0] += key != kAbsent; });
+    int pairs = 0;
+    row.each([&](int, uint32_t key) { pairs += key != kAbsent; });
+    pairs = __reduce_add_sync(kFullWarp, pairs);
+    edge = whole_boundary(pairs, budget);
   }
-  pairs[0] = __reduce_add_sync(kFullWarp, pairs[0]);
 
-  const Boundary edge = find_boundary(pairs, row_budget(p, x));
   Cut cut{kForced, 0};  // nothing
   if (edge.take > 0) {
     if (has_tiers(p)) {
@@ -98,7 +101,9 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
       const int64_t list = int64_t{head} * p.nq + x;
       int32_t* index = p.index + int64_t{head} * p.nq * p.row_capacity + start;
       uint32_t* row = keys + int64_t{r} * pitch;
-      const int count = select_row<kSteps>(p, x, {row, steps}, index, candidates[warp]);
+      // The room for a list is what every row may take, without causality.
+      const int budget = p.causal ? row_budget(p, x) : p.row_capacity;
+      const int count = select_row<kSteps>(p, x, budget, {row, steps}, index, candidates[warp]);
       if (lane == 0) {
         p.start[list] = static_cast<int32_t>(start);
         p.count[list] = count;

@@ -49,9 +49,29 @@ struct Row {
   }
 };
 
+// The cut of a row, found by taking the highest keys away, one after the other.
+template <int kSteps>
+__device__ __forceinline__ Cut take_highest(const Row<kSteps>& row, const Boundary& edge) {
+  uint32_t below = kForced;
+  int left = edge.take - edge.forced;
+#pragma unroll 1
+  for (;;) {
+    uint32_t top = kAbsent;
+    row.each([&](int, uint32_t key) { top = max(top, key < below ? key : kAbsent); });
+    top = __reduce_max_sync(kFullWarp, top);
+    int equal = 0;
+    row.each([&](int, uint32_t key) { equal += __popc(__ballot_sync(kFullWarp, key == top)); });
+    if (equal >= left || top == kAbsent) return {top, left};
+    left -= equal;
+    below = top;
+  }
+}
+
 // The cut of a row, by one warp; `candidates` [kRanked] is its own.
 template <int kSteps>
 __device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32_t* candidates) {
+  constexpr int kFew = kSteps == 1 || kSteps == 2 ? 8 : 0;  // quicker than a search
+  if (edge.take - edge.forced <= kFew) return take_highest(row, edge);
   const int lane = threadIdx.x % 32;
   uint32_t lo = kForced, hi = kAbsent;
   row.each([&](int, uint32_t key) {

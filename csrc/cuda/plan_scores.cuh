@@ -142,8 +142,8 @@ struct ScoreTile {
       }
       __syncthreads();
       const float* q = ring + stage % 2 * kStageWords;
-      // Not where all columns of the warp are in the future.
-      if (y0 + col - lane < cols) {
+      // Not where all columns of the warp are in the future, or its rows beyond the end.
+      if (y0 + col - lane < cols && row < rows) {
         add_stage(q + row * kDepthPitch, q + (kRows + col) * kDepthPitch, acc);
       }
       if (stage + 2 < stages) {

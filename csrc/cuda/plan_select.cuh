@@ -97,6 +97,11 @@ __device__ __forceinline__ Boundary find_boundary(const int (&pairs)[kTiers], in
   return b;
 }
 
+// The same where all pairs are in one tier.
+__device__ __forceinline__ Boundary whole_boundary(int pairs, int64_t budget) {
+  return {static_cast<int>(min(budget, int64_t{pairs})), 0, 0, pairs};
+}
+
 // The key under the boundary: higher tiers are forced, lower ones absent.
 __device__ __forceinline__ uint32_t key_in_tier(uint32_t key, int tier, int boundary) {
   return tier == boundary ? key : tier > boundary ? kForced : kAbsent;

@@ -42,6 +42,22 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int fi
   return rank;
 }
 
+// The `take` highest keys that the lanes have, as bits; of equal ones those of lower lanes.
+__device__ __forceinline__ uint32_t highest_lanes(uint32_t key, int take) {
+  uint32_t taken = 0;
+#pragma unroll 1
+  while (take > 0) {
+    const uint32_t top = __reduce_max_sync(kFullWarp, key);
+    uint32_t same = __ballot_sync(kFullWarp, key == top);
+    const int count = __popc(same);
+    for (int more = count - take; more > 0; --more) same ^= 1u << (31 - __clz(same));
+    taken |= same;
+    take -= count;
+    if (key == top) key = kAbsent;
+  }
+  return taken;
+}
+
 // How many pairs to take of those whose keys the lanes hold, which become keys under the boundary.
 template <bool kGlobal, class Shared>
 __device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x, uint32_t& key) {
@@ -83,22 +99,20 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
   const int lane = threadIdx.x % 32, y = lane % kHeadRuns;
   if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
   const int take = pairs_to_take<kGlobal>(p, s, x, key);
-  if (lane < kHeadRuns) s.map[run][lane] = key;
-
-  // Every lane counts for the pair of lane y: in global selection half of the rows each.
-  key = __shfl_sync(kFullWarp, key, y);
-  const uint32_t same = __match_any_sync(kFullWarp, key);
-  int rank = __popc(same & ((1u << y) - 1));
-  if (kGlobal) {
+  uint32_t taken;
+  if constexpr (kGlobal) {
+    // Every lane counts for the pair of lane y in half of the rows.
+    if (lane < kHeadRuns) s.map[run][lane] = key;
+    key = __shfl_sync(kFullWarp, key, y);
+    const uint32_t same = __match_any_sync(kFullWarp, key);
     __syncthreads();
     int part = rank_key<kRuns / 2>(s.map, lane / kHeadRuns * (kRuns / 2), x, y, key);
-    rank += part + __shfl_xor_sync(kFullWarp, part, kHeadRuns);
+    part += __shfl_xor_sync(kFullWarp, part, kHeadRuns);
+    const int rank = part + __popc(same & ((1u << y) - 1));
+    taken = __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
   } else {
-    __syncwarp();
-    rank += rank_key<1>(s.map, run, run, y, key);
+    taken = highest_lanes(lane < kHeadRuns ? key : kAbsent, take);
   }
-  const uint32_t taken =
-      __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
   const int count = __popc(taken), capacity = plan.nq * plan.row_capacity;
   int start = x * plan.row_capacity, end = start + plan.row_capacity;
   if (kGlobal) {
