@@ -88,7 +88,8 @@ struct BackwardRowsTiles {
       uint64_t* full = &rows_full[place];
       if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);
       if (producer.lane == 0) {
-        work[place] = {at.b, at.h, at.first_row, at.rows, at.pooled_tiles, at.tiles, at.few_pooled};
+        work[place] = {at.b,     at.h,           at.first_row, at.rows, at.pooled_tiles,
+                       at.tiles, at.few_pooled()};
       }
       constexpr int kSums = sizeof(sums[0]);
       const bool pooled = p.pooled_k != nullptr, block = p.q_block != nullptr;

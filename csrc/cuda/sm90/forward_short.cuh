@@ -16,7 +16,7 @@ struct ForwardShortTraits {
 };
 
 template <int DP>
-using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages>;
+using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages, 2, true>;
 
 // kColumns: of the DP of a row, those that may be other than zeros.
 template <typename T, int DP, int kColumns>
@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   extern __shared__ char raw[];
   auto& s = aligned<ForwardShortShared<DP>>(raw);
   auto& ring = s.ring;
-  if (threadIdx.x == 0) s.init();
-  __syncthreads();
+  s.init();
   if (warp_index() == 2) {
     s.fetch_ahead(p);
     return;
@@ -46,10 +45,11 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[slot], row, lane);
+    const auto centre_of = [&] { return s.centre_of(p, at, slot); };
     if constexpr (kOrder1<T, DP>) {
       if (p.centre != nullptr) {
-        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], row, ring, at_tile,
-                                              p, at, [&](auto& x, int stage, int) {
+        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], centre_of(), row,
+                                              ring, at_tile, p, at, [&](auto& x, int stage, int) {
                                                 multiply_matrix<T>(x, q, ring.k[stage],
                                                                    ring.v[stage], lane);
                                               });
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       }
     }
     OnlineSoftmax<T, kColumns> softmax;
-    softmax.start(p.state_mean != nullptr ? s.state_mean[slot] : nullptr, &s.work[slot].state_lse,
+    softmax.start(p.state_mean != nullptr ? s.vectors[slot][0] : nullptr, &s.work[slot].state_lse,
                   p.D);
     // The place of the block before is given back once its output has left.
     if (turn > 0) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if constexpr (kOrder1<T, DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, row);
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], row, ring, at_tile, p, at,
+        add_order1<T>(softmax.acc, share, s.q[slot], centre_of, row, ring, at_tile, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto& second) {
                         multiply_matrix<T>(x, q, first, second, lane);
                       });

@@ -45,27 +45,98 @@ __device__ __forceinline__ const float* of_rows(const float* values, const Forwa
   return values + (static_cast<int64_t>(at.b) * p.H + at.h) * p.rows + at.first_row + row;
 }
 
-// kWarps attend 16 rows each; kStages tiles of keys.
-template <int DP, int kWarps, int kStages, int kPlaces = 2>
+// The centre of a key head, and its products with the matrices, read where they lie: zeros beyond
+// their columns. Of each this thread's columns of tile `n` of eight.
+template <int DP>
+struct Centre {
+  int D, dim;
+  const float *from, *products;
+
+  __device__ __forceinline__ Centre(const ForwardParams& p, int64_t key_head)
+      : D(p.D),
+        dim(matrix_dim<DP>(p.D)),
+        from(p.centre + key_head * D),
+        products(p.centre_term + key_head * 2 * dim) {}
+  __device__ __forceinline__ float2 itself(int n) const { return pair(from, n, D); }
+  __device__ __forceinline__ float2 times_c(int n) const { return pair(products, n, dim); }
+  __device__ __forceinline__ float2 times_sigma(int n) const {
+    return pair(products + dim, n, dim);
+  }
+
+ private:
+  static __device__ __forceinline__ float2 pair(const float* from, int n, int columns) {
+    float2 u = make_float2(0.f, 0.f);
+    const float* const at = from + 8 * n + threadIdx.x % 4 * 2;
+    if (8 * n < columns) u = __ldg(reinterpret_cast<const float2*>(at));
+    return u;
+  }
+};
+
+// The same in shared memory.
+template <int DP>
+struct CentreRows {
+  const float (&rows)[3][DP];
+
+  static __device__ __forceinline__ int bytes(int D) { return 4 * (D + 2 * matrix_dim<DP>(D)); }
+  // By one thread.
+  static __device__ __forceinline__ void fetch(float (&rows)[3][DP], const Centre<DP>& from,
+                                               uint64_t* barrier) {
+    copy_bytes(rows[0], from.from, 4 * from.D, barrier);
+    copy_bytes(rows[1], from.products, 4 * from.dim, barrier);
+    copy_bytes(rows[2], from.products + from.dim, 4 * from.dim, barrier);
+  }
+  __device__ __forceinline__ float2 itself(int n) const { return pair(0, n); }
+  __device__ __forceinline__ float2 times_c(int n) const { return pair(1, n); }
+  __device__ __forceinline__ float2 times_sigma(int n) const { return pair(2, n); }
+
+ private:
+  __device__ __forceinline__ float2 pair(int row, int n) const {
+    return *reinterpret_cast<const float2*>(&rows[row][8 * n + threadIdx.x % 4 * 2]);
+  }
+};
+
+// kWarps attend 16 rows each; kStages tiles of keys. kCentre: the centre of weighted means comes
+// with each tile of rows, else it is read from memory.
+template <int DP, int kWarps, int kStages, int kPlaces, bool kCentre>
 struct ForwardTiles {
   static constexpr int kRows = 16 * kWarps;
   uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
   KeyRing<DP, kStages, kWarps> ring;
-  alignas(16) float state_mean[kPlaces][DP];
+  // The mean of the block-coarse state or, with kCentre, CentreRows.
+  alignas(16) float vectors[kPlaces][kCentre ? 3 : 1][DP];
   ForwardWork work[kPlaces];
   float2 gamma[32 * kWarps];  // with weighted means, of each thread's rows: out of its registers
   uint64_t q_full[kPlaces], q_empty[kPlaces];
   uint32_t bitmap[1];
 
-  // By one thread.
+  // By all threads.
   __device__ void init() {
-    barrier_init_ring(q_full, q_empty, kWarps);
-    ring.init();
-    barrier_init_done();
+    if constexpr (kCentre) {
+      // Columns beyond the head dim stay zeros.
+      for (int i = threadIdx.x; i < kPlaces * 3 * DP; i += blockDim.x) vectors[0][0][i] = 0.f;
+      fence_for_copies();
+    }
+    if (threadIdx.x == 0) {
+      barrier_init_ring(q_full, q_empty, kWarps);
+      ring.init();
+      barrier_init_done();
+    }
+    __syncthreads();
+  }
+
+  // Of the tile of rows in `slot`.
+  __device__ __forceinline__ auto centre_of(const ForwardParams& p, const ForwardWork& at,
+                                            int slot) const {
+    if constexpr (kCentre) {
+      return CentreRows<DP>{vectors[slot]};
+    } else {
+      return Centre<DP>(p, at.key_head);
+    }
   }
 
   // By one warp.
   __device__ void fetch_ahead(const ForwardMaps& p) {
+    const bool centred = kCentre && p.centre != nullptr;
     KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
     const auto fetch_first = [&] {
       if (p.centre != nullptr) producer.fetch_sigma(p.moments_map);
@@ -83,17 +154,31 @@ struct ForwardTiles {
       const bool state = p.state_mean != nullptr;
       const int64_t list = at.head * p.row_lists.lists + at.x;
       if (producer.lane == 0) {
-        work[slot] = {at.b,         at.h,          at.b * p.Hk + at.hk,
-                      at.first_row, at.rows,       at.pooled_tiles,
-                      at.tiles,     at.few_pooled, state ? p.state_lse[list] : 0.f};
+        work[slot] = {at.b,
+                      at.h,
+                      at.b * p.Hk + at.hk,
+                      at.first_row,
+                      at.rows,
+                      at.pooled_tiles,
+                      at.tiles,
+                      at.few_pooled(),
+                      state ? p.state_lse[list] : 0.f};
       }
-      barrier_expect(&q_full[slot], kRows * DP * 2 + (state ? p.D * 4 : 0));
+      int bytes = kRows * DP * 2 + (state ? p.D * 4 : 0);
+      if (centred) bytes += CentreRows<DP>::bytes(p.D);
+      barrier_expect(&q_full[slot], bytes);
       if (producer.lane == 0) {
         for (int i = 0; i < DP / 64; ++i) {
           copy_panel(q[slot][i], p.q_map, &q_full[slot], 64 * i, at.first_row, at.h, at.b);
         }
         if (state) {
-          copy_bytes(state_mean[slot], p.state_mean + list * p.D, p.D * 4, &q_full[slot]);
+          copy_bytes(vectors[slot][0], p.state_mean + list * p.D, p.D * 4, &q_full[slot]);
+        }
+        if constexpr (kCentre) {
+          if (centred) {
+            const Centre<DP> centre(p, at.b * p.Hk + at.hk);
+            CentreRows<DP>::fetch(vectors[slot], centre, &q_full[slot]);
+          }
         }
       }
       __syncwarp();
@@ -105,34 +190,6 @@ struct ForwardTiles {
       barrier_arrive(&q_full[slot]);
     };
     producer.template run_all<kPlaces>(p, fetch_rows, fetch_first, fetch_last, end);
-  }
-};
-
-// The centre of a tile of rows, and its products with the matrices: zeros beyond their columns.
-template <int DP>
-struct Centre {
-  int D, dim;
-  const float *from, *products;
-
-  __device__ __forceinline__ Centre(const ForwardParams& p, const ForwardWork& at)
-      : D(p.D), dim(matrix_dim<DP>(p.D)) {
-    const int64_t key_head = at.key_head;
-    from = p.centre + key_head * D;
-    products = p.centre_term + key_head * 2 * dim;
-  }
-  // This thread's columns of tile `n` of eight.
-  __device__ __forceinline__ float2 itself(int n) const { return pair(from, n, D); }
-  __device__ __forceinline__ float2 times_c(int n) const { return pair(products, n, dim); }
-  __device__ __forceinline__ float2 times_sigma(int n) const {
-    return pair(products + dim, n, dim);
-  }
-
- private:
-  static __device__ __forceinline__ float2 pair(const float* from, int n, int columns) {
-    float2 u = make_float2(0.f, 0.f);
-    const float* const at = from + 8 * n + threadIdx.x % 4 * 2;
-    if (8 * n < columns) u = __ldg(reinterpret_cast<const float2*>(at));
-    return u;
   }
 };
 
@@ -161,11 +218,12 @@ __device__ __forceinline__ float gamma_of(const ForwardParams& p, float part, fl
 // With weighted means: gamma of this thread's rows, g and g + 8 behind `row` of the queries `q`,
 // from Sigma in place `place` of the ring, before the keys of these rows. multiply(x, stage, n): x
 // = the rows times Sigma, kTiles tiles of eight columns of it from tile n on.
-template <typename T, int kTiles, int kColumns, int kPanels, int kRows, class Ring, class Multiply>
+template <typename T, int kTiles, int kColumns, int kPanels, int kRows, class Centre, class Ring,
+          class Multiply>
 __device__ __forceinline__ void find_gamma(float2& gamma, const uint16_t (&q)[kPanels][kRows][64],
-                                           int row, Ring& ring, int place, const ForwardParams& p,
-                                           const ForwardWork& at, const Multiply& multiply) {
-  const Centre<64 * kPanels> centre(p, at);
+                                           const Centre& centre, int row, Ring& ring, int place,
+                                           const ForwardParams& p, const ForwardWork& at,
+                                           const Multiply& multiply) {
   const int stage = place % Ring::kStages, phase = place / Ring::kStages & 1;
   barrier_wait(&ring.k_full[stage], phase);
   barrier_wait(&ring.v_full[stage], phase);
@@ -252,10 +310,12 @@ __device__ __forceinline__ void with_place(Ring& ring, int place, bool keys, boo
 // C alone, and gamma is `known`. `share`: the pooled part of this thread's rows. multiply(x, first,
 // second): x = the rows times the matrix whose columns from 0 on start at `first`, those from 64 on
 // at `second`.
-template <typename T, int kTiles, int kPanels, int kRows, class Ring, class Multiply>
+template <typename T, int kTiles, int kPanels, int kRows, class CentreOf, class Ring,
+          class Multiply>
 __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float (&share)[2],
-                                           const uint16_t (&q)[kPanels][kRows][64], int row,
-                                           Ring& ring, int& place, const ForwardParams& p,
+                                           const uint16_t (&q)[kPanels][kRows][64],
+                                           const CentreOf& centre_of, int row, Ring& ring,
+                                           int& place, const ForwardParams& p,
                                            const ForwardWork& at, const float2& known,
                                            const Multiply& multiply) {
   constexpr bool kBoth = kPanels > 1;  // of a matrix's place both halves
@@ -288,7 +348,7 @@ __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float 
              [&](int stage) { multiply(x, kBoth ? ring.k[stage] : ring.v[stage], ring.v[stage]); });
   ++place;
   if (centred) {
-    const Centre<64 * kPanels> centre(p, at);
+    const auto centre = centre_of();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 u = centre.times_c(n);

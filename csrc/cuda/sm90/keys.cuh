@@ -56,7 +56,6 @@ cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& devi
 template <int kRows>
 struct RowTile {
   int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
-  bool few_pooled;  // at most 32 pooled keys, but some: half of a tile
   int64_t head;
   ListPlace place;
   List list;
@@ -74,6 +73,9 @@ struct RowTile {
     x = maps.list_rows.divide(first_row);
     place = place_of_list(p.row_lists, head, x);
   }
+  // At most 32 pooled keys, but some: half of a tile.
+  __device__ bool few_pooled() const { return pooled_blocks - 1u < 32u; }
+
   __device__ void settle(const Problem& p) {
     list = list_at(p.row_lists, head, place);
     pooled_blocks = 0;
@@ -84,7 +86,6 @@ struct RowTile {
     pooled_tiles = (pooled_blocks + 63) / 64;
     tiles =
         pooled_tiles + static_cast<int>((static_cast<int64_t>(list.count) * p.block_k + 63) / 64);
-    few_pooled = pooled_blocks - 1u < 32u;
   }
 };
 
