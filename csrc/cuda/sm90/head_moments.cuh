@@ -127,18 +127,11 @@ struct Moments {
     constexpr int kScored = 9, kAdded = 10, kTaken = kAdded + kParts;  // barriers
     static_assert(Shared::kPlaces == DP / 8 && kTaken < 16);
     const int thread = threadIdx.x % 128;
-    const auto arrive = [](int barrier, int threads) {
-      __syncwarp();
-      asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-    };
-    const auto meet = [](int barrier, int threads) {
-      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-    };
     if (part == kParts - 1) {
-      meet(kScored, Shared::kRows);
+      meet<Shared::kRows>(kScored);
     } else {
-      arrive(kScored, Shared::kRows);
-      meet(kAdded + part, 256);
+      arrive<Shared::kRows>(kScored);
+      meet<256>(kAdded + part);
     }
 #pragma unroll
     for (int i = 0; i < Shared::kPlaces; ++i) {
@@ -150,10 +143,10 @@ struct Moments {
       if (part > 0) place = make_float4(c[i][0], c[i][1], c[i][2], c[i][3]);
     }
     if (part > 0) {
-      arrive(kAdded + part - 1, 256);
+      arrive<256>(kAdded + part - 1);
       return false;
     }
-    meet(kTaken, 128);  // the matrices come where the sums were
+    meet<128>(kTaken);  // the matrices come where the sums were
     return true;
   }
 

@@ -36,7 +36,7 @@ struct HeadBlocks {
   // The warps of a block meet: what each has written before is seen by the other one.
   __device__ __forceinline__ void meet(int run) const {
     __syncwarp();
-    if (shift != 0) asm volatile("bar.sync %0, 64;" ::"r"(1 + of_run(run)) : "memory");
+    if (shift != 0) sm90::meet<64>(1 + of_run(run));
   }
 };
 

@@ -96,9 +96,7 @@ struct TileColumns {
     fence_for_copies();  // products read shared memory as copies do
     sync();
   }
-  __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory");
-  }
+  __device__ __forceinline__ void sync() const { meet<128 * kPanels>(1); }
 
   // Sums of columns g and g + 8 over the keys of block t.
   __device__ __forceinline__ void sum(float (&to)[2], const A& a, const Right& right) const {

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
   const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4;
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = 16 * warp + g;
   const bool leader = threadIdx.x % 128 == 0;
-  const auto group_sync = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
+  const auto group_sync = [&] { sm90::group_sync(group); };
   float centre_grad[kTiles][2] = {};  // of the rows of this thread
   barrier_wait(&s.matrices_full, 0);
 #pragma unroll 1

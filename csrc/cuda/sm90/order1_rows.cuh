@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
-  const auto group_sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(128 * kPanels) : "memory"); };
+  const auto group_sync = [] { meet<128 * kPanels>(1); };
   const int64_t first_row = static_cast<int64_t>(head) * p.N + first;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
   [[maybe_unused]] float row_sum[kTiles][2] = {};  // of dq, of this thread's rows

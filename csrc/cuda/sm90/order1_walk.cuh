@@ -21,7 +21,7 @@ struct WalkTraits {
 // The warps that don't fetch.
 template <int DP>
 __device__ __forceinline__ void consumer_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(2 * DP) : "memory");
+  meet<2 * DP>(1);
 }
 
 // Keys that count in the first `blocks` key blocks of batch entry b. By all threads; `room` is zero

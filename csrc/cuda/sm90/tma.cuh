@@ -121,14 +121,22 @@ __device__ __forceinline__ void arrive_behind_stores(uint64_t* barrier) {
   if (threadIdx.x % 128 == 0) store_wait();
   barrier_arrive(barrier);
 }
-// The 128 threads that attend, where one warpgroup does.
-__device__ __forceinline__ void group_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
-// Those of one of several.
-__device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
+// One of a block's barriers, from 1 on: kThreads threads meet, and each sees what the others wrote
+// before.
+template <int kThreads>
+__device__ __forceinline__ void meet(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
+// Part of that which does not wait: by whole warps.
+template <int kThreads>
+__device__ __forceinline__ void arrive(int barrier) {
+  __syncwarp();
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+// The 128 threads that attend, where one warpgroup does, or those of one of several.
+__device__ __forceinline__ void group_sync(int group = 0) { meet<128>(1 + group); }
 // Two warpgroups at once.
-__device__ __forceinline__ void groups_sync() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
+__device__ __forceinline__ void groups_sync() { meet<256>(3); }
 // What this thread wrote to shared memory is seen by copies that follow.
 __device__ __forceinline__ void fence_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
