@@ -73,10 +73,11 @@ def cases():
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
     # weighted means, and more than two resolutions
     pools = itertools.product(
-        DTYPES, ["centred", "sampled"], [0, 1], [32, 64, 80, 256], ["none", "both"]
+        DTYPES, ["centred", "sampled"], [0, 1], [32, 64, 80, 128, 256], ["none", "both"]
     )
     for dtype, pool, order, D, masks in pools:
-        options = dict(N=150, M=330, D=D, order=order, block_size=32, masks=masks)
+        block = 64 if D == 128 else 32
+        options = dict(N=150, M=330, D=D, order=order, block_size=block, masks=masks)
         yield dtype, options | dict(pool=pool)
     causal = itertools.product(DTYPES, [0, 1], [32, 64, 128, 256], [32, (32, 64), 64, (128, 16)])
     for dtype, order, D, block in causal:
