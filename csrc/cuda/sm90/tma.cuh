@@ -127,9 +127,10 @@ template <int kThreads>
 __device__ __forceinline__ void meet(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
-// Part of that which does not wait: by whole warps.
+// Part of that which does not wait: by whole warps. racecheck does not follow it.
 template <int kThreads>
 __device__ __forceinline__ void arrive(int barrier) {
+  if (kWarpArrivals > 1) return meet<kThreads>(barrier);
   __syncwarp();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
