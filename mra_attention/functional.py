@@ -217,7 +217,7 @@ def _resolve(config, plan, is_causal, scale, **options):
             raise ValueError(
                 f"plan: made with block_size={plan.block_size}, the call has block_size={wanted}"
             )
-    options = MRAConfig(**given) if config is None else config
+    options = _config_of(given) if config is None else config
     if plan is not None and (config is not None or "layout" in given):
         if plan.layout != options.layout:
             raise ValueError(
@@ -232,6 +232,23 @@ def _resolve(config, plan, is_causal, scale, **options):
             f"layout: got {options.layout} with is_causal=True, expected is_causal=False: the "
             "order of a picture's tokens is not one of time"
         )
+    return options
+
+
+_PLAIN = (int, float, str)
+_configs = {}  # of options that calls have given
+
+
+def _config_of(given):
+    """MRAConfig(**given): the same object for the same plain values, which are checked once."""
+    if torch.compiler.is_compiling() or any(type(x) not in _PLAIN for x in given.values()):
+        return MRAConfig(**given)
+    key = *given.items(), *map(type, given.values())  # 1 == 1.0
+    options = _configs.get(key)
+    if options is None:
+        if len(_configs) >= 256:
+            _configs.clear()
+        options = _configs[key] = MRAConfig(**given)
     return options
 
 

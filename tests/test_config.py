@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mra_attention as mra
-from mra_attention import MRAConfig
+from mra_attention import MRAConfig, functional
 
 OPTIONS = [field.name for field in dataclasses.fields(MRAConfig)]
 
@@ -84,6 +84,34 @@ def test_no_budget_is_density_one_eighth():
     out = mra.mra_attention(q, k, v, block_size=16)
     assert torch.equal(out, mra.mra_attention(q, k, v, block_size=16, density=0.125))
     assert mra.make_plan(q, k, block_size=16).density() == 3 / 20  # ceil(20 / 8) = 3 of 20 blocks
+
+
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        ({"order": 1}, {"order": True}),
+        ({"order": 1}, {"order": 1.0}),
+        ({"block_size": 32}, {"block_size": 32.0}),
+        ({"block_size": (32, 32)}, {"block_size": (32.0, 32)}),
+        ({"density": 1}, {"density": True}),
+        ({"blocks_per_row": 2}, {"blocks_per_row": 2.0}),
+        ({"levels": ((128, 2),)}, {"levels": ((128.0, 2),)}),
+    ],
+)
+def test_a_call_that_went_well_lets_nothing_through(good, bad):
+    """Options equal to those of an earlier call, but of another type."""
+    x = torch.randn(1, 1, 256, 8)
+    for _ in range(2):
+        mra.mra_attention(x, x, x, **good)
+    with pytest.raises(TypeError, match=next(iter(bad))):
+        mra.mra_attention(x, x, x, **bad)
+
+
+def test_options_of_calls_are_kept_within_bounds():
+    x = torch.randn(1, 1, 16, 8)
+    for i in range(1, 600):
+        mra.mra_attention(x, x, x, density=i / 600)
+    assert len(functional._configs) <= 256
 
 
 def test_info_reports_and_prints():
