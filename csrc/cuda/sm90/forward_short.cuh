@@ -18,6 +18,10 @@ struct ForwardShortTraits {
 template <int DP>
 using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages, 2, true>;
 
+// Whether at most 32 pooled keys are half a tile: float16 would spill at 64 columns.
+template <typename T, int kColumns>
+inline constexpr bool kShortHalves = !std::is_same_v<T, __half> || kColumns != 64;
+
 // kColumns: of the DP of a row, those that may be other than zeros.
 template <typename T, int DP, int kColumns>
 __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShortTraits<DP>::kBlocks)
@@ -83,12 +87,13 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       barrier_arrive(&ring.v_empty[stage]);
       ++at_tile;
     };
-    if (at.few_pooled) {
+    const int few = kShortHalves<T, kColumns> ? at.few_pooled : 0;
+    if (few) {
       float c[4][4] = {};
       attend(0, c);
     }
 #pragma unroll 1
-    for (int tile = at.few_pooled; tile < at.tiles; ++tile) {
+    for (int tile = few; tile < at.tiles; ++tile) {
       float c[8][4] = {};
       attend(tile, c);
     }
