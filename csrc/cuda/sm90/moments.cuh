@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
       for (int i = 0; i < 4; ++i) rest[0][i] = rest[1][i], rest[1][i] = 0.f;
     }
     if (last % 16 == 15 || tile + 1 == tiles) {
-      columns.sync();  // of all columns
+      consumer_sync<DP>();  // of all columns
       columns.take_off(moment, rest, 1, last);
       columns.take_off(sigma, rest, 0, last);
 #pragma unroll

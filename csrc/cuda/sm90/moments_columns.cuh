@@ -94,9 +94,8 @@ struct TileColumns {
       *reinterpret_cast<uint4*>(&s.keys.x[stage][t / 2][group][row][chunk * 8]) = uint4{};
     }
     fence_for_copies();  // products read shared memory as copies do
-    sync();
+    consumer_sync<DP>();
   }
-  __device__ __forceinline__ void sync() const { meet<128 * kPanels>(1); }
 
   // Sums of columns g and g + 8 over the keys of block t.
   __device__ __forceinline__ void sum(float (&to)[2], const A& a, const Right& right) const {

@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
-  const auto group_sync = [] { meet<128 * kPanels>(1); };
   const int64_t first_row = static_cast<int64_t>(head) * p.N + first;
   float dc[8 * kPanels][4], ds[8 * kPanels][4];
   [[maybe_unused]] float row_sum[kTiles][2] = {};  // of dq, of this thread's rows
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         s.vectors[1][64 * panel + row + 8 * half] = v[half];
       }
     }
-    group_sync();  // no product reads this tile, or the weighted one before, any more
+    consumer_sync<DP>();  // no product reads this tile, or the weighted one before, any more
     if constexpr (kCentred) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       }
     }
     fence_for_copies();
-    group_sync();
+    consumer_sync<DP>();
     if (threadIdx.x == 0) {
       for (int i = 0; i < kPanels; ++i) {
         give_panel(p.add, p.grad_q_map, s.grad_out[stage][i], 64 * i, first + 64 * tile, h, b);

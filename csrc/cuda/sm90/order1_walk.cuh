@@ -18,12 +18,6 @@ struct WalkTraits {
   static constexpr int kTaken = DP == 64 ? 208 : 232, kGiven = 40;
 };
 
-// The warps that don't fetch.
-template <int DP>
-__device__ __forceinline__ void consumer_sync() {
-  meet<2 * DP>(1);
-}
-
 // Keys that count in the first `blocks` key blocks of batch entry b. By all threads; `room` is zero
 // before.
 __device__ __forceinline__ int count_keys(const int* key_count, int nk, int b, int blocks,

@@ -136,6 +136,11 @@ __device__ __forceinline__ void arrive(int barrier) {
 }
 // The 128 threads that attend, where one warpgroup does, or those of one of several.
 __device__ __forceinline__ void group_sync(int group = 0) { meet<128>(1 + group); }
+// The warps that don't fetch, where a warpgroup has 64 columns each.
+template <int DP>
+__device__ __forceinline__ void consumer_sync() {
+  meet<2 * DP>(1);
+}
 // Two warpgroups at once.
 __device__ __forceinline__ void groups_sync() { meet<256>(3); }
 // What this thread wrote to shared memory is seen by copies that follow.

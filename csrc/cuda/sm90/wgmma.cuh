@@ -115,6 +115,7 @@ template <typename T, int kTiles, int kPanels, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
                                             const uint16_t (&a)[kPanels][64][64],
                                             const uint16_t (&b)[kPanels][kRows][64]) {
+  static_assert(8 * kTiles <= kRows);
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
     Wgmma<T, 8 * kTiles>::template multiply<false, false>(
@@ -129,7 +130,7 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
                                             const uint32_t (&a)[kSteps][4],
                                             const uint16_t (&b)[kPanels][kRows][64]) {
   constexpr int kEach = kPanels <= 3 ? kPanels : 2, kTiles = 8 * kEach;
-  static_assert(kPanels % kEach == 0);
+  static_assert(kPanels % kEach == 0 && 16 * kSteps <= kRows);
 #pragma unroll
   for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
