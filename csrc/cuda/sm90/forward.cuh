@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 
   s.init();
   if (warp_index() >= 4) {
-    if (kMoves) give_registers<56>();
+    if (kMoves) give_registers<64>();
     if (warp_index() == 4) s.fetch_ahead(p);
     return;
   }
-  if (kMoves) take_registers<200>();
+  if (kMoves) take_registers<192>();
   auto& ring = s.ring;
 
   // The only place for queries is given back with the last scores; the output then leaves through

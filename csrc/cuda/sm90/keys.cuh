@@ -145,10 +145,10 @@ struct KeyProducer {
   uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
   Rows at;
   // 32 entries of its list, one a lane: those that hold the next tile's, and the ones behind them.
-  int window, behind, windows = 0;      // windows: before this one
-  int turn = 0;                         // tiles of rows before this one
-  int fetched = 0;                      // tiles of keys so far
-  const int lane, log2_run, run, runs;  // run: keys of one copy, runs: copies a tile
+  int window, behind, windows = 0;  // windows: before this one
+  int turn = 0;                     // tiles of rows before this one
+  int stage = 0, empty_phase = 1;   // the next place; at first every place is empty
+  const int lane, log2_run;         // of the keys of one copy
 
   __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps)
       : p(p),
@@ -157,24 +157,27 @@ struct KeyProducer {
         bitmaps(bitmaps),
         at(p, maps, blockIdx.x),
         lane(threadIdx.x % 32),
-        log2_run(min(p.log2_block_k, 6)),
-        run(1 << log2_run),
-        runs(kKeys / run) {}
+        log2_run(min(p.log2_block_k, 6)) {}
+
+  __device__ __forceinline__ int run() const { return 1 << log2_run; }
+  __device__ __forceinline__ int runs() const { return kKeys >> log2_run; }  // copies a tile
 
   // Entries of a list from `first` on, one a lane; -1: none.
   __device__ int entries_from(const List& list, int first) const {
     return first + lane < list.count ? list.entries[first + lane] : -1;
   }
+  // Where this lane's copy of tile `tile` (of the exact ones) starts among the listed keys.
+  __device__ int place_of(int tile) const { return tile * kKeys + (lane << log2_run); }
   // The list entry that this lane's copy of tile `tile` (of the exact ones) reads.
-  __device__ int entry_of(int tile) const { return (tile * runs + lane) * run >> p.log2_block_k; }
+  __device__ int entry_of(int tile) const { return place_of(tile) >> p.log2_block_k; }
   // The selected block there, of the next tile; -1: none.
   __device__ int block_of(int tile) const {
     const int block = __shfl_sync(0xffffffffu, window, entry_of(tile) % 32);
-    return lane < runs ? block : -1;
+    return lane < runs() ? block : -1;
   }
   // Before block_of(tile).
   __device__ void move_window(int tile) {
-    if (tile * runs * run >> p.log2_block_k >> 5 == windows) return;
+    if (tile * kKeys >> p.log2_block_k >> 5 == windows) return;
     window = behind;
     behind = entries_from(at.list, 32 * (++windows + 1));
   }
@@ -203,7 +206,7 @@ struct KeyProducer {
     }
   }
 
-  __device__ void fetch_pooled(int tile, int stage, const int (&counts)[kKeys / 32]) {
+  __device__ void fetch_pooled(int tile, const int (&counts)[kKeys / 32]) {
     const int y0 = tile * kKeys;
 #pragma unroll
     for (int i = 0; i < kKeys / 32; ++i) {
@@ -221,13 +224,13 @@ struct KeyProducer {
   // end.
   __device__ int first_of(int tile, int block) const {
     const bool valid = static_cast<unsigned>(block) < static_cast<unsigned>(p.nk);
-    const int within = (tile * runs + lane) * run & (p.block_k - 1);
+    const int within = place_of(tile) & (p.block_k - 1);
     return valid ? block * p.block_k + within : p.M;
   }
 
   // Key i of a tile whose copies start at `first` of each lane.
   __device__ int key_of(int first, int i) const {
-    return __shfl_sync(0xffffffffu, first, i >> log2_run) + (i & (run - 1));
+    return __shfl_sync(0xffffffffu, first, i >> log2_run) + (i & (run() - 1));
   }
 
   // Bytes of the mask for two keys of a tile, 32 apart; of another one where there is no such key.
@@ -245,10 +248,10 @@ struct KeyProducer {
   }
 
   // mask: what look_up_mask found; all ones without one.
-  __device__ void fetch_listed(int tile, int stage, int block, const int (&mask)[kKeys / 32]) {
+  __device__ void fetch_listed(int tile, int block, const int (&mask)[kKeys / 32]) {
     const int first = first_of(tile, block);
-    const bool whole =
-        lane >= runs || (first + run <= p.M && (!p.causal || first + run - 1 <= at.first_row));
+    const bool whole = lane >= runs() ||
+                       (first + run() <= p.M && (!p.causal || first + run() - 1 <= at.first_row));
     const bool plain =
         __all_sync(0xffffffffu, whole && mask[0] != 0 && mask[1] != 0) && p.scale > 0.f;
     if (!plain) {
@@ -260,7 +263,7 @@ struct KeyProducer {
       }
     }
     if (lane == 0) s.plain[stage] = plain;
-    fetch(maps.k_map, maps.v_map, runs, run, first);
+    fetch(maps.k_map, maps.v_map, runs(), run(), first);
   }
 
   // A pair of matrices of DP x DP, C and Sigma, Sigma first: among the keys and the values of one
@@ -286,7 +289,6 @@ struct KeyProducer {
   __device__ void fetch_panels(const CUtensorMap& map, int of_keys, int of_values) {
     wait_for_keys();
     wait_for_values();
-    const int stage = fetched % kStages;
     const auto copy = [&](int matrix, int column, uint64_t* full,
                           uint16_t(&to)[kPanels][kKeys][64]) {
       barrier_expect(full, matrix == kNothing ? 0 : kKeys * DP * 2);
@@ -299,22 +301,21 @@ struct KeyProducer {
     copy(of_keys, 0, &s.k_full[stage], s.k[stage]);
     copy(of_values, 64 * (kPanels - 1), &s.v_full[stage], s.v[stage]);
     __syncwarp();
-    ++fetched;
+    advance();
+  }
+
+  __device__ void advance() {
+    if (kStages == 1 || ++stage == kStages) stage = 0, empty_phase ^= 1;
   }
 
   // Until the place of the next tile's keys is free, and that of its values.
-  __device__ void wait_for_keys() {
-    if (fetched >= kStages) barrier_wait(&s.k_empty[fetched % kStages], fetched / kStages - 1 & 1);
-  }
-  __device__ void wait_for_values() {
-    if (fetched >= kStages) barrier_wait(&s.v_empty[fetched % kStages], fetched / kStages - 1 & 1);
-  }
+  __device__ void wait_for_keys() { barrier_wait(&s.k_empty[stage], empty_phase); }
+  __device__ void wait_for_values() { barrier_wait(&s.v_empty[stage], empty_phase); }
 
   // Lane i < copies fetches `rows` keys and values from `from` on. What the warp wrote
   // for the stage is seen by whoever waits for its keys.
   __device__ void fetch(const CUtensorMap& k, const CUtensorMap& v, int copies, int rows,
                         int from) {
-    const int stage = fetched % kStages;
     auto copy = [&](const CUtensorMap& map, uint64_t* full, uint16_t(&to)[kPanels][kKeys][64]) {
       barrier_expect(full, kKeys * DP * 2);
       if (lane >= copies) return;
@@ -326,7 +327,7 @@ struct KeyProducer {
     copy(k, &s.k_full[stage], s.k[stage]);
     wait_for_values();
     copy(v, &s.v_full[stage], s.v[stage]);
-    ++fetched;
+    advance();
   }
 
   // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone into one of kPlaces places,
@@ -367,13 +368,13 @@ struct KeyProducer {
           fetch_rows(next_rows, turn + 1);
         }
         if (tile == at.tiles) break;
-        const int stage = fetched % kStages, exact = tile - at.pooled_tiles;
+        const int exact = tile - at.pooled_tiles;
         wait_for_keys();
         if (exact < 0) {
-          fetch_pooled(tile, stage, counts);
+          fetch_pooled(tile, counts);
           look_up_counts(tile + 1, counts);
         } else {
-          fetch_listed(exact, stage, block_of(exact), mask);
+          fetch_listed(exact, block_of(exact), mask);
           move_window(exact + 1);
           if (p.key_mask != nullptr) look_up_mask(exact + 1, block_of(exact + 1), mask);
         }
