@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       if (first_lane) store_wait();
       barrier_arrive(&s.q_empty[slot ^ 1]);
     }
+    const int pooled_end = at_tile + at.pooled_tiles, end = at_tile + at.tiles;
     // c: zeros.
-    const auto attend = [&](int tile, auto& c) {
+    const auto attend = [&](auto& c) {
       const int stage = at_tile % kStages, phase = at_tile / kStages & 1;
       barrier_wait(&ring.k_full[stage], phase);
       multiply_nt<T, kColumns / 16>(
@@ -81,21 +82,20 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
       }
       barrier_arrive(&ring.k_empty[stage]);
       softmax.update(c, scale);
-      if (tile + 1 == at.pooled_tiles) end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, row);
+      if (at_tile + 1 == pooled_end) end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, row);
       barrier_wait(&ring.v_full[stage], phase);
       multiply_pn<T>(softmax.acc, c, ring.v[stage], lane);
       barrier_arrive(&ring.v_empty[stage]);
       ++at_tile;
     };
-    const int few = kShortHalves<T, kColumns> ? at.few_pooled : 0;
-    if (few) {
+    if (kShortHalves<T, kColumns> && at.few_pooled) {
       float c[4][4] = {};
-      attend(0, c);
+      attend(c);
     }
 #pragma unroll 1
-    for (int tile = few; tile < at.tiles; ++tile) {
+    while (at_tile < end) {
       float c[8][4] = {};
-      attend(tile, c);
+      attend(c);
     }
     float share[2];
     // Read again, as registers are full in between.
