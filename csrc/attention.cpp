@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "common/allocate.h"
 #include "common/budget.h"
 #include "common/checks.h"
 #include "common/levels.h"
@@ -197,7 +198,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   if (centred) grads.centred = &*centred;
   if (has_order1(o) && centred) {
     stages.centred_delta(grads, out, grad_lse, in, *centred, o);
-    grads.coarse_sum = at::empty_like(grads.delta);
+    const Tensor& delta = grads.delta;
+    grads.coarse_sum = allocate(delta.sizes(), delta.options(), delta.storage().allocator());
   } else if (has_order1(o)) {
     const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
@@ -225,9 +227,11 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   // fine
   if (centred && stages.centred_grads != nullptr) {
     const Tensor& mean = centred->pooled.key;
-    grads.mass_grad = at::empty(mean.sizes().slice(0, 3), mean.options());
+    c10::Allocator* const allocator = grads.delta.storage().allocator();
+    const auto sizes = mean.sizes();
+    grads.mass_grad = allocate(sizes.slice(0, 3), mean.options(), allocator);
     grads.pooled_grads =
-        at::empty({2, mean.size(0), mean.size(1), mean.size(2), mean.size(3)}, mean.options());
+        allocate({2, sizes[0], sizes[1], sizes[2], sizes[3]}, mean.options(), allocator);
   }
   const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
   if (centred && stages.centred_grads != nullptr) stages.centred_grads(result, grads, in, o);

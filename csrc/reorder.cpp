@@ -1,5 +1,6 @@
 // The operator reorder, whole: checks, CPU, CUDA, Meta and gradient.
 #include <ATen/ATen.h>
+#include <ATen/DeviceGuard.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -119,6 +120,7 @@ Tensors cpu(TensorList inputs, const Tensor& index_in, const Tensor& inverse) {
 #ifdef MRA_WITH_CUDA
 Tensors gpu(TensorList inputs, const Tensor& index, const Tensor& inverse) {
   check(inputs, index, inverse);
+  const at::DeviceGuard guard(index.device());
   return cuda::reorder(inputs, index, inverse.size(0));
 }
 #endif

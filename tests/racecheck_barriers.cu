@@ -9,6 +9,12 @@
 //   1  one lane arrives behind a __syncwarp
 //   2  as 1, and it announces the bytes of a bulk copy besides
 //   3  every thread arrives at a cuda::barrier
+//
+// And by numbered barriers: 4 and 6 are reported, 5 is clean.
+//
+//   4  the warp that hands over arrives by bar.arrive
+//   5  it waits there too, by bar.sync
+//   6  as 5, from each warpgroup of four to the next one
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -105,6 +111,53 @@ __global__ void hand_over_by_cuda_barrier(const float* in, float* out, int turns
   if (warp == 1) out[lane] = sum;
 }
 
+// By two of a block's numbered barriers, full and empty, of kThreads threads.
+template <bool kArrives, int kThreads = 64>
+__device__ void tell(int barrier) {
+  if (kArrives) {
+    __syncwarp();
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+  }
+}
+
+template <bool kArrives>
+__global__ void hand_over_by_numbered_barrier(const float* in, float* out, int turns) {
+  __shared__ float word[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float sum = 0.f;
+  for (int i = 0; i < turns; ++i) {
+    if (warp == 0) {
+      if (i > 0) tell<false>(2);
+      word[lane] = in[lane] * i;
+      tell<kArrives>(1);
+    } else {
+      tell<false>(1);
+      sum += word[31 - lane];
+      if (i + 1 < turns) tell<kArrives>(2);
+    }
+  }
+  if (warp == 1) out[lane] = sum;
+}
+
+// Sums that the last warpgroup starts and the first one ends, by a barrier of each two.
+__global__ void hand_on(const float* in, float* out, int turns) {
+  __shared__ float sums[128];
+  const int thread = threadIdx.x % 128, group = threadIdx.x / 128, last = blockDim.x / 128 - 1;
+  for (int i = 0; i < turns; ++i) {
+    __syncthreads();
+    if (group < last) tell<false, 256>(1 + group);
+    const float sum = (group < last ? sums[thread] : 0.f) + in[thread % 32] * group;
+    if (group > 0) {
+      sums[thread] = sum;
+      tell<false, 256>(group);
+    } else if (thread < 32) {
+      out[thread] = sum;
+    }
+  }
+}
+
 int main(int argc, char** argv) {
   const int way = argc > 1 ? std::atoi(argv[1]) : 0, turns = 20;
   float *in, *out;
@@ -115,5 +168,8 @@ int main(int argc, char** argv) {
   if (way == 1) hand_over<1><<<1, 64>>>(in, out, turns);
   if (way == 2) hand_over<2><<<1, 64>>>(in, out, turns);
   if (way == 3) hand_over_by_cuda_barrier<<<1, 64>>>(in, out, turns);
+  if (way == 4) hand_over_by_numbered_barrier<true><<<1, 64>>>(in, out, turns);
+  if (way == 5) hand_over_by_numbered_barrier<false><<<1, 64>>>(in, out, turns);
+  if (way == 6) hand_on<<<1, 512>>>(in, out, turns);
   std::printf("way %d: %s\n", way, cudaGetErrorString(cudaDeviceSynchronize()));
 }

@@ -2,9 +2,9 @@
 // those of calls without a query.
 #pragma once
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "allocate.h"
 #include "budget.h"
 #include "checks.h"
 #include "levels.h"
@@ -32,10 +32,10 @@ inline Tensor kept_moments(const Tensor& made, at::ScalarType type) {
 inline ForwardResult forward_result(const Tensor& out, const Tensor& lse, const Tensor& share,
                                     const BlockList& rows, const PooledInputs& means,
                                     const Options& o) {
-  const auto acc = [&](const Tensor& x) { return x.defined() ? x : at::empty({0}, lse.options()); };
-  const auto ints = [&](const Tensor& x) {
-    return x.defined() ? x : at::empty({0}, lse.options().dtype(at::kInt));
+  const auto acc = [&](const Tensor& x) {
+    return x.defined() ? x : nothing_like(lse, lse.scalar_type());
   };
+  const auto ints = [&](const Tensor& x) { return x.defined() ? x : nothing_like(lse, at::kInt); };
   const bool queries = o.coarse == Coarse::block;
   return {out,
           lse,
@@ -50,7 +50,7 @@ inline ForwardResult forward_result(const Tensor& out, const Tensor& lse, const 
           ints(means.key_count),
           means.moments.defined() && keeps_moments(o)
               ? means.moments
-              : at::empty({0}, out.options().dtype(moments_type(out.scalar_type()))),
+              : nothing_like(lse, moments_type(out.scalar_type())),
           acc(means.centre),
           acc(means.weights),
           acc(means.mass)};

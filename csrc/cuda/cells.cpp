@@ -53,7 +53,7 @@ void add_candidates(CellsBackward p, const Tensor& shares, const BlockList& rows
   p.places = static_cast<int>(places);
   p.splits = static_cast<int>(
       std::clamp<int64_t>(wanted, 1, std::min(up.block_q / 64, up.block_q / places)));
-  const Tensor sums = at::empty({2, p.B, p.H, up.nq, p.splits, places, p.D}, shares.options());
+  const Tensor sums = allocate({2, p.B, p.H, up.nq, p.splits, places, p.D}, shares.options());
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
   launch.check(cells_candidates(p, dtype, launch.device, launch.stream));
@@ -86,7 +86,7 @@ void share_columns(CellsBackward p, const Tensor& shares, const BlockList& rows,
   const int64_t items = ceil_div(own.nk, children) * p.B * p.Hk;
   p.splits = static_cast<int>(
       std::clamp<int64_t>(16 * launch.device.sms / items, 1, ceil_div(p.rows, 64)));
-  const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, own.nk, p.D}, shares.options());
+  const Tensor sums = allocate({2, p.splits, p.B, p.Hk, own.nk, p.D}, shares.options());
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
   launch.check(cells_columns(p, dtype, launch.device, launch.stream));
@@ -160,7 +160,7 @@ Tensor cells_columns(const BackwardParams& exact, const Tensor& key, const Tenso
       shares.push_back(coarsest_shares(exact, key, value, count, rows, o, dtype, launch));
     } else {
       const auto [placed, others] = cut(rows_of(rows, all[r + 1]), cells);
-      shares.push_back(at::empty({2, p.B, p.Hk, nk, p.D}, acc));
+      shares.push_back(allocate({2, p.B, p.Hk, nk, p.D}, acc));
       if (cells == all[r + 1].nk) {
         shares[r].zero_();
       } else {
@@ -173,7 +173,7 @@ Tensor cells_columns(const BackwardParams& exact, const Tensor& key, const Tenso
     spread.stride[r] = nk;
     spread.shift[r] = log2_of(all[r].block_k / o.block_k);
   }
-  const Tensor result = at::empty({2, p.B, p.Hk, all[0].nk, p.D}, acc);
+  const Tensor result = allocate({2, p.B, p.Hk, all[0].nk, p.D}, acc);
   spread.to = result.mutable_data_ptr<float>();
   spread.heads = int64_t{2} * p.B * p.Hk;
   spread.n = static_cast<int>(all[0].nk);

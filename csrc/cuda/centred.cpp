@@ -1,8 +1,6 @@
 // pool = centred and sampled on CUDA: weights of the keys, the means and moments that they make,
 // and order 1 with these. Allocates and launches centred_*.cu and the kernels of order 1.
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 
@@ -36,9 +34,9 @@ struct Sample {
          const Launch& launch) {
     const int64_t B = in.query.size(0), Hk = in.key.size(1), D = in.query.size(3);
     const auto acc = in.query.options().dtype(at::kFloat);
-    rows = at::empty({B, Hk, kSampleRows, D}, in.query.options());
-    offsets = at::empty({B, Hk, kSampleRows}, acc);
-    c.centre = at::empty({B, Hk, D}, acc);
+    rows = allocate({B, Hk, kSampleRows, D}, in.query.options());
+    offsets = allocate({B, Hk, kSampleRows}, acc);
+    c.centre = allocate({B, Hk, D}, acc);
     SampleParams s{};
     s.q = in.query.const_data_ptr();
     s.q_strides = strides_of(in.query);
@@ -65,7 +63,7 @@ Tensor centres_before(const Inputs& in, const PooledInputs& plain, const Launch&
   const int64_t B = in.query.size(0), Hk = in.key.size(1), D = in.query.size(3);
   CausalCentresParams p{};
   p.nq = static_cast<int>(plain.query.size(2));
-  const Tensor centre = at::empty({B, Hk, p.nq + 1, D}, plain.query.options());
+  const Tensor centre = allocate({B, Hk, p.nq + 1, D}, plain.query.options());
   p.mean = plain.query.const_data_ptr<float>();
   p.count = plain.query_count.const_data_ptr<int>();
   p.centre = centre.mutable_data_ptr<float>();
@@ -96,12 +94,12 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
 
   WeightsParams p{};
   const bool counted = plain.key_count.defined();
-  if (!counted) plain.key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+  if (!counted) plain.key_count = allocate({B, nk}, acc.dtype(at::kInt));
   c.pooled.query_count = plain.query_count;
   c.pooled.key_count = plain.key_count;
-  c.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
-  c.pooled.mass = at::empty({B, Hk, nk}, acc);
-  if (bias) c.key_bias = at::empty({B, Hk, nk}, acc);
+  c.pooled.weights = allocate({B, Hk, nk * o.block_k}, acc);
+  c.pooled.mass = allocate({B, Hk, nk}, acc);
+  if (bias) c.key_bias = allocate({B, Hk, nk}, acc);
   p.k = in.key.const_data_ptr();
   p.k_strides = strides_of(in.key);
   p.mask = mask_of(in.key_mask);
@@ -132,7 +130,7 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
   cut(p, launch.device);
   Tensor parts;
   if (o.pool == Pool::sampled) {
-    parts = at::empty({B, Hk, p.chunks, kSampleRows, 2}, acc);
+    parts = allocate({B, Hk, p.chunks, kSampleRows, 2}, acc);
     p.parts = reinterpret_cast<float2*>(parts.mutable_data_ptr<float>());
     launch.check(sample_lse(p, launch.stream));
   }
@@ -148,8 +146,8 @@ namespace {
 
 // t_i of each row, and what is added to its coarse logits.
 void row_variances(const Term& term, Centred& c) {
-  c.pooled.variance = at::empty({term.B, term.H, term.N}, term.acc());
-  c.pooled.row_bias = at::empty_like(c.pooled.variance);
+  c.pooled.variance = allocate({term.B, term.H, term.N}, term.acc());
+  c.pooled.row_bias = allocate_like(c.pooled.variance);
   term.launch.check(order1_rows(centred_rows(term, c, {}, RowsStep::variance), term.launch.stream));
 }
 
@@ -188,7 +186,7 @@ void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   c.pooled.fine_moments = multiplied.matrices;
   c.pooled.moment_scales = multiplied.scales;
   c.pooled.centre = c.centre;
-  c.pooled.centre_term = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+  c.pooled.centre_term = allocate({term.B, term.Hk, 2, term.dim}, term.acc());
   CentreProductsParams p = products_of(term, c, c.pooled.centre_term);
   p.matrices = multiplied.matrices.const_data_ptr();
   p.dtype = term.dtype;

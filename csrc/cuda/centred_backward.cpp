@@ -1,7 +1,5 @@
 // Gradients of weighted means: order 1 with them, and through their weights. Allocates and launches
 // centred_bwd.cu, centred_queries.cu, centred_sums.cu and the kernels of order 1.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include "centred_term.h"
@@ -22,10 +20,10 @@ struct RowWeights {
     RowWeightsParams p{};
     p.part_rows = term.o.causal ? static_cast<int>(term.o.block_q) : kRowWeightsRows;
     p.parts = static_cast<int>(ceil_div(term.N, p.part_rows));
-    weights = at::empty({2, term.B, term.H, term.N}, term.acc());
+    weights = allocate({2, term.B, term.H, term.N}, term.acc());
     const bool walked = term.o.causal && !c.queries.defined();
     Tensor sums;
-    if (!walked) sums = at::empty({term.B, term.H, p.parts, 2, term.D}, term.acc());
+    if (!walked) sums = allocate({term.B, term.H, p.parts, 2, term.D}, term.acc());
     p.q = term.in.query.const_data_ptr();
     p.grad_out = grad_out.const_data_ptr();
     p.q_strides = strides_of(term.in.query);
@@ -52,7 +50,7 @@ struct RowWeights {
       grads_of_centres(term, c, p);
       return;
     }
-    shift = at::empty({term.B, term.Hk, term.dim}, term.acc());
+    shift = allocate({term.B, term.Hk, term.dim}, term.acc());
     CentreProductsParams products = products_of(term, c, shift);
     products.sums = p.sums;
     products.parts = p.parts;
@@ -63,7 +61,7 @@ struct RowWeights {
 
  private:
   void grads_of_centres(const Term& term, const Centred& c, const RowWeightsParams& rows) {
-    of_centres = at::empty({term.B, term.Hk, rows.parts, term.D}, term.acc());
+    of_centres = allocate({term.B, term.Hk, rows.parts, term.D}, term.acc());
     CausalProductsParams p{};
     p.matrices = c.moments.const_data_ptr();
     p.sums = rows.sums;
@@ -83,15 +81,15 @@ struct RowWeights {
 
 // What a centred_delta makes of each row beside grads.delta.
 void empty_row_numbers(FineBackward& grads, Centred& c) {
-  grads.coarse_delta = at::empty_like(grads.delta);
-  c.pooled.variance = at::empty_like(grads.delta);
-  c.pooled.row_bias = at::empty_like(grads.delta);
-  c.slope = at::empty_like(grads.delta);
+  grads.coarse_delta = allocate_like(grads.delta);
+  c.pooled.variance = allocate_like(grads.delta);
+  c.pooled.row_bias = allocate_like(grads.delta);
+  c.slope = allocate_like(grads.delta);
 }
 
 // The centre times C and Sigma, [B, Hk, 2, dim].
 Tensor centre_matrices(const Term& term, const Centred& c) {
-  const Tensor result = at::empty({term.B, term.Hk, 2, term.dim}, term.acc());
+  const Tensor result = allocate({term.B, term.Hk, 2, term.dim}, term.acc());
   term.launch.check(centre_products(products_of(term, c, result), term.launch.stream));
   return result;
 }
@@ -104,7 +102,7 @@ bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& gr
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return false;
   const Tensor grad_out = with_aligned_rows(grads.grad_out), out = with_aligned_rows(out_in);
   const Device& device = term.launch.device;
-  grads.delta = at::empty({term.B, term.H, term.N}, term.acc());
+  grads.delta = allocate({term.B, term.H, term.N}, term.acc());
   empty_row_numbers(grads, c);
   c.pooled.centre_term = centre_matrices(term, c);
   sm90::Order1Delta p{};
@@ -232,7 +230,7 @@ Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& m
                        const Centred& c, const Inputs& in, const Options& o, const Launch& launch) {
   const Tensor key_mean = with_aligned_rows(c.pooled.key);
   const Tensor value_mean = with_aligned_rows(c.pooled.value);
-  const Tensor sums = at::empty_like(key_mean);
+  const Tensor sums = allocate_like(key_mean);
   KeyWeightsBackwardParams p{};
   p.k = in.key.const_data_ptr();
   p.v = in.value.const_data_ptr();
@@ -299,7 +297,7 @@ Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor&
       p.log2_key_parts = log2_of(o.block_k / 16);
       p.log2_row_parts = log2_of(o.block_q / 16);
     }
-    each = at::empty({p.B, p.Hk, p.centres.nq, p.D}, c.centre.options());
+    each = allocate({p.B, p.Hk, p.centres.nq, p.D}, c.centre.options());
     p.centre_grad = each.mutable_data_ptr<float>();
     launch.check(causal_centre_grad(p, launch.stream));
   } else {
@@ -312,7 +310,7 @@ Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor&
       p.row_sums = of_centre.of_rows.const_data_ptr<float>();
       p.row_parts = static_cast<int>(of_centre.of_rows.size(2)) * p.H / p.Hk;
     }
-    each = at::empty_like(c.centre);
+    each = allocate_like(c.centre);
     p.centre_grad = each.mutable_data_ptr<float>();
     launch.check(centre_grad(p, launch.stream));
   }

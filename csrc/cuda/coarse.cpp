@@ -1,8 +1,5 @@
 #include "coarse.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include "../common/budget.h"
 #include "coarse_bwd.h"
 #include "delta.h"
@@ -16,7 +13,7 @@ CoarseState coarse(const PooledInputs& in, const BlockList& rows, const Options&
   const Launch launch(in.query);
   ForwardParams p{};
   fill(p, in, rows, o);
-  CoarseState state{at::empty_like(in.query), at::empty({p.B, p.H, p.rows}, in.query.options())};
+  CoarseState state{allocate_like(in.query), allocate({p.B, p.H, p.rows}, in.query.options())};
   p.out = state.mean.mutable_data_ptr();
   p.out_strides = strides_of(state.mean);
   p.lse = state.lse.mutable_data_ptr<float>();
@@ -34,7 +31,7 @@ Grads attention_backward(const PooledInputs& in, const BlockList& rows, const Bl
   p.column_lists = lists_of(columns);
   p.grad_out = back.grad.const_data_ptr();
   p.grad_out_strides = strides_of(back.grad);
-  const Tensor lse2 = at::empty_like(back.lse);
+  const Tensor lse2 = allocate_like(back.lse);
   RowSumsParams sums{};
   sums.lse = back.lse.const_data_ptr<float>();
   sums.lse2 = lse2.mutable_data_ptr<float>();
@@ -45,7 +42,7 @@ Grads attention_backward(const PooledInputs& in, const BlockList& rows, const Bl
   p.lse2 = p.pooled_lse2 = lse2.const_data_ptr<float>();
   p.delta = p.pooled_delta = back.delta.const_data_ptr<float>();
 
-  const Tensor grad_query = at::empty_like(in.query);
+  const Tensor grad_query = allocate_like(in.query);
   p.grad_q = grad_query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grad_query);
   p.row_count = in.query_count.const_data_ptr<int>();
@@ -63,7 +60,7 @@ Grads coarse_backward(const PooledInputs& in, const BlockList& rows, const Block
   if (!at::isReducedFloatingType(in.type)) {
     return attention_backward(in, rows, columns, back, o, launch);
   }
-  const Grads grads{at::empty_like(in.query), at::empty_like(in.key), at::empty_like(in.value)};
+  const Grads grads{allocate_like(in.query), allocate_like(in.key), allocate_like(in.value)};
   CoarseBackwardParams p{};
   p.B = in.query.size(0);
   p.H = in.query.size(1);

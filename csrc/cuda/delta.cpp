@@ -1,8 +1,6 @@
 // Stages delta and block_rows on CUDA: allocate and launch delta_bwd.cu.
 #include "delta.h"
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 #include <utility>
 
@@ -25,7 +23,7 @@ struct Delta {
     const int64_t B = out.size(0), H = out.size(1), N = out.size(2);
     TORCH_CHECK_NOT_IMPLEMENTED(B * H * ceil_div(N, 32) <= std::numeric_limits<int>::max(),
                                 "mra_attention on CUDA takes at most 2^36 rows in all");
-    result = at::empty({B, H, N}, out.options().dtype(at::kFloat));
+    result = allocate({B, H, N}, out.options().dtype(at::kFloat));
     p.grad_out = grad_out.const_data_ptr();
     p.out = out.const_data_ptr();
     p.grad_stride = strides_of(grad_out);
@@ -55,8 +53,8 @@ struct Blocks {
                                 "mra_attention on CUDA takes at most 2^31 - 1 blocks in all, got ",
                                 B * H * nq);
     const auto options = grad_out.options().dtype(at::kFloat);
-    rows = {at::empty({B, H, nq}, options), at::empty({B, H, nq, D}, options),
-            at::empty({B, H, nq}, options)};
+    rows = {allocate({B, H, nq}, options), allocate({B, H, nq, D}, options),
+            allocate({B, H, nq}, options)};
     p.grad_out = grad_out.const_data_ptr();
     p.grad_stride = strides_of(grad_out);
     p.lse = lse.const_data_ptr<float>();

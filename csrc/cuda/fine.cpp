@@ -1,7 +1,5 @@
 #include "fine.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -39,7 +37,7 @@ struct PooledKeys {
     } else {
       const Tensor k = with_aligned_rows(pooled->key), v = with_aligned_rows(pooled->value);
       const Tensor both =
-          at::empty({2, k.size(0), k.size(1), k.size(2), k.size(3)}, in.key.options());
+          allocate({2, k.size(0), k.size(1), k.size(2), k.size(3)}, in.key.options());
       launch.check(round_pooled(k.const_data_ptr<float>(), v.const_data_ptr<float>(),
                                 both.mutable_data_ptr(), k.numel(), dtype_of(in.key),
                                 launch.stream));
@@ -70,7 +68,7 @@ Tensor order_columns(BackwardParams& p, ColumnOrder& c, const BlockList& columns
       -1};
   std::transform(std::begin(above), std::end(above), c.above,
                  [](int64_t n) { return static_cast<int>(std::min<int64_t>(n, INT_MAX)); });
-  const Tensor order = at::empty({all}, columns.count.options());
+  const Tensor order = allocate({all}, columns.count.options());
   p.order = c.order = order.mutable_data_ptr<int>();
   return order;
 }
@@ -82,16 +80,16 @@ struct RowSums {
   // pooled_delta: of pooled keys; with levels, of those of the coarsest resolution.
   RowSums(BackwardParams& p, const FineBackward& back, const Tensor& pooled_delta,
           const Tensor& row_bias, const BlockList& columns, bool levels, const Launch& launch)
-      : lse2(at::empty_like(back.lse)),
-        pooled_lse2(row_bias.defined() ? at::empty_like(lse2) : lse2) {
+      : lse2(allocate_like(back.lse)),
+        pooled_lse2(row_bias.defined() ? allocate_like(lse2) : lse2) {
     const bool bulk = launch.device.major == 9 && back.grad_out.scalar_type() != at::kFloat;
     const bool same = !row_bias.defined() && pooled_delta.is_same(back.delta);
     RowSumsParams r{};
     r.heads = int64_t{p.B} * p.H;
     r.rows = p.rows;
     r.chunks = sum_chunks(r.rows);
-    if (bulk) sums = at::empty({r.heads, r.chunks, 2, 32}, back.lse.options());
-    pooled_sums = bulk && !same ? at::empty_like(sums) : sums;
+    if (bulk) sums = allocate({r.heads, r.chunks, 2, 32}, back.lse.options());
+    pooled_sums = bulk && !same ? allocate_like(sums) : sums;
     r.lse = back.lse.const_data_ptr<float>();
     r.delta = p.delta = back.delta.const_data_ptr<float>();
     r.pooled_delta = p.pooled_delta = pooled_delta.const_data_ptr<float>();
@@ -116,7 +114,7 @@ struct CoarseSums {
   CoarseSums(BackwardParams& p, const FineBackward& back) : parts(back.coarse_sum) {
     const int64_t count = ceil_div(p.nk, 64);
     if (parts.defined() && count > 1) {
-      parts = count <= kMaxParts ? at::empty({count, p.B, p.H, p.rows}, parts.options()) : Tensor();
+      parts = count <= kMaxParts ? allocate({count, p.B, p.H, p.rows}, parts.options()) : Tensor();
     }
     p.coarse_sum = data_of<float>(parts);
   }
@@ -151,11 +149,10 @@ FineResult fine(const Inputs& in, const BlockList& rows, const std::optional<Coa
   FineResult r;
   const auto acc = in.query.options().dtype(at::kFloat);
   r.out = empty_heads_last(in.query);
-  r.lse = at::empty({p.B, p.H, p.rows}, acc);
+  r.lse = allocate({p.B, p.H, p.rows}, acc);
   if (has_order1(o)) {
     const auto count = static_cast<int64_t>(o.resolutions.size());
-    r.share =
-        cells ? at::empty({p.B, p.H, count, p.rows}, acc) : at::empty({p.B, p.H, p.rows}, acc);
+    r.share = cells ? allocate({p.B, p.H, count, p.rows}, acc) : allocate({p.B, p.H, p.rows}, acc);
   }
   if (state) {
     p.state_mean = state->mean.const_data_ptr<float>();

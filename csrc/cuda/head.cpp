@@ -1,7 +1,6 @@
 // All stages of a forward in one launch, where a block of threads can hold a whole head.
 #include "head.h"
 
-#include <ATen/ops/empty.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -67,17 +66,17 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   const int64_t capacity = nq * row_capacity(o, nk);
   const auto acc = in.query.options().dtype(at::kFloat), ints = acc.dtype(at::kInt);
   HeadResult r;
-  BlockList& rows = r.rows = {at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
-                              at::empty({B, H, capacity}, ints)};
+  BlockList& rows = r.rows = {allocate({B, H, nq}, ints), allocate({B, H, nq}, ints),
+                              allocate({B, H, capacity}, ints)};
   HeadParams p{};
   fill(p.fine, in, rows, {}, {}, {}, o);
   r.fine.out = empty_heads_last(in.query);
-  r.fine.lse = at::empty({B, H, N}, acc);
+  r.fine.lse = allocate({B, H, N}, acc);
   p.fine.out = r.fine.out.mutable_data_ptr();
   p.fine.out_strides = strides_of(r.fine.out);
   p.fine.lse = r.fine.lse.mutable_data_ptr<float>();
   if (has_order1(o)) {
-    r.fine.share = at::empty({B, H, N}, acc);
+    r.fine.share = allocate({B, H, N}, acc);
     r.fine.order1 = true;
     p.fine.share = r.fine.share.mutable_data_ptr<float>();
   }
@@ -93,20 +92,20 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   // What backward reads again.
   p.coarse = o.coarse == Coarse::block;
   if (o.keep && keeps_means(o)) {
-    if (p.coarse) r.pooled.query = at::empty({B, H, nq, D}, acc);
-    if (p.coarse || keeps_weights(o)) r.pooled.query_count = at::empty({B, nq}, ints);
+    if (p.coarse) r.pooled.query = allocate({B, H, nq, D}, acc);
+    if (p.coarse || keeps_weights(o)) r.pooled.query_count = allocate({B, nq}, ints);
     if (keeps_weights(o)) {
-      r.pooled.centre = at::empty({B, Hk, D}, acc);
-      r.pooled.weights = at::empty({B, Hk, nk * o.block_k}, acc);
-      r.pooled.mass = at::empty({B, Hk, nk}, acc);
+      r.pooled.centre = allocate({B, Hk, D}, acc);
+      r.pooled.weights = allocate({B, Hk, nk * o.block_k}, acc);
+      r.pooled.mass = allocate({B, Hk, nk}, acc);
     }
-    r.pooled.key = at::empty({B, Hk, nk, D}, acc);
-    r.pooled.value = at::empty({B, Hk, nk, D}, acc);
-    r.pooled.key_count = at::empty({B, nk}, ints);
+    r.pooled.key = allocate({B, Hk, nk, D}, acc);
+    r.pooled.value = allocate({B, Hk, nk, D}, acc);
+    r.pooled.key_count = allocate({B, nk}, ints);
     if (keeps_moments(o)) {
       const int64_t P = moments_dim(D);
       r.pooled.moments =
-          at::empty({B, Hk, 2, P, P}, acc.dtype(moments_type(in.query.scalar_type())));
+          allocate({B, Hk, 2, P, P}, acc.dtype(moments_type(in.query.scalar_type())));
     }
   }
   p.q_mean = data_of<float>(r.pooled.query);

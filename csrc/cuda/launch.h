@@ -1,7 +1,8 @@
-// The door to every CUDA launch: device guard, current stream, launch check, and the plain views of
-// tensors that the .cu files take.
+// The door to every CUDA launch: current stream, launch check, new tensors, and the plain views of
+// tensors that the .cu files take. The operators have made the device of their tensors the current
+// one.
 //
-//   const Launch launch(x);                      // guards x's device until the end of the scope
+//   const Launch launch(x);
 //   launch.check(pool_forward(params, launch.device, launch.stream));
 //
 // A .cu launcher returns the first error of its cudaFuncSetAttribute calls or cudaGetLastError().
@@ -9,23 +10,21 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContext.h>
-#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
 
+#include "../common/allocate.h"
 #include "types.h"
 
 namespace mra::cuda {
 
 struct Launch {
-  c10::cuda::CUDAGuard guard;
   cudaStream_t stream;
   const cudaDeviceProp* prop;
   Device device;
 
   explicit Launch(const at::Tensor& t)
-      : guard(t.device()),
-        stream(at::cuda::getCurrentCUDAStream(t.get_device()).stream()),
+      : stream(at::cuda::getCurrentCUDAStream(t.get_device()).stream()),
         prop(at::cuda::getDeviceProperties(t.get_device())),
         device{prop->multiProcessorCount, static_cast<int>(prop->sharedMemPerBlockOptin),
                prop->major} {}
@@ -50,10 +49,17 @@ inline Dtype dtype_of(const at::Tensor& t) {
 // Strides of a [B, H, L, D] tensor.
 inline Strides strides_of(const at::Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
+// Uninitialised and contiguous; like `x`, which is contiguous.
+inline at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return mra::allocate(sizes, options, c10::cuda::CUDACachingAllocator::get());
+}
+inline at::Tensor allocate_like(const at::Tensor& x) { return allocate(x.sizes(), x.options()); }
+
 // (B, H, L, D), laid out as (B, L, H, D).
 inline at::Tensor empty_heads_last(const at::Tensor& like) {
-  const auto s = like.sizes();
-  return at::empty({s[0], s[2], s[1], s[3]}, like.options()).transpose(1, 2);
+  const int64_t B = like.size(0), H = like.size(1), L = like.size(2), D = like.size(3);
+  return mra::allocate({B, H, L, D}, {H * L * D, D, H * D, 1}, like.options(),
+                       c10::cuda::CUDACachingAllocator::get());
 }
 
 // Data pointer, or null for an undefined tensor.

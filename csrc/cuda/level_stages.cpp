@@ -1,8 +1,5 @@
 #include "level_stages.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <limits>
 
 #include "../common/levels.h"
@@ -53,8 +50,8 @@ Pooled pool_levels(const Pooled& finest, const Tensor& count, const Options& o, 
                               "mra_attention on CUDA takes at most 2^31 - 1 blocks in all, got ",
                               B * heads * blocks);
   const bool counts = !count.defined();
-  Pooled result{at::empty({B, heads, blocks, D}, finest.mean.options()),
-                counts ? at::empty({B, blocks}, finest.mean.options().dtype(at::kInt)) : count};
+  Pooled result{allocate({B, heads, blocks, D}, finest.mean.options()),
+                counts ? allocate({B, blocks}, finest.mean.options().dtype(at::kInt)) : count};
   float* means = result.mean.mutable_data_ptr<float>();
   int* sums = result.count.mutable_data_ptr<int>();
   PoolLevel p{};
@@ -88,8 +85,8 @@ BlockRows merge_block_rows(const BlockRows& rows, int64_t children) {
   const int64_t B = rows.lse.size(0), H = rows.lse.size(1), D = rows.grad.size(3);
   const int64_t n = ceil_div(rows.lse.size(2), children);
   const auto options = rows.lse.options();
-  BlockRows result{at::empty({B, H, n}, options), at::empty({B, H, n, D}, options),
-                   at::empty({B, H, n}, options)};
+  BlockRows result{allocate({B, H, n}, options), allocate({B, H, n, D}, options),
+                   allocate({B, H, n}, options)};
   MergeBlockRows p{};
   p.from_lse = rows.lse.const_data_ptr<float>();
   p.from_grad = rows.grad.const_data_ptr<float>();
@@ -114,9 +111,8 @@ Planned plan_levels(const Pooled& query, const Pooled& key, int64_t N, const Opt
   const int64_t blocks = all_query_blocks(all), capacity = plan_capacity(o, all);
   const auto ints = query.mean.options().dtype(at::kInt);
   Planned planned;
-  BlockList& rows =
-      planned.rows = {at::empty({B, H, blocks}, ints), at::empty({B, H, blocks}, ints),
-                      at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
+  BlockList& rows = planned.rows = {allocate({B, H, blocks}, ints), allocate({B, H, blocks}, ints),
+                                    allocate({B, H, capacity}, ints), allocate({2}, ints)};
   PlanLevel p{};
   p.levels = levels_of(rows, key.count, o);
   p.first = forced_first(o);
@@ -144,7 +140,7 @@ Planned plan_levels(const Pooled& query, const Pooled& key, int64_t N, const Opt
     p.offset -= all[r].nq * rooms[r];
     p.parent_capacity = static_cast<int>(r + 1 < all.size() ? rooms[r + 1] : 0);
     const int64_t bytes = plan_level_workspace(p, launch.device);
-    const Tensor workspace = at::empty({bytes}, ints.dtype(at::kByte));
+    const Tensor workspace = allocate({bytes}, ints.dtype(at::kByte));
     launch.check(plan_level(p, workspace.mutable_data_ptr(), launch.device, launch.stream));
   }
   return planned;
@@ -168,7 +164,7 @@ void fill(CoarseLevels& p, const PooledInputs& in, const BlockList& rows, const 
 Tensor spread(const Tensor& grad, const Options& o, bool queries, const Launch& launch) {
   const auto& all = o.resolutions;
   const int64_t n = queries ? all[0].nq : all[0].nk;
-  const Tensor result = at::empty({grad.size(0), grad.size(1), n, grad.size(3)}, grad.options());
+  const Tensor result = allocate({grad.size(0), grad.size(1), n, grad.size(3)}, grad.options());
   SpreadLevels p{};
   p.count = static_cast<int>(all.size());
   for (int r = 0; r < p.count; ++r) {
@@ -192,10 +188,10 @@ CoarseState coarse_levels(const PooledInputs& in, const BlockList& rows, const O
   const int64_t B = in.query.size(0), H = in.query.size(1), D = in.query.size(3);
   const int64_t nq = o.resolutions[0].nq, count = static_cast<int64_t>(o.resolutions.size());
   const auto options = in.query.options();
-  CoarseState state{at::empty({B, H, nq, D}, options), at::empty({B, H, nq}, options),
-                    at::empty({B, H, nq, count}, options)};
-  const Tensor row_mean = at::empty_like(in.query);
-  const Tensor row_lse = at::empty({B, H, in.query.size(2)}, options);
+  CoarseState state{allocate({B, H, nq, D}, options), allocate({B, H, nq}, options),
+                    allocate({B, H, nq, count}, options)};
+  const Tensor row_mean = allocate_like(in.query);
+  const Tensor row_lse = allocate({B, H, in.query.size(2)}, options);
   CoarseLevelsForward p{};
   fill(p, in, rows, o);
   p.row_mean = row_mean.mutable_data_ptr<float>();
@@ -210,7 +206,7 @@ CoarseState coarse_levels(const PooledInputs& in, const BlockList& rows, const O
 Grads coarse_levels_backward(const PooledInputs& in, const BlockList& rows,
                              const BlockList& columns, const BlockRows& back, const Options& o) {
   const Launch launch(in.query);
-  const Grads grads{at::empty_like(in.query), at::empty_like(in.key), at::empty_like(in.value)};
+  const Grads grads{allocate_like(in.query), allocate_like(in.key), allocate_like(in.value)};
   CoarseLevelsBackward p{};
   fill(p, in, rows, o);
   std::vector<BlockList> lists{columns};
@@ -233,7 +229,7 @@ Grads coarse_levels_backward(const PooledInputs& in, const BlockList& rows,
 Tensor split_shares(const Tensor& share, const Tensor& parts, int64_t block_q) {
   const Launch launch(share);
   const int64_t B = share.size(0), H = share.size(1), N = share.size(2);
-  const Tensor shares = at::empty({B, H, parts.size(3), N}, share.options());
+  const Tensor shares = allocate({B, H, parts.size(3), N}, share.options());
   SplitShares p{};
   p.share = share.const_data_ptr<float>();
   p.parts = parts.const_data_ptr<float>();

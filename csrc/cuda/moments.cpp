@@ -1,8 +1,5 @@
 #include "moments.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <limits>
 
 #include "../common/budget.h"
@@ -52,8 +49,8 @@ bool order1_in_fine(const Tensor& key, const Options& o, const Launch& launch) {
 
 FineMoments fine_moments(const Tensor& moments, const Tensor& key, const Launch& launch) {
   if (moments.scalar_type() == key.scalar_type()) return {moments, {}};
-  const FineMoments r{at::empty(moments.sizes(), key.options()),
-                      at::empty(moments.sizes().slice(0, 3), moments.options())};
+  const FineMoments r{allocate(moments.sizes(), key.options()),
+                      allocate(moments.sizes().slice(0, 3), moments.options())};
   launch.check(order1_round(moments.const_data_ptr<float>(), r.matrices.mutable_data_ptr(),
                             r.scales.mutable_data_ptr<float>(), r.scales.numel(),
                             static_cast<int>(moments.size(3)), launch.stream));
@@ -102,19 +99,19 @@ sm90::Moments moments_of(const Inputs& in, const Options& o, PooledInputs* poole
   p.unit_tiles = 1;
   if (pooled == nullptr) return p;
   const auto acc = in.key.options().dtype(at::kFloat);
-  pooled->key = at::empty({B, Hk, nk, D}, acc);
-  pooled->value = at::empty({B, Hk, nk, D}, acc);
+  pooled->key = allocate({B, Hk, nk, D}, acc);
+  pooled->value = allocate({B, Hk, nk, D}, acc);
   p.k_mean = pooled->key.mutable_data_ptr<float>();
   p.v_mean = pooled->value.mutable_data_ptr<float>();
   if (o.pool != Pool::even) {
     p.weights = data_of<float>(pooled->weights);
   } else {
-    pooled->key_count = at::empty({B, nk}, acc.dtype(at::kInt));
+    pooled->key_count = allocate({B, nk}, acc.dtype(at::kInt));
     p.key_count = pooled->key_count.mutable_data_ptr<int>();
   }
   if (rounds_pooled(in.key, o) && o.levels.empty()) {
-    pooled->key_rounded = at::empty({B, Hk, nk, D}, in.key.options());
-    pooled->value_rounded = at::empty({B, Hk, nk, D}, in.key.options());
+    pooled->key_rounded = allocate({B, Hk, nk, D}, in.key.options());
+    pooled->value_rounded = allocate({B, Hk, nk, D}, in.key.options());
     p.k_rounded = pooled->key_rounded.mutable_data_ptr();
     p.v_rounded = pooled->value_rounded.mutable_data_ptr();
   }
@@ -122,7 +119,7 @@ sm90::Moments moments_of(const Inputs& in, const Options& o, PooledInputs* poole
 }
 
 Tensor empty_sums(const sm90::Moments& p, int dim, const Tensor& like) {
-  return at::empty({p.B, p.Hk, p.chunks, 2, dim, dim}, like.options().dtype(at::kFloat));
+  return allocate({p.B, p.Hk, p.chunks, 2, dim, dim}, like.options().dtype(at::kFloat));
 }
 
 // False where the kernel doesn't do it.
@@ -165,7 +162,7 @@ Tensor run_moments(sm90::Moments p, const Inputs& in, const Options& o, PooledIn
   p.chunks = sm90::tile_chunks(p.B * p.Hk, p.M, sm90::moments_resident(dim, o.pool == Pool::even),
                                launch.device);
   const auto type = in.key.options().dtype(moments_type(in.key.scalar_type()));
-  const Tensor matrices = at::empty({p.B, p.Hk, 2, dim, dim}, type);
+  const Tensor matrices = allocate({p.B, p.Hk, 2, dim, dim}, type);
   p.matrices = matrices.mutable_data_ptr();
   const Tensor sums = p.chunks > 1 || half ? empty_sums(p, dim, in.key) : Tensor();
   p.sums = data_of<float>(sums);
@@ -207,7 +204,7 @@ Tensor weigh_with_moments(const Inputs& in, const Options& o, const WeightsParam
   p.made.mass = weights.mass;
   p.made.key_bias = weights.key_bias;
   if (weights.key_bias != nullptr) {
-    plain.key = at::empty_like(pooled.key);
+    plain.key = allocate_like(pooled.key);
     p.made.k_plain = plain.key.mutable_data_ptr<float>();
   }
   const Tensor moments = run_moments(p, in, o, &plain, plain.key_count, launch, [] {});

@@ -1,6 +1,4 @@
 // Stages order1 and order1_backward on CUDA: allocate and launch order1_*.cu.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/stack.h>
 
 #include <vector>
@@ -54,7 +52,7 @@ namespace {
 Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad_out,
                      const Tensor& share, const Tensor& delta, const Order1Grads& grads, bool add) {
   const int64_t B = term.B, H = term.H, N = term.N;
-  const Tensor weights = at::empty({2, B, H, N}, term.acc());
+  const Tensor weights = allocate({2, B, H, N}, term.acc());
   float* weight = weights.mutable_data_ptr<float>();
   Order1Rows p = term.rows(moments, share, RowsStep::backward);
   p.grad_out = grad_out.const_data_ptr();
@@ -103,7 +101,7 @@ sm90::Order1Keys hopper_keys(const Term& term, const Tensor& moment_grads,
 void empty_centre_grads(sm90::Order1Keys& p, const Term& term, int64_t parts, WeightGrads* through,
                         Tensor& centre_grads) {
   if (through == nullptr) return;
-  centre_grads = at::empty({p.B, p.Hk, parts, p.D}, term.acc());
+  centre_grads = allocate({p.B, p.Hk, parts, p.D}, term.acc());
   p.centre_grads = centre_grads.mutable_data_ptr<float>();
 }
 
@@ -183,7 +181,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   const int parts = p.H / p.Hk * p.chunks;
   Tensor sums;
   if (parts > 1) {
-    sums = at::empty({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
+    sums = allocate({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
     p.sums = sums.mutable_data_ptr<float>();
   } else {
     p.moment_grads = result.mutable_data_ptr();
@@ -191,7 +189,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
     p.nk = term.nk;
   }
   if (row_sums != nullptr) {
-    *row_sums = at::empty({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
+    *row_sums = allocate({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
     p.row_sums = row_sums->mutable_data_ptr<float>();
   }
   const bool done = launch_by_dim(term.launch, term.dim, [&](auto dim) {
@@ -267,7 +265,7 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
     return order1_levels_backward(grad_out, share, delta, in, pooled, o);
   }
   const Launch launch(in.query);
-  Order1Grads grads{at::empty_like(delta), empty_heads_last(in.query)};
+  Order1Grads grads{allocate_like(delta), empty_heads_last(in.query)};
   if (order1_in_columns(in.key, o, launch)) {
     grads.moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
     return grads;

@@ -122,7 +122,7 @@ Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, 
   const NoAutocast no_autocast(c10::DispatchKey::AutocastCUDA);
   const auto count = static_cast<int64_t>(o.resolutions.size());
   const auto s = delta.sizes();
-  Order1Grads grads{at::empty({count, s[0], s[1], s[2]}, delta.options()),
+  Order1Grads grads{allocate({count, s[0], s[1], s[2]}, delta.options()),
                     empty_heads_last(in.query), empty_heads_last(in.key),
                     empty_heads_last(in.value)};
   const Tensor finest = finest_moments(in, pooled, o);

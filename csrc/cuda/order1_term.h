@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <functional>
@@ -69,8 +68,8 @@ struct Term {
   Tensor empty_matrices(int units) const {
     const auto type = dtype == Dtype::bf16 ? at::kBFloat16 : at::kFloat;
     const auto options = in.query.options().dtype(type);
-    return o.causal ? at::empty({B, Hk, units, 2, dim, dim}, options)
-                    : at::empty({B, Hk, 2, dim, dim}, options);
+    return o.causal ? allocate({B, Hk, units, 2, dim, dim}, options)
+                    : allocate({B, Hk, 2, dim, dim}, options);
   }
 
   // Cuts a unit of `rows` rows for each of `group` heads into chunks: one wave of CTAs where the
@@ -108,7 +107,7 @@ struct Term {
     const Tensor result = empty_matrices(p.units);
     Tensor sums;
     if (o.causal || p.chunks > 1) {
-      sums = at::empty({B, Hk, p.units, p.chunks, 2, dim, dim}, acc());
+      sums = allocate({B, Hk, p.units, p.chunks, 2, dim, dim}, acc());
       p.sums = sums.mutable_data_ptr<float>();
     }
     p.matrices = result.mutable_data_ptr();

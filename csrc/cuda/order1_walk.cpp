@@ -1,9 +1,6 @@
 // Order 1 by the kernels that walk the rows of a chunk: see sm90/order1_walk.h.
 #include "order1_walk.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include "sm90/moments.h"
 
 namespace mra::cuda {
@@ -116,7 +113,7 @@ bool order1_walk_backward(const Tensor& grad_out, const Tensor& share, const Ten
   const Walk walk(term, *cut);
   sm90::WalkRows rows = walk.params;
   rows.step = sm90::WalkStep::backward;
-  const Tensor weights = at::empty({rows.B, rows.H, ceil_div(rows.N, 64) * 64, 2}, term.acc());
+  const Tensor weights = allocate({rows.B, rows.H, ceil_div(rows.N, 64) * 64, 2}, term.acc());
   rows.grad_out = grad_out.const_data_ptr();
   rows.grad_out_strides = strides_of(grad_out);
   rows.weights = weights.mutable_data_ptr<float>();
@@ -154,8 +151,8 @@ bool walk_prepare(Centred& c, const Term& term) {
   sm90::WalkRows p = walk.params;
   p.step = sm90::WalkStep::prepare;
   p.start = data_of<float>(c.pooled.moments_before);
-  const Tensor variance = at::empty({term.B, term.H, term.N}, term.acc());
-  const Tensor row_bias = at::empty_like(variance), made = empty_heads_last(term.in.query);
+  const Tensor variance = allocate({term.B, term.H, term.N}, term.acc());
+  const Tensor row_bias = allocate_like(variance), made = empty_heads_last(term.in.query);
   p.variance = variance.mutable_data_ptr<float>();
   p.row_bias = row_bias.mutable_data_ptr<float>();
   p.out = made.mutable_data_ptr();
@@ -195,9 +192,9 @@ CentreGrads walk_gradient(const Centred& c, const Term& term, const Tensor& grad
   sm90::WalkRows rows = walk.params;
   rows.step = sm90::WalkStep::gradient;
   const int64_t tiles = ceil_div(rows.N, 64);
-  const Tensor weights = at::empty({rows.B, rows.H, 64 * tiles, 2}, term.acc());
-  const CentreGrads result{at::empty({rows.B, rows.H, 4 * tiles, rows.D}, term.acc()),
-                           at::empty({rows.B, rows.Hk, 4 * tiles, rows.D}, term.acc())};
+  const Tensor weights = allocate({rows.B, rows.H, 64 * tiles, 2}, term.acc());
+  const CentreGrads result{allocate({rows.B, rows.H, 4 * tiles, rows.D}, term.acc()),
+                           allocate({rows.B, rows.Hk, 4 * tiles, rows.D}, term.acc())};
   rows.grad_out = grad_out.const_data_ptr();
   rows.grad_out_strides = strides_of(grad_out);
   rows.weights = weights.mutable_data_ptr<float>();

@@ -34,7 +34,7 @@ bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments) {
   p.share = result.share.const_data_ptr<float>();
   p.out = result.out.mutable_data_ptr();
   p.out_strides = strides_of(result.out);
-  const Tensor variance = at::empty({2, p.B, p.H, p.N}, term.acc());
+  const Tensor variance = allocate({2, p.B, p.H, p.N}, term.acc());
   p.variance = variance.mutable_data_ptr<float>();
   const auto launch = [&](sm90::WideStep step, int chunks) {
     p.step = step;
@@ -57,7 +57,7 @@ bool order1_walk_wide(FineResult& result, const Term& term, Tensor& moments) {
   Tensor sums;
   p.slots = causal ? chunks : key_chunks + 1;
   if (p.slots > 1) {
-    sums = at::empty({2, 2, p.B, p.Hk, p.slots, 2, kHalf, kHalf}, term.acc());
+    sums = allocate({2, 2, p.B, p.Hk, p.slots, 2, kHalf, kHalf}, term.acc());
     p.sums = sums.mutable_data_ptr<float>();
     if (!launch(sm90::WideStep::sums, key_chunks)) return false;
     term.launch.check(order1_sum_others(p.sums, int64_t{4} * p.B * p.Hk, p.slots, kHalf, false,

@@ -2,9 +2,6 @@
 // plan_global.cu and plan_transpose.cu.
 #include "plan.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -37,8 +34,8 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
       capacity, "; lower density or blocks_per_row, or use larger blocks");
   const auto ints = query.mean.options().dtype(at::kInt);
   Planned planned;
-  BlockList& rows = planned.rows = {at::empty({B, H, nq}, ints), at::empty({B, H, nq}, ints),
-                                    at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
+  BlockList& rows = planned.rows = {allocate({B, H, nq}, ints), allocate({B, H, nq}, ints),
+                                    allocate({B, H, capacity}, ints), allocate({2}, ints)};
   if (rows.start.numel() == 0) return planned;
 
   PlanParams p = plan_params(B, H, key.mean.size(1), nq, nk, query.mean.size(3), N, options);
@@ -55,7 +52,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   const auto with_coarse = [&] {
     if (!pooled) return;
     const CoarseState& state = planned.coarse.emplace(
-        CoarseState{at::empty_like(query.mean), at::empty({B, H, nq}, query.mean.options())});
+        CoarseState{allocate_like(query.mean), allocate({B, H, nq}, query.mean.options())});
     p.v_mean = pooled->value.const_data_ptr<float>();
     p.mean = state.mean.mutable_data_ptr<float>();
     p.lse = state.lse.mutable_data_ptr<float>();
@@ -64,7 +61,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   if (options.selection == Selection::row) {
     const PlanRowConfig config = plan_row_config(p, launch.device);
     if (config.coarse) with_coarse();
-    const Tensor workspace = at::empty({config.workspace_bytes()}, ints.dtype(at::kByte));
+    const Tensor workspace = allocate({config.workspace_bytes()}, ints.dtype(at::kByte));
     launch.check(plan_row(p, config, workspace.mutable_data_ptr(), launch.stream));
     return planned;
   }
@@ -78,7 +75,7 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
     launch.check(plan_map(p, budget, launch.stream));
     return planned;
   }
-  const Tensor map = at::empty({B, H, nq, nk}, ints);
+  const Tensor map = allocate({B, H, nq, nk}, ints);
   launch.check(plan_global(p, budget, reinterpret_cast<uint32_t*>(map.mutable_data_ptr<int32_t>()),
                            launch.stream));
   return planned;
@@ -97,8 +94,8 @@ BlockList transpose(const BlockList& rows, int64_t nk) {
   const Tensor row_start = rows.start.contiguous(), row_count = rows.count.contiguous(),
                row_index = rows.index.contiguous();
   const auto ints = rows.index.options();
-  BlockList columns{at::empty({B, H, nk}, ints), at::empty({B, H, nk}, ints),
-                    at::empty({B, H, capacity}, ints), at::empty({2}, ints)};
+  BlockList columns{allocate({B, H, nk}, ints), allocate({B, H, nk}, ints),
+                    allocate({B, H, capacity}, ints), allocate({2}, ints)};
   if (columns.start.numel() == 0) return columns;
 
   TransposeParams p{};

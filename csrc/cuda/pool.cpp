@@ -1,8 +1,6 @@
 // Stage pool on CUDA: allocates and launches pool_fwd.cu.
 #include "pool.h"
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 
 #include "../common/budget.h"
@@ -35,9 +33,9 @@ class Pools {
     TORCH_CHECK_NOT_IMPLEMENTED(B * H * n <= std::numeric_limits<int>::max(),
                                 "mra_attention on CUDA takes at most 2^31 - 1 blocks in all, got ",
                                 B * H * n);
-    mean = at::empty({B, H, n, D}, x.options().dtype(at::kFloat));
-    if (count != nullptr) *count = at::empty({B, n}, x.options().dtype(at::kInt));
-    if (rounded != nullptr) *rounded = at::empty({B, H, n, D}, x.options());
+    mean = allocate({B, H, n, D}, x.options().dtype(at::kFloat));
+    if (count != nullptr) *count = allocate({B, n}, x.options().dtype(at::kInt));
+    if (rounded != nullptr) *rounded = allocate({B, H, n, D}, x.options());
 
     PoolTensor& t = p_.tensor[p_.tensors++];
     t.x = x.const_data_ptr();

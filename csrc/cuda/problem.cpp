@@ -1,7 +1,6 @@
 #include "problem.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -101,14 +100,14 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
   p.splits = static_cast<int>(
       std::clamp<int64_t>(slots / std::max<int64_t>(1, tiles), 1, ceil_div(p.rows, 64)));
   const auto acc = like.options().dtype(at::kFloat);
-  const Tensor sums = at::empty({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
-  const Tensor shares = at::empty({2, p.B, p.Hk, p.nk, p.D}, acc);
+  const Tensor sums = allocate({2, p.splits, p.B, p.Hk, p.nk, p.D}, acc);
+  const Tensor shares = allocate({2, p.B, p.Hk, p.nk, p.D}, acc);
   p.pooled_grad_k = sums.mutable_data_ptr<float>();
   p.pooled_grad_v = p.pooled_grad_k + sums.numel() / 2;
   Tensor mass_parts;
   if (mass_grad != nullptr) {
-    mass_parts = at::empty({p.splits, p.B, p.Hk, p.nk}, acc);
-    *mass_grad = at::empty({p.B, p.Hk, p.nk}, acc);
+    mass_parts = allocate({p.splits, p.B, p.Hk, p.nk}, acc);
+    *mass_grad = allocate({p.B, p.Hk, p.nk}, acc);
     p.pooled_mass_grads = mass_parts.mutable_data_ptr<float>();
   }
   cudaError_t error = backward_pooled(p, dtype, launch.device, launch.stream);

@@ -1,8 +1,6 @@
 // Rows in another order on CUDA: allocate and launch reorder_rows.cu.
 #include "reorder.h"
 
-#include <ATen/ops/empty.h>
-
 #include <vector>
 
 #include "launch.h"
@@ -41,7 +39,7 @@ std::vector<at::Tensor> reorder(at::TensorList inputs, const at::Tensor& index_i
   int64_t blocks = 0;
   for (const at::Tensor& x : inputs) {
     const int64_t B = x.size(0), H = x.size(1), D = x.size(3), chunks = D * size / p.width;
-    const at::Tensor result = at::empty({B, P, H, D}, x.options());
+    const at::Tensor result = allocate({B, P, H, D}, x.options());
     results.push_back(result.transpose(1, 2));
     if (result.numel() == 0) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(H * chunks < (1 << 30),

@@ -36,6 +36,7 @@ struct Moments {
   static constexpr int kWarps = Shared::kRows / kRun, kRowPieces = 2 * DP / 16;
   // Warpgroups that have a part of the runs each, where every key counts.
   static constexpr int kParts = kWeighted && Shared::kPlaces > 0 ? kWarps / kRowPieces : 1;
+  static constexpr int kScored = 9, kAdded = 10, kTaken = kAdded + kParts;  // barriers
   static_assert(kWarps % 4 == 0 && (kParts == 1 || kWarps / kParts <= 8));
   Shared& s;
   const Inputs& in;
@@ -124,15 +125,9 @@ struct Moments {
   // From the last part to the first one, whose warpgroup has the sums then: true for that. All
   // warps have made their scores when the first sums take the places of the means.
   __device__ __forceinline__ bool add_parts(float (&c)[DP / 8][4], int part) const {
-    constexpr int kScored = 9, kAdded = 10, kTaken = kAdded + kParts;  // barriers
     static_assert(Shared::kPlaces == DP / 8 && kTaken < 16);
     const int thread = threadIdx.x % 128;
-    if (part == kParts - 1) {
-      meet<Shared::kRows>(kScored);
-    } else {
-      arrive<Shared::kRows>(kScored);
-      meet<256>(kAdded + part);
-    }
+    wait_for_part(part);
 #pragma unroll
     for (int i = 0; i < Shared::kPlaces; ++i) {
       float4& place = s.place(i, thread);
@@ -142,12 +137,29 @@ struct Moments {
       }
       if (part > 0) place = make_float4(c[i][0], c[i][1], c[i][2], c[i][3]);
     }
-    if (part > 0) {
-      arrive<256>(kAdded + part - 1);
-      return false;
-    }
+    pass_on(part);
+    if (part > 0) return false;
     meet<128>(kTaken);  // the matrices come where the sums were
     return true;
+  }
+  // For all scores, and the sums of the part behind. racecheck follows neither who arrives and goes
+  // on nor barriers of a part of the block, so that in its builds all wait for all.
+  static __device__ __forceinline__ void wait_for_part(int part) {
+    if constexpr (kRacecheck) {
+      for (int i = part; i < kParts; ++i) meet<Shared::kRows>(kScored);
+    } else if (part == kParts - 1) {
+      meet<Shared::kRows>(kScored);
+    } else {
+      arrive<Shared::kRows>(kScored);
+      meet<256>(kAdded + part);
+    }
+  }
+  static __device__ __forceinline__ void pass_on(int part) {
+    if constexpr (kRacecheck) {
+      for (int i = 0; i < part; ++i) meet<Shared::kRows>(kScored);
+    } else if (part > 0) {
+      arrive<256>(kAdded + part - 1);
+    }
   }
 
   template <int kTiles>

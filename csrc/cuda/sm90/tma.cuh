@@ -21,10 +21,11 @@ __device__ __forceinline__ Shared& aligned(char* raw) {
 // A barrier is passed by warps: one lane arrives behind a __syncwarp. compute-sanitizer's racecheck
 // doesn't follow that (docs/kernels.md); for it, every lane arrives.
 #ifdef MRA_EVERY_LANE_ARRIVES
-inline constexpr int kWarpArrivals = 32;
+inline constexpr bool kRacecheck = true;
 #else
-inline constexpr int kWarpArrivals = 1;
+inline constexpr bool kRacecheck = false;
 #endif
+inline constexpr int kWarpArrivals = kRacecheck ? 32 : 1;
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int warps) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)),
@@ -46,7 +47,7 @@ __device__ __forceinline__ void barrier_init_done() {
 // By a whole warp.
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   __syncwarp();
-  if (kWarpArrivals == 1 && threadIdx.x % 32 != 0) return;
+  if (!kRacecheck && threadIdx.x % 32 != 0) return;
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 // By a whole warp, whose first lane announces `bytes` of copies besides.
@@ -57,7 +58,7 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)),
         "r"(bytes)
         : "memory");
-  } else if (kWarpArrivals > 1) {
+  } else if (kRacecheck) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier))
                  : "memory");
   }
@@ -130,7 +131,6 @@ __device__ __forceinline__ void meet(int barrier) {
 // Part of that which does not wait: by whole warps. racecheck does not follow it.
 template <int kThreads>
 __device__ __forceinline__ void arrive(int barrier) {
-  if (kWarpArrivals > 1) return meet<kThreads>(barrier);
   __syncwarp();
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
 }
