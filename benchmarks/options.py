@@ -94,8 +94,9 @@ def speed_parser():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Speed of MRA attention beside exact attention, FlexAttention on the same plan "
-        "and equal pairs; every result is checked against float64 first. Other commands: memory, "
-        "growth, levels, accuracy, embeddings, layout, minilm, whisper, table (each has --help).",
+        "and equal pairs; every result is checked against float64 first. Other commands: host, "
+        "memory, growth, levels, accuracy, embeddings, layout, minilm, whisper, table (each has "
+        "--help).",
     )
     add = parser.add_argument
     add_common(parser)

@@ -49,7 +49,7 @@ def replaced(readme, name, text):
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
     kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
-    kinds |= {"accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels}
+    kinds |= {"host": _host, "accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels}
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -118,6 +118,15 @@ def _memory(report):
         grown = DASH if grown is None else f"{grown:.2f}"
         cells = [f"{peak / 2**20:.1f}", f"{peak / row['N']:.0f}", grown]
         lines.append([str(row["N"]), row["pass"], *cells])
+    return _table(lines)
+
+
+def _host(report):
+    """One line for each N and backend; "a / b" is forward / forward + backward."""
+    lines = [["N", "call", "µs of the host"], ["---"] * 3]
+    for row in report["rows"]:
+        times = row["failed"] or " / ".join(f"{row[which]:.0f}" for which in PASSES)
+        lines.append([str(row["N"]), row["backend"], times])
     return _table(lines)
 
 

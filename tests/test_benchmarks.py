@@ -293,6 +293,21 @@ def test_memory_is_linear(tmp_path):
     assert "| 4096 | backward | " in markdown(report)
 
 
+def test_host_needs_a_gpu():
+    with pytest.raises(SystemExit, match="--device: got cpu, expected cuda"):
+        main(["host", "--device", "cpu"])
+
+
+@pytest.mark.gpu
+def test_host(tmp_path):
+    file = tmp_path / "host.json"
+    main(["host", "--length", "256,1024", "--json", str(file)])
+    report = json.loads(file.read_text())
+    assert len(report["rows"]) == 10 and not any(row["failed"] for row in report["rows"])
+    assert all(0 < row["forward"] < row["backward"] for row in report["rows"])
+    assert "| 1024 | mra block | " in markdown(report)
+
+
 def test_layout(tmp_path, monkeypatch):
     from benchmarks import layout
 

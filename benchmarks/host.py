@@ -1,0 +1,79 @@
+"""``python -m benchmarks host``: what the host takes for a call on a GPU that it never waits for.
+
+Inputs are so small that the device is done before the host is, so this is the least that a call
+takes, however short: outside of a CUDA graph. Other work on the machine only adds to it: the least
+of several batches of calls counts."""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import report
+from benchmarks.backends import Context, Prepared, prepare_mra
+from benchmarks.cases import DTYPES, PASSES, WEIGHTED_FORMS, Case, Form
+from benchmarks.environment import plain
+from benchmarks.options import add_common, begin, listed
+
+FORMS = (Form("none"), Form("block"), Form("row", 1), WEIGHTED_FORMS[0])
+BATCHES, CALLS = 40, 40  # as many launches as this wait for the device at once
+
+
+def parser():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__)
+    add_common(parser)
+    add = parser.add_argument
+    add("--length", type=listed(int), default=[512, 1024], metavar="N,N,...")
+    add("--heads", type=int, default=2)
+    add("--head-dim", type=int, default=64)
+    add("--dtype", choices=DTYPES, default="bf16")
+    return parser
+
+
+def main(argv):
+    args = parser().parse_args(argv[1:])
+    device, result = begin("host", args, argv)
+    if device.type != "cuda":
+        raise SystemExit(f"--device: got {device.type}, expected cuda: only there a call returns "
+                         "before it is done")  # fmt: skip
+    result["rows"] = rows = []
+    report.print_environment(result)
+    report.say("microseconds of the host a call, forward / forward + backward")
+    for N in args.length:
+        case = Case(
+            f"N{N}", 1, args.heads, N, args.head_dim, dtype=args.dtype, density=1 / 8, forms=FORMS
+        )
+        for name, prepared in backends(Context(case, device, args.seed)):
+            row = {"N": N, "backend": name, "failed": None}
+            rows.append(row)
+            try:
+                row |= {which: microseconds(prepared.run(which)) for which in PASSES}
+                times = " ".join(f"{row[which]:9.1f}" for which in PASSES)
+            except Exception as error:
+                row["failed"] = plain(error)
+                times = f"failed: {row['failed']}"
+            report.say(f"{N:>6} {name:<30} {times}")
+        report.write_json(args.json, result)
+    return result
+
+
+def backends(context):
+    """(name, Prepared) of what is timed."""
+    exact = Prepared(F.scaled_dot_product_attention, context.inputs, context.grad_out)
+    yield "scaled_dot_product_attention", exact
+    for form in FORMS:
+        yield f"mra {form.name}", prepare_mra(form, context)
+
+
+def microseconds(run, batches=BATCHES, calls=CALLS):
+    """Of the host for one call of ``run``: the least of ``batches`` times ``calls`` calls."""
+    least = float("inf")
+    for _ in range(batches):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        least = min(least, time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * least / calls
