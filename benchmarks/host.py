@@ -1,8 +1,8 @@
 """``python -m benchmarks host``: what the host takes for a call on a GPU that it never waits for.
 
 Inputs are so small that the device is done before the host is, so this is the least that a call
-takes, however short: outside of a CUDA graph. Other work on the machine only adds to it: the least
-of several batches of calls counts."""
+takes, however short, outside of a CUDA graph. Other work on the machine only adds to it: all calls
+take turns, a batch each, and of every call the quickest batch counts."""
 
 import argparse
 import time
@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from benchmarks import report
 from benchmarks.backends import Context, Prepared, prepare_mra
 from benchmarks.cases import DTYPES, PASSES, WEIGHTED_FORMS, Case, Form
-from benchmarks.environment import plain
 from benchmarks.options import add_common, begin, listed
 
 FORMS = (Form("none"), Form("block"), Form("row", 1), WEIGHTED_FORMS[0])
-BATCHES, CALLS = 40, 40  # as many launches as this wait for the device at once
+ROUNDS, CALLS = 60, 20
 
 
 def parser():
@@ -28,6 +27,7 @@ def parser():
     add("--heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
     add("--dtype", choices=DTYPES, default="bf16")
+    add("--rounds", type=int, default=ROUNDS, help="batches of each call")
     return parser
 
 
@@ -40,21 +40,21 @@ def main(argv):
     result["rows"] = rows = []
     report.print_environment(result)
     report.say("microseconds of the host a call, forward / forward + backward")
+    runs = []
     for N in args.length:
         case = Case(
             f"N{N}", 1, args.heads, N, args.head_dim, dtype=args.dtype, density=1 / 8, forms=FORMS
         )
         for name, prepared in backends(Context(case, device, args.seed)):
-            row = {"N": N, "backend": name, "failed": None}
-            rows.append(row)
-            try:
-                row |= {which: microseconds(prepared.run(which)) for which in PASSES}
-                times = " ".join(f"{row[which]:9.1f}" for which in PASSES)
-            except Exception as error:
-                row["failed"] = plain(error)
-                times = f"failed: {row['failed']}"
-            report.say(f"{N:>6} {name:<30} {times}")
-        report.write_json(args.json, result)
+            rows.append({"N": N, "backend": name} | dict.fromkeys(PASSES, float("inf")))
+            runs += [(rows[-1], which, prepared.run(which)) for which in PASSES]
+    for _ in range(args.rounds):
+        for row, which, run in runs:
+            row[which] = min(row[which], microseconds(run))
+    for row in rows:
+        times = " ".join(f"{row[which]:9.1f}" for which in PASSES)
+        report.say(f"{row['N']:>6} {row['backend']:<30} {times}")
+    report.write_json(args.json, result)
     return result
 
 
@@ -66,14 +66,10 @@ def backends(context):
         yield f"mra {form.name}", prepare_mra(form, context)
 
 
-def microseconds(run, batches=BATCHES, calls=CALLS):
-    """Of the host for one call of ``run``: the least of ``batches`` times ``calls`` calls."""
-    least = float("inf")
-    for _ in range(batches):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        least = min(least, time.perf_counter() - start)
+def microseconds(run, calls=CALLS):
+    """Of the host for one call of ``run``."""
     torch.cuda.synchronize()
-    return 1e6 * least / calls
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return 1e6 * (time.perf_counter() - start) / calls
