@@ -7,10 +7,9 @@
 
 namespace mra::cuda {
 
-// Entries in all lists of an item; kDirect: an item has one list, its own. -1 beyond the last item.
+// Entries in all lists of an item; kDirect: an item has one list, its own.
 template <bool kDirect>
 __device__ __forceinline__ int entries_of(const ColumnOrder& c, int item) {
-  if (item >= c.all) return -1;
   if constexpr (kDirect) return c.count[item];
   const unsigned head = static_cast<unsigned>(item) / c.items;
   const unsigned y = (item - head * c.items) / c.items_block;
@@ -28,7 +27,7 @@ __device__ void place_items(const ColumnOrder& c, int first) {
   // Of each warp: items in classes below the index, of all, of those before `first`, of its own.
   __shared__ int all_of[8][kClasses + 1], before_of[8][kClasses + 1], own_of[8][kClasses + 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, item = first + threadIdx.x;
-  const int mine = entries_of<kDirect>(c, item);
+  const int mine = item < c.all ? entries_of<kDirect>(c, item) : -1;
 
   int below[kClasses] = {}, before[kClasses];
   const auto count = [&](int begin, int end) {  // multiples of 256, but for the last end

@@ -213,54 +213,58 @@ __global__ void __launch_bounds__(kWarps * 32, 3)
 // Runs of 32 rows that a warp has, all of them on their way at once.
 constexpr int kRuns = 4;
 
+// The sums of block of threads `block`'s rows.
+__device__ __forceinline__ void sum_rows(const RowSumsParams& p, int block) {
+  const int lane = threadIdx.x % 32;
+  const int64_t first = (int64_t{block} * kWarps + threadIdx.x / 32) * kRuns;
+  const int64_t runs = p.heads * p.chunks;
+  if (first >= runs) return;
+  int64_t head = first / p.chunks, chunk = first - head * p.chunks, at[kRuns];
+  bool there[kRuns];
+  float lse[kRuns], bias[kRuns], delta[kRuns], pooled_delta[kRuns];
+  const auto read = [](const float* from, bool there, int64_t at) {
+    return there && from != nullptr ? from[at] : 0.f;
+  };
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i) {
+    const int64_t row = 32 * chunk + lane;
+    there[i] = first + i < runs && row < p.rows;
+    at[i] = head * p.rows + row;
+    lse[i] = there[i] ? p.lse[at[i]] : -INFINITY;
+    bias[i] = read(p.row_bias, there[i], at[i]);
+    delta[i] = read(p.sums != nullptr ? p.delta : nullptr, there[i], at[i]);
+    pooled_delta[i] = read(p.pooled_sums != nullptr ? p.pooled_delta : nullptr, there[i], at[i]);
+    if (++chunk == p.chunks) chunk = 0, ++head;
+  }
+#pragma unroll
+  for (int i = 0; i < kRuns; ++i) {
+    if (first + i >= runs) break;
+    const bool weight = fabsf(lse[i]) != INFINITY;
+    const float lse2 = weight ? lse[i] * kLog2e : INFINITY;
+    const float pooled_lse2 = weight ? (lse[i] - bias[i]) * kLog2e : INFINITY;
+    if (there[i]) {
+      p.lse2[at[i]] = lse2;
+      if (p.row_bias != nullptr) p.pooled_lse2[at[i]] = pooled_lse2;
+    }
+    const auto store = [&](float* sums, float lse2, float delta) {
+      if (sums == nullptr) return;
+      float* const to = sums + (first + i) * 64 + lane;
+      to[0] = lse2;
+      to[32] = delta;
+    };
+    store(p.sums, lse2, delta[i]);
+    store(p.pooled_sums, pooled_lse2, pooled_delta[i]);
+  }
+}
+
 // The first `order_blocks` blocks of threads find the order of the columns, the others the sums.
 __global__ void __launch_bounds__(kWarps * 32)
     row_sums_kernel(const RowSumsParams p, int order_blocks) {
-  const int lane = threadIdx.x % 32, block = static_cast<int>(blockIdx.x) - order_blocks;
+  const int block = static_cast<int>(blockIdx.x) - order_blocks;
   if (block < 0) {
     order_columns(p.columns, blockIdx.x);
-    if (blockIdx.x == 0) wait_for_previous();
-    return;
-  }
-  const int64_t first = (int64_t{block} * kWarps + threadIdx.x / 32) * kRuns;
-  const int64_t runs = p.heads * p.chunks;
-  if (first < runs) {
-    int64_t head = first / p.chunks, chunk = first - head * p.chunks, at[kRuns];
-    bool there[kRuns];
-    float lse[kRuns], bias[kRuns], delta[kRuns], pooled_delta[kRuns];
-    const auto read = [](const float* from, bool there, int64_t at) {
-      return there && from != nullptr ? from[at] : 0.f;
-    };
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      const int64_t row = 32 * chunk + lane;
-      there[i] = first + i < runs && row < p.rows;
-      at[i] = head * p.rows + row;
-      lse[i] = there[i] ? p.lse[at[i]] : -INFINITY;
-      bias[i] = read(p.row_bias, there[i], at[i]);
-      delta[i] = read(p.sums != nullptr ? p.delta : nullptr, there[i], at[i]);
-      pooled_delta[i] = read(p.pooled_sums != nullptr ? p.pooled_delta : nullptr, there[i], at[i]);
-      if (++chunk == p.chunks) chunk = 0, ++head;
-    }
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
-      if (first + i >= runs) break;
-      const bool weight = fabsf(lse[i]) != INFINITY;
-      const float lse2 = weight ? lse[i] * kLog2e : INFINITY;
-      const float pooled_lse2 = weight ? (lse[i] - bias[i]) * kLog2e : INFINITY;
-      if (there[i]) {
-        p.lse2[at[i]] = lse2;
-        if (p.row_bias != nullptr) p.pooled_lse2[at[i]] = pooled_lse2;
-      }
-      const auto store = [&](float* sums, float lse2, float delta) {
-        if (sums == nullptr) return;
-        float* const to = sums + (first + i) * 64 + lane;
-        to[0] = lse2;
-        to[32] = delta;
-      };
-      store(p.sums, lse2, delta[i]);
-      store(p.pooled_sums, pooled_lse2, pooled_delta[i]);
-    }
+  } else {
+    sum_rows(p, block);
   }
   if (blockIdx.x == 0) wait_for_previous();
 }
