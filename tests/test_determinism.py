@@ -207,13 +207,16 @@ def test_nothing_waits_for_the_device(device, dtype, mode):
     assert waiting, "forward or backward waited for the device"
 
 
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
 @pytest.mark.gpu
+@two_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_another_device_than_the_current_one(mode):
+def test_another_device_than_the_current_one(mode, dtype):
     """Tensors on cuda:1 while cuda:0 is current: the same bits as with cuda:1 current."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    case = make("cuda:1", torch.float32, mode)
+    case = make("cuda:1", dtype, mode)
     with torch.cuda.device(0):
         results = case.ours()
         assert {t.device for t in results.values()} == {torch.device("cuda", 1)}
@@ -221,3 +224,18 @@ def test_another_device_than_the_current_one(mode):
         assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
         assert_same_bits(results, case.ours())
+
+
+@pytest.mark.gpu
+@two_devices
+def test_layout_on_another_device_than_the_current_one():
+    x = torch.randn(3, 2, 4, 200, 64, device="cuda:1", dtype=torch.bfloat16).requires_grad_()
+
+    def run(current):
+        with torch.cuda.device(current):
+            out = mra.mra_attention(*x, layout=(10, 20), density=1 / 4, block_size=32)
+            (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+            assert torch.cuda.current_device() == current
+        return {"out": out, "grad": grad}
+
+    assert_same_bits(run(0), run(1))
