@@ -18,14 +18,10 @@ struct ForwardTraits {
   // At most 32 pooled keys as half a tile, by themselves. At D 128, where fewer blocks of threads
   // fill the gaps, that took 6 % longer, and 2 % with other pooled keys.
   static constexpr bool kHalves = DP == 64;
-  // At D 64 the fetching warp has no time left for a copy of the centre: 2 % slower, 7 % faster at
-  // D 128 (1024 tokens).
-  static constexpr bool kCentre = DP == 128;
 };
 
 template <int DP>
-using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages, ForwardTraits<DP>::kPlaces,
-                                   ForwardTraits<DP>::kCentre>;
+using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages, ForwardTraits<DP>::kPlaces>;
 
 template <typename T, int DP>
 __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
@@ -60,12 +56,11 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     const ForwardWork at = s.work[slot];
     if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
-    const auto centre_of = [&] { return s.centre_of(p, at, slot); };
     if constexpr (kOrder1<T, DP>) {
       // In registers that then take scores.
       if (p.centre != nullptr) {
-        find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], s.q[slot], centre_of(), warp_row, ring,
-                                     before, p, at, [&](auto& x, int stage, int n) {
+        find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), warp_row,
+                                     ring, before, p, at, [&](auto& x, int stage, int n) {
                                        pin(x);
                                        wgmma_fence();
                                        multiply_panel<T>(x, s.q[slot],
@@ -187,7 +182,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     if constexpr (kOrder1<T, DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, warp_row);
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], centre_of, warp_row, ring, before, p, at,
+        add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), warp_row, ring, before, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto&) {
                         pin(x);
                         wgmma_fence();

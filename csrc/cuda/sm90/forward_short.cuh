@@ -16,7 +16,7 @@ struct ForwardShortTraits {
 };
 
 template <int DP>
-using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages, 2, true>;
+using ForwardShortShared = ForwardTiles<DP, 2, ForwardShortTraits<DP>::kStages, 2>;
 
 // Whether at most 32 pooled keys are half a tile: float16 would spill at 64 columns.
 template <typename T, int kColumns>
@@ -49,10 +49,9 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[slot], row, lane);
-    const auto centre_of = [&] { return s.centre_of(p, at, slot); };
     if constexpr (kOrder1<T, DP>) {
       if (p.centre != nullptr) {
-        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], centre_of(), row,
+        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), row,
                                               ring, at_tile, p, at, [&](auto& x, int stage, int) {
                                                 multiply_matrix<T>(x, q, ring.k[stage],
                                                                    ring.v[stage], lane);
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if constexpr (kOrder1<T, DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, row);
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], centre_of, row, ring, at_tile, p, at,
+        add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), row, ring, at_tile, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto& second) {
                         multiply_matrix<T>(x, q, first, second, lane);
                       });

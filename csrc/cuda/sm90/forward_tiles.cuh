@@ -45,45 +45,21 @@ __device__ __forceinline__ const float* of_rows(const float* values, const Forwa
   return values + (static_cast<int64_t>(at.b) * p.H + at.h) * p.rows + at.first_row + row;
 }
 
-// The centre of a key head, and its products with the matrices, read where they lie: zeros beyond
-// their columns. Of each this thread's columns of tile `n` of eight.
+// The centre of weighted means, and its products with C and Sigma, as they come with each tile of
+// rows: zeros beyond their columns. Of each this thread's columns of tile `n` of eight.
 template <int DP>
 struct Centre {
-  int D, dim;
-  const float *from, *products;
-
-  __device__ __forceinline__ Centre(const ForwardParams& p, int64_t key_head)
-      : D(p.D),
-        dim(matrix_dim<DP>(p.D)),
-        from(p.centre + key_head * D),
-        products(p.centre_term + key_head * 2 * dim) {}
-  __device__ __forceinline__ float2 itself(int n) const { return pair(from, n, D); }
-  __device__ __forceinline__ float2 times_c(int n) const { return pair(products, n, dim); }
-  __device__ __forceinline__ float2 times_sigma(int n) const {
-    return pair(products + dim, n, dim);
-  }
-
- private:
-  static __device__ __forceinline__ float2 pair(const float* from, int n, int columns) {
-    float2 u = make_float2(0.f, 0.f);
-    const float* const at = from + 8 * n + threadIdx.x % 4 * 2;
-    if (8 * n < columns) u = __ldg(reinterpret_cast<const float2*>(at));
-    return u;
-  }
-};
-
-// The same in shared memory.
-template <int DP>
-struct CentreRows {
   const float (&rows)[3][DP];
 
   static __device__ __forceinline__ int bytes(int D) { return 4 * (D + 2 * matrix_dim<DP>(D)); }
-  // By one thread.
-  static __device__ __forceinline__ void fetch(float (&rows)[3][DP], const Centre<DP>& from,
-                                               uint64_t* barrier) {
-    copy_bytes(rows[0], from.from, 4 * from.D, barrier);
-    copy_bytes(rows[1], from.products, 4 * from.dim, barrier);
-    copy_bytes(rows[2], from.products + from.dim, 4 * from.dim, barrier);
+  // Those of a key head, of all batch entries; by one thread.
+  static __device__ __forceinline__ void fetch(float (&rows)[3][DP], const ForwardParams& p,
+                                               int64_t key_head, uint64_t* barrier) {
+    const int dim = matrix_dim<DP>(p.D);
+    const float* const products = p.centre_term + key_head * 2 * dim;
+    copy_bytes(rows[0], p.centre + key_head * p.D, 4 * p.D, barrier);
+    copy_bytes(rows[1], products, 4 * dim, barrier);
+    copy_bytes(rows[2], products + dim, 4 * dim, barrier);
   }
   __device__ __forceinline__ float2 itself(int n) const { return pair(0, n); }
   __device__ __forceinline__ float2 times_c(int n) const { return pair(1, n); }
@@ -95,14 +71,14 @@ struct CentreRows {
   }
 };
 
-// kWarps attend 16 rows each; kStages tiles of keys. kCentre: the centre of weighted means comes
-// with each tile of rows, else it is read from memory.
-template <int DP, int kWarps, int kStages, int kPlaces, bool kCentre>
+// kWarps attend 16 rows each; kStages tiles of keys.
+template <int DP, int kWarps, int kStages, int kPlaces>
 struct ForwardTiles {
   static constexpr int kRows = 16 * kWarps;
+  static constexpr bool kCentre = DP <= 128;
   uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
   KeyRing<DP, kStages, kWarps> ring;
-  // The mean of the block-coarse state or, with kCentre, CentreRows.
+  // The mean of the block-coarse state or, with kCentre, Centre.
   alignas(16) float vectors[kPlaces][kCentre ? 3 : 1][DP];
   ForwardWork work[kPlaces];
   float2 gamma[32 * kWarps];  // with weighted means, of each thread's rows: out of its registers
@@ -124,15 +100,7 @@ struct ForwardTiles {
     __syncthreads();
   }
 
-  // Of the tile of rows in `slot`.
-  __device__ __forceinline__ auto centre_of(const ForwardParams& p, const ForwardWork& at,
-                                            int slot) const {
-    if constexpr (kCentre) {
-      return CentreRows<DP>{vectors[slot]};
-    } else {
-      return Centre<DP>(p, at.key_head);
-    }
-  }
+  __device__ __forceinline__ Centre<DP> centre(int slot) const { return {vectors[slot]}; }
 
   // By one warp.
   __device__ void fetch_ahead(const ForwardMaps& p) {
@@ -165,7 +133,7 @@ struct ForwardTiles {
                       state ? p.state_lse[list] : 0.f};
       }
       int bytes = kRows * DP * 2 + (state ? p.D * 4 : 0);
-      if (centred) bytes += CentreRows<DP>::bytes(p.D);
+      if (centred) bytes += Centre<DP>::bytes(p.D);
       barrier_expect(&q_full[slot], bytes);
       if (producer.lane == 0) {
         for (int i = 0; i < DP / 64; ++i) {
@@ -176,8 +144,7 @@ struct ForwardTiles {
         }
         if constexpr (kCentre) {
           if (centred) {
-            const Centre<DP> centre(p, at.b * p.Hk + at.hk);
-            CentreRows<DP>::fetch(vectors[slot], centre, &q_full[slot]);
+            Centre<DP>::fetch(vectors[slot], p, at.b * p.Hk + at.hk, &q_full[slot]);
           }
         }
       }
@@ -310,14 +277,12 @@ __device__ __forceinline__ void with_place(Ring& ring, int place, bool keys, boo
 // C alone, and gamma is `known`. `share`: the pooled part of this thread's rows. multiply(x, first,
 // second): x = the rows times the matrix whose columns from 0 on start at `first`, those from 64 on
 // at `second`.
-template <typename T, int kTiles, int kPanels, int kRows, class CentreOf, class Ring,
-          class Multiply>
+template <typename T, int kTiles, int kPanels, int kRows, class Centre, class Ring, class Multiply>
 __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float (&share)[2],
                                            const uint16_t (&q)[kPanels][kRows][64],
-                                           const CentreOf& centre_of, int row, Ring& ring,
-                                           int& place, const ForwardParams& p,
-                                           const ForwardWork& at, const float2& known,
-                                           const Multiply& multiply) {
+                                           const Centre& centre, int row, Ring& ring, int& place,
+                                           const ForwardParams& p, const ForwardWork& at,
+                                           const float2& known, const Multiply& multiply) {
   constexpr bool kBoth = kPanels > 1;  // of a matrix's place both halves
   const bool centred = p.centre != nullptr;
   float x[kTiles][4], gamma[2];
@@ -348,7 +313,6 @@ __device__ __forceinline__ void add_order1(float (&acc)[kTiles][4], const float 
              [&](int stage) { multiply(x, kBoth ? ring.k[stage] : ring.v[stage], ring.v[stage]); });
   ++place;
   if (centred) {
-    const auto centre = centre_of();
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const float2 u = centre.times_c(n);
