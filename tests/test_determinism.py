@@ -4,6 +4,7 @@ And nothing in forward or backward waits for the device.
 """
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -205,6 +206,22 @@ def test_nothing_waits_for_the_device(device, dtype, mode):
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
     assert waiting, "forward or backward waited for the device"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_longer_call_behind_a_shorter_one_of_another_thread(dtype):
+    """What shared memory a kernel may have is the process's: the shorter call takes nothing away."""
+
+    def run(N):
+        q = torch.randn(1, 2, N, 64, device="cuda", dtype=dtype)
+        mra.mra_attention(q, q, q, density=1 / 16, block_size=32, coarse="row", pool="even")
+        torch.cuda.synchronize()
+
+    run(8192)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(run, 1024).result()
+    run(8192)
 
 
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

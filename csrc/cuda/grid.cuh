@@ -33,23 +33,8 @@ __device__ __forceinline__ void clear_queues(int32_t* queues) {
   if (blockIdx.x == 0 && threadIdx.x < 2) queues[threadIdx.x] = 0;
 }
 
-// Lets a kernel have `bytes` of dynamic shared memory. Each thread of the host remembers what it
-// has asked for: asking takes a third of a launch's time.
-inline cudaError_t allow_shared(const void* kernel, int bytes) {
-  struct Allowed {
-    const void* kernel = nullptr;
-    int device = 0, bytes = 0;
-  };
-  static thread_local Allowed known[64];
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  Allowed& entry = known[reinterpret_cast<uintptr_t>(kernel) / 16 % 64];
-  if (entry.kernel == kernel && entry.device == device && entry.bytes >= bytes) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) entry = {kernel, device, bytes};
-  return error;
-}
+// Lets a kernel have `bytes` of dynamic shared memory, or more.
+cudaError_t allow_shared(const void* kernel, int bytes);
 
 // Launches `blocks` blocks of threads with `bytes` of dynamic shared memory; no blocks is no
 // launch.
