@@ -211,7 +211,7 @@ def test_nothing_waits_for_the_device(device, dtype, mode):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_longer_call_behind_a_shorter_one_of_another_thread(dtype):
-    """What shared memory a kernel may have is the process's: the shorter call takes nothing away."""
+    """What shared memory a kernel may have is the process's: a shorter call takes nothing away."""
 
     def run(N):
         q = torch.randn(1, 2, N, 64, device="cuda", dtype=dtype)
