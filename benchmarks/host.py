@@ -42,9 +42,7 @@ def main(argv):
     report.say("microseconds of the host a call, forward / forward + backward")
     runs = []
     for N in args.length:
-        case = Case(
-            f"N{N}", 1, args.heads, N, args.head_dim, dtype=args.dtype, density=1 / 8, forms=FORMS
-        )
+        case = Case(f"N{N}", 1, args.heads, N, args.head_dim, dtype=args.dtype, density=1 / 8)
         for name, prepared in backends(Context(case, device, args.seed)):
             rows.append({"N": N, "backend": name} | dict.fromkeys(PASSES, float("inf")))
             runs += [(rows[-1], which, prepared.run(which)) for which in PASSES]
@@ -66,10 +64,10 @@ def backends(context):
         yield f"mra {form.name}", prepare_mra(form, context)
 
 
-def microseconds(run, calls=CALLS):
+def microseconds(run):
     """Of the host for one call of ``run``."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(CALLS):
         run()
-    return 1e6 * (time.perf_counter() - start) / calls
+    return 1e6 * (time.perf_counter() - start) / CALLS

@@ -21,6 +21,10 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", CUDA]
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices"),
+]
 # (device, dtype) that the operators serve. float64 is the CPU's; CUDA refuses it.
 CPU_DTYPES = [("cpu", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
 CUDA_DTYPES = [

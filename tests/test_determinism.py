@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import CPU_DTYPES, CUDA_DTYPES, DEVICE_DTYPES, Case, assert_same_bits
+from helpers import CPU_DTYPES, CUDA_DTYPES, DEVICE_DTYPES, TWO_GPUS, Case, assert_same_bits
 
 import mra_attention as mra
 
@@ -224,16 +224,12 @@ def test_a_longer_call_behind_a_shorter_one_of_another_thread(dtype):
     run(8192)
 
 
-two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-
-
-@pytest.mark.gpu
-@two_devices
+@pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=TWO_GPUS)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_another_device_than_the_current_one(mode, dtype):
+def test_another_device_than_the_current_one(mode, dtype, device):
     """Tensors on cuda:1 while cuda:0 is current: the same bits as with cuda:1 current."""
-    case = make("cuda:1", dtype, mode)
+    case = make(device, dtype, mode)
     with torch.cuda.device(0):
         results = case.ours()
         assert {t.device for t in results.values()} == {torch.device("cuda", 1)}
@@ -243,10 +239,9 @@ def test_another_device_than_the_current_one(mode, dtype):
         assert_same_bits(results, case.ours())
 
 
-@pytest.mark.gpu
-@two_devices
-def test_layout_on_another_device_than_the_current_one():
-    x = torch.randn(3, 2, 4, 200, 64, device="cuda:1", dtype=torch.bfloat16).requires_grad_()
+@pytest.mark.parametrize("device", [pytest.param("cuda:1", marks=TWO_GPUS)])
+def test_layout_on_another_device_than_the_current_one(device):
+    x = torch.randn(3, 2, 4, 200, 64, device=device, dtype=torch.bfloat16).requires_grad_()
 
     def run(current):
         with torch.cuda.device(current):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import limit, new_seed, relative_error
+from helpers import TWO_GPUS, limit, new_seed, relative_error
 from torch.distributed.device_mesh import init_device_mesh
 
 import mra_attention as mra
@@ -18,10 +18,6 @@ NAMES = ("out", "lse", "dq", "dk", "dv")
 B, H, N, D = 2, 4, 128, 16
 # Device: (backend, dtype, size of blocks).
 GROUPS = {"cpu": ("gloo", torch.float64, 16), "cuda": ("nccl", torch.float32, 32)}
-TWO_GPUS = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices"),
-]
 
 
 def cases(seed):

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ROOT
-from test_distributed import GROUPS, NAMES, TWO_GPUS, assert_same, attend, draw, in_processes
+from helpers import ROOT, TWO_GPUS
+from test_distributed import GROUPS, NAMES, assert_same, attend, draw, in_processes
 from torch import nn
 
 import mra_attention as mra
