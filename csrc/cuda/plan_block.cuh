@@ -66,8 +66,8 @@ __device__ void narrow(Search& search, int enough, BlockReduce& reduce, int high
     search.pivots(a, b);
     int at_a = 0, at_b = 0;
     each([&](uint32_t key) {
-      at_a += key >= a;
-      at_b += key >= b;
+      count_above(at_a, key, a - 1);
+      count_above(at_b, key, b - 1);
     });
     reduce.sum(at_a, at_b);
     search.report(a, higher + at_a, b, higher + at_b);

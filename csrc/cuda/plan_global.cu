@@ -137,8 +137,8 @@ cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t strea
 }  // namespace
 
 cudaError_t plan_global(const PlanParams& p, int64_t budget, uint32_t* map, cudaStream_t stream) {
-  const cudaError_t error = p.nk <= 128 ? launch_scores<ScoreTile<4, 4, 8, 1>>(p, map, stream)
-                                        : launch_scores<ScoreTile<8, 4, 4, 2>>(p, map, stream);
+  const cudaError_t error = p.nk <= 128 ? launch_scores<ScoreTile<1, 4, 2, 4>>(p, map, stream)
+                                        : launch_scores<ScoreTile<2, 4, 1, 8>>(p, map, stream);
   if (error != cudaSuccess) return error;
   constexpr int kSmem = kCandidates * sizeof(uint32_t);
   return launch_grid(global_select_kernel, p.B * p.H, 1024, kSmem, stream, p, budget, map);

@@ -15,8 +15,8 @@ struct MapShape {
   int pitch, rows, ring;
 
   __host__ __device__ explicit MapShape(const PlanParams& p)
-      : pitch(score_pitch(p.nk)), rows((p.nq + 16 * kTiles - 1) / (16 * kTiles) * (16 * kTiles)) {
-    constexpr int kParts = 256 * kTiles * Tile::kWarps;
+      : pitch(score_pitch(p.nk)), rows((p.nq + 8 * kTiles - 1) / (8 * kTiles) * (8 * kTiles)) {
+    constexpr int kParts = 128 * kTiles * Tile::kWarps;
     ring = Tile::kRingWords > kParts ? Tile::kRingWords : kParts;
     if (has_tiers(p) && ring < map_words()) ring = map_words();
   }
@@ -155,16 +155,16 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
       past_blocks(p, p.nq - 1), ring);
 }
 
-// f(tile, row tiles of 16 a warp takes at once, blocks of threads a multiprocessor), by the map.
+// f(tile, row tiles of 8 a warp takes at once, blocks of threads a multiprocessor), by the map.
 template <class F>
 auto with_tile(const PlanParams& p, const F& f) {
   using std::integral_constant;
   const int64_t words = int64_t{p.nq} * ((p.nk + 31) / 32 * 32);
-  if (words <= 1024)
-    return f(ScoreTile<4, 1, 4, 1>{}, integral_constant<int, 1>{}, integral_constant<int, 6>{});
+  if (p.nk <= 32 && words <= 1024)
+    return f(ShortScoreTile{}, integral_constant<int, 2>{}, integral_constant<int, 6>{});
   if (words <= 4096)
-    return f(ScoreTile<8, 2, 8, 1>{}, integral_constant<int, 1>{}, integral_constant<int, 2>{});
-  return f(ScoreTile<8, 4, 16, 1>{}, integral_constant<int, 2>{}, integral_constant<int, 1>{});
+    return f(ScoreTile<1, 4, 4, 2>{}, integral_constant<int, 2>{}, integral_constant<int, 2>{});
+  return f(ScoreTile<2, 4, 4, 4>{}, integral_constant<int, 4>{}, integral_constant<int, 1>{});
 }
 
 constexpr int64_t kMostPairs = 16384;  // more are quicker spread over the device

@@ -4,6 +4,7 @@
 // selects within whole rows. Only the lists are written: no (N / block)^2 array. What a row leaves
 // is still there afterwards: the block-coarse state is made from it.
 #include <algorithm>
+#include <type_traits>
 
 #include "plan_coarse.cuh"
 #include "plan_row.cuh"
@@ -13,11 +14,11 @@ namespace mra::cuda {
 namespace {
 
 // The list of query block x, which may take `budget` blocks, by one warp: writes index[0 ..
-// row_capacity), zeros behind the list, and returns how many are taken. With v_mean, row.keys then
-// holds the scores of those that are left to the coarse part, -inf elsewhere.
-template <int kSteps>
-__device__ int select_row(const PlanParams& p, int x, int budget, Row<kSteps> row, int32_t* index,
-                          uint32_t* candidates) {
+// row_capacity), zeros behind the list, and returns how many are taken. With kCoarse, row.held then
+// holds the keys of those that are left to the coarse part, kAbsent elsewhere.
+template <bool kCoarse, int kSteps>
+__device__ __forceinline__ int select_row(const PlanParams& p, int x, int budget, Row<kSteps>& row,
+                                          int32_t* index, uint32_t* candidates) {
   const int lane = threadIdx.x % 32;
   Boundary edge;
   if (has_tiers(p)) {
@@ -38,7 +39,8 @@ __device__ int select_row(const PlanParams& p, int x, int budget, Row<kSteps> ro
     edge = whole_boundary(pairs, budget);
   }
 
-  Cut cut{kForced, 0};  // nothing
+  Cut cut{kForced, INT_MAX};  // nothing
+  [[maybe_unused]] bool lowered = false;
   if (edge.take > 0) {
     if (has_tiers(p)) {
       row.map([&](int t, uint32_t key) {
@@ -47,24 +49,70 @@ __device__ int select_row(const PlanParams& p, int x, int budget, Row<kSteps> ro
       });
     }
     cut = find_row_cut(row, edge, candidates);
+    lowered = cut.ties != INT_MAX;
+    if (lowered) lower_ties(row, cut);
   }
 
-  const int past = past_blocks(p, x);
   int at = 0;
-  row.each([&](int t, uint32_t key) {
-    const int y = t * 32 + lane;
-    const unsigned taken = take_lanes(key, cut.key, cut.ties);
-    const bool mine = append(taken, y, index, at, p.row_capacity);
-    at += __popc(taken);
-    if (kSteps > 0 && p.v_mean != nullptr && t < row.steps) {
-      const uint32_t whole = row.keys[y];  // of any tier
-      const bool left = !mine && whole != kAbsent && y < past;
-      row.keys[y] = __float_as_uint(left ? score_of(whole) : -INFINITY);
+  if constexpr (kSteps > 0) {
+    // Lane t gets which blocks step t takes, and writes them.
+    unsigned mine = 0;
+    row.each([&](int t, uint32_t key) {
+      const unsigned taken = __ballot_sync(kFullWarp, key >= cut.key);
+      if (lane == t) mine = taken;
+    });
+    int end = __popc(mine);
+#pragma unroll
+    for (int step = 1; step < kSteps; step *= 2) {
+      const int before = __shfl_up_sync(kFullWarp, end, step);
+      if (lane >= step) end += before;
     }
-  });
+    at = __shfl_sync(kFullWarp, end, kSteps - 1);
+    for (int to = end - __popc(mine); mine != 0 && to < p.row_capacity; ++to, mine &= mine - 1) {
+      index[to] = lane * 32 + __ffs(static_cast<int>(mine)) - 1;
+    }
+  } else {
+    row.each([&](int t, uint32_t key) {
+      const unsigned taken = __ballot_sync(kFullWarp, key >= cut.key);
+      append(taken, t * 32 + lane, index, at, p.row_capacity);
+      at += __popc(taken);
+    });
+  }
+  if constexpr (kCoarse) {
+    if (lowered || has_tiers(p)) {
+      const int past = past_blocks(p, x);
+      row.map([&](int t, uint32_t key) {
+        const int y = t * 32 + lane;
+        return key < cut.key && t < row.steps && y < past ? row.keys[y] : kAbsent;
+      });
+    } else {
+      row.map([&](int, uint32_t key) { return key < cut.key ? key : kAbsent; });
+    }
+  }
   at = min(at, p.row_capacity);
   for (int i = at + lane; i < p.row_capacity; i += 32) index[i] = 0;
   return at;
+}
+
+// Keys of scores that are left -> weights in their place, c_y exp(score - top), by one warp. Writes
+// the row's lse and returns 1 / sum of weights, 0 where there is none.
+template <int kSteps>
+__device__ __forceinline__ float weigh_left(const Row<kSteps>& row, const float* counts, bool tf32,
+                                            float* lse) {
+  const int lane = threadIdx.x % 32;
+  uint32_t highest = kAbsent;
+  row.each([&](int, uint32_t key) { highest = max(highest, key); });
+  const float top = top_score(__reduce_max_sync(kFullWarp, highest));
+  float* const weights = reinterpret_cast<float*>(row.keys);
+  float sum = 0.f;
+  row.each([&](int t, uint32_t key) {
+    // Not by a branch. Behind the counts lie rows of scores: each step has some to read.
+    const float weight = weight_of(score_of(key), top, counts[t * 32 + lane]);
+    const float left = key == kAbsent ? 0.f : weight;
+    if (t < row.steps) weights[t * 32 + lane] = weight_operand(left, tf32);
+    sum += left;
+  });
+  return finish_weights(sum, top, lse);
 }
 
 // Blocks of threads a multiprocessor that the registers leave room for.
@@ -73,7 +121,7 @@ inline constexpr int kRowBlocks = Tile::kThreads == 128                         
                                   : kSteps > 0 && kSteps < 32 && Tile::kRows == 16 ? 2
                                                                                    : 1;
 
-template <class Tile, int kSteps, bool kWorkspace>
+template <class Tile, int kSteps, bool kWorkspace, bool kCoarse>
 __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
   constexpr int kRows = Tile::kRows, kWarps = Tile::kWarps;
@@ -81,7 +129,8 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
   __shared__ __align__(16) uint32_t candidates[kWarps][kRanked];
   __shared__ float inverse[kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(ring + Tile::kRingWords);
+  float* const counts = ring + Tile::kRingWords;  // of key blocks, with kCoarse
+  uint32_t* keys = reinterpret_cast<uint32_t*>(counts + (kCoarse ? pitch : 0));
   if constexpr (kWorkspace) keys = workspace + int64_t{blockIdx.x} * kRows * pitch;
 
   clear_queues(p.queues);
@@ -92,34 +141,38 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     const int head = tile / row_tiles, b = head / p.H, h = head % p.H;
     // Later query blocks see more under causality: they go first.
     const int x0 = (row_tiles - 1 - tile % row_tiles) * kRows, rows = min(kRows, p.nq - x0);
+    if constexpr (kCoarse) {
+      for (int y = threadIdx.x; y < p.nk; y += Tile::kThreads) {
+        counts[y] = static_cast<float>(p.k_count[int64_t{b} * p.nk + y]);
+      }
+    }
     const int written = Tile::write(p, b, h, x0, ring, keys, pitch, pitch);
     __syncthreads();
 
+#pragma unroll 1
     for (int r = warp; r < rows; r += kWarps) {
-      const int x = x0 + r, steps = written / 32;
+      const int x = x0 + r;
       const int64_t start = int64_t{x} * p.row_capacity;
       const int64_t list = int64_t{head} * p.nq + x;
       int32_t* index = p.index + int64_t{head} * p.nq * p.row_capacity + start;
-      uint32_t* row = keys + int64_t{r} * pitch;
+      Row<kSteps> row(keys + int64_t{r} * pitch, written / 32);
       // The room for a list is what every row may take, without causality.
       const int budget = p.causal ? row_budget(p, x) : p.row_capacity;
-      const int count = select_row<kSteps>(p, x, budget, {row, steps}, index, candidates[warp]);
+      const int count = select_row<kCoarse>(p, x, budget, row, index, candidates[warp]);
       if (lane == 0) {
         p.start[list] = static_cast<int32_t>(start);
         p.count[list] = count;
       }
-      if (kSteps > 0 && p.v_mean != nullptr) {
-        const float sum = weigh_row(p, b, reinterpret_cast<float*>(row), steps, 0.f, p.lse + list);
+      if constexpr (kCoarse) {
+        const float sum = weigh_left(row, counts, p.tf32, p.lse + list);
         if (lane == 0) inverse[r] = sum;
       }
     }
-    if constexpr (kSteps > 0) {
-      if (p.v_mean != nullptr) {
-        __syncthreads();
-        constexpr int kBatch = kSteps >= 32 ? 16 : kSteps > 1 ? 8 : 4;
-        mean_of_values<kRows / 16, kBatch>(p, b, h, x0, reinterpret_cast<const float*>(keys), pitch,
-                                           inverse, rows, past_blocks(p, x0 + rows - 1), ring);
-      }
+    if constexpr (kCoarse) {
+      __syncthreads();
+      constexpr int kBatch = kSteps >= 32 ? 16 : kSteps > 1 ? 8 : 4;
+      mean_of_values<kRows / 8, kBatch>(p, b, h, x0, reinterpret_cast<const float*>(keys), pitch,
+                                        inverse, rows, past_blocks(p, x0 + rows - 1), ring);
     }
     // No barrier: a next tile is there with a workspace only, and its keys are written after the
     // barrier of its first stage. Its copies go to the ring, which the selection does not read.
@@ -130,17 +183,24 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
 template <class Tile, int kSteps, bool kWorkspace = false>
 cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* workspace,
                        cudaStream_t stream) {
-  static_assert(Tile::kRingWords >= 256 * Tile::kWarps * Tile::kRows / 16, "parts of means");
-  const auto kernel = plan_row_kernel<Tile, kSteps, kWorkspace>;
-  const int words = Tile::kRingWords + (kWorkspace ? 0 : Tile::kRows * config.pitch);
+  static_assert(kSteps == 0 || Tile::kRingWords >= 128 * Tile::kWarps * Tile::kRows / 8,
+                "parts of means");
+  const int words = Tile::kRingWords + (kWorkspace ? 0 : (Tile::kRows + 1) * config.pitch);
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
-  return launch_grid(kernel, config.ctas, Tile::kThreads, words * sizeof(float), stream,
-                     Beside{p.beside}, p, config.pitch, tiles, static_cast<uint32_t*>(workspace));
+  const auto launch = [&](auto coarse) {
+    return launch_grid(plan_row_kernel<Tile, kSteps, kWorkspace, coarse>, config.ctas,
+                       Tile::kThreads, words * sizeof(float), stream, Beside{p.beside}, p,
+                       config.pitch, tiles, static_cast<uint32_t*>(workspace));
+  };
+  if constexpr (kSteps > 0) {
+    if (p.v_mean != nullptr) return launch(std::true_type{});
+  }
+  return launch(std::false_type{});
 }
 
-using Wide8 = ScoreTile<2, 4, 4, 2>;  // 256 columns
-using Wide16 = ScoreTile<4, 4, 4, 2>;
-using Wide32 = ScoreTile<8, 4, 4, 2>;
+using Wide8 = ScoreTile<1, 4, 1, 8, 8>;  // 256 columns
+using Wide16 = ScoreTile<1, 4, 1, 8>;
+using Wide32 = ScoreTile<2, 2, 1, 16>;
 constexpr int kHeldBlocks = 1024;  // longest row that a warp holds in registers
 
 }  // namespace
@@ -156,7 +216,7 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   config.coarse = p.nk <= kHeldBlocks;
   const auto tiles = [&](int rows) { return p.B * p.H * ((p.nq + rows - 1) / rows); };
   const auto fits = [&](int rows, int ring) {
-    return (ring + int64_t{rows} * config.pitch) * 4 + 2048 <= device.max_smem;
+    return (ring + int64_t{rows + 1} * config.pitch) * 4 + 2048 <= device.max_smem;
   };
   const bool many = p.nk > 128 && int64_t{tiles(32)} * 10 >= int64_t{device.sms} * 18;
   config.rows = many && fits(32, Wide32::kRingWords) ? 32 : 16;
@@ -182,9 +242,9 @@ cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* wor
     if (p.nk <= kHeldBlocks) return run(launch_row<Wide32, 32>);
     return run(launch_row<Wide32, 0>);
   }
-  if (p.nk <= 32) return run(launch_row<ScoreTile<4, 1, 4, 1>, 1>);
-  if (p.nk <= 64) return run(launch_row<ScoreTile<4, 1, 4, 2>, 2>);
-  if (p.nk <= 128) return run(launch_row<ScoreTile<4, 2, 4, 2>, 4>);
+  if (p.nk <= 32) return run(launch_row<ShortScoreTile, 1>);
+  if (p.nk <= 64) return run(launch_row<ScoreTile<1, 1, 1, 8>, 2>);
+  if (p.nk <= 128) return run(launch_row<ScoreTile<1, 2, 1, 8>, 4>);
   if (p.nk <= 256) return run(launch_row<Wide16, 8>);
   if (p.nk <= 512) return run(launch_row<Wide16, 16>);
   if (p.nk <= kHeldBlocks) return run(launch_row<Wide16, 32>);

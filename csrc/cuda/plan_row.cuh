@@ -61,10 +61,24 @@ __device__ __forceinline__ Cut take_highest(const Row<kSteps>& row, const Bounda
     top = __reduce_max_sync(kFullWarp, top);
     int equal = 0;
     row.each([&](int, uint32_t key) { equal += __popc(__ballot_sync(kFullWarp, key == top)); });
-    if (equal >= left || top == kAbsent) return {top, left};
+    if (equal >= left || top == kAbsent) return {top, equal == left ? INT_MAX : left};
     left -= equal;
     below = top;
   }
+}
+
+// Of the keys equal to the cut's those that aren't taken are lowered by one: all from the cut's on
+// are.
+template <int kSteps>
+__device__ __forceinline__ void lower_ties(Row<kSteps>& row, Cut& cut) {
+  row.map([&](int, uint32_t key) {
+    const unsigned equal = __ballot_sync(kFullWarp, key == cut.key);
+    const int before = __popc(equal & ((1u << threadIdx.x % 32) - 1));
+    const bool lower = key == cut.key && before >= cut.ties;
+    cut.ties -= min(cut.ties, __popc(equal));
+    return lower ? key - 1 : key;
+  });
+  cut.ties = INT_MAX;
 }
 
 // The cut of a row, by one warp; `candidates` [kRanked] is its own.
@@ -73,15 +87,15 @@ __device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32
   constexpr int kFew = kSteps == 1 || kSteps == 2 ? 8 : 0;  // quicker than a search
   if (edge.take - edge.forced <= kFew) return take_highest(row, edge);
   const int lane = threadIdx.x % 32;
+  // Below kAbsent lies kForced, above kForced kAbsent: neither is lowest or highest.
   uint32_t lo = kForced, hi = kAbsent;
   row.each([&](int, uint32_t key) {
-    if (key == kAbsent || key == kForced) return;
-    lo = min(lo, key);
-    hi = max(hi, key);
+    lo = min(lo, key - 1);
+    hi = max(hi, key + 1);
   });
   Search search;
-  search.lo = __reduce_min_sync(kFullWarp, lo);
-  search.hi = __reduce_max_sync(kFullWarp, hi);
+  search.lo = __reduce_min_sync(kFullWarp, lo) + 1;
+  search.hi = __reduce_max_sync(kFullWarp, hi) - 1;
   search.at_least = edge.forced + edge.within;
   search.above = edge.forced;
   search.m = edge.take;
@@ -90,21 +104,27 @@ __device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32
     search.pivots(a, b);
     int at_a = 0, at_b = 0;
     row.each([&](int, uint32_t key) {
-      at_a += key >= a;
-      at_b += key >= b;
+      count_above(at_a, key, a - 1);
+      count_above(at_b, key, b - 1);
     });
     search.report(a, __reduce_add_sync(kFullWarp, at_a), b, __reduce_add_sync(kFullWarp, at_b));
   }
   if (search.done()) return search.cut();
 
-  candidates[lane] = kAbsent;
-  __syncwarp();
-  int at = 0;
+  // The candidates of a lane lie one behind the other.
+  const uint32_t range = search.hi - search.lo;
+  int own = 0;
+  row.each([&](int, uint32_t key) { own += key - search.lo <= range; });
+  int at = own;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, at, step);
+    if (lane >= step) at += before;
+  }
+  if (lane >= __shfl_sync(kFullWarp, at, 31)) candidates[lane] = kAbsent;
+  at -= own;
   row.each([&](int, uint32_t key) {
-    const bool inside = key >= search.lo && key <= search.hi;
-    const unsigned all = __ballot_sync(kFullWarp, inside);
-    if (inside) candidates[at + __popc(all & ((1u << lane) - 1))] = key;
-    at += __popc(all);
+    if (key - search.lo <= range) candidates[at++] = key;
   });
   __syncwarp();
   const Cut cut = rank_cut(candidates, search.m - search.above);

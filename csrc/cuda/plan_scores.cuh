@@ -1,23 +1,23 @@
 // Scores of pairs of blocks, L = scale * q_mean . k_mean, in float32, as keys.
 //
 // A block of threads makes tiles of query blocks against key blocks. Both come through a ring of
-// two stages of kDepth dimensions by cp.async, all of a small head at once. Every sum runs over the
-// dimensions in order, so that a score has the same bits whatever the tile.
+// two stages of kDepth dimensions by cp.async, all of a small head at once. The same pair has the
+// same bits whatever the tile: ScoreTile multiplies on the tensor cores, three TF32 products whose
+// stages are added up as floats; ShortScoreTile, for up to 32 key blocks, sums dimension by
+// dimension, as short heads do for themselves (sm90/head_plan.cuh).
 #pragma once
 
 #include "plan_select.cuh"
+#include "sm80/mma.cuh"
 
 namespace mra::cuda {
 
 constexpr int kDepth = 32;
-// 4 times an odd number: eight lanes that read 16 bytes of eight rows hit all 32 banks.
-constexpr int kDepthPitch = kDepth + 4;
 
 // 16 bytes from global to shared memory, or zeros.
 __device__ __forceinline__ void copy_async16(float* to, const float* from, bool inside) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(from),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(to)), "l"(from),
                "r"(bytes)
                : "memory");
 }
@@ -30,36 +30,93 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// kRowWarps x kColWarps warps; a lane has kRowTile rows, and kColTile columns in steps of 32.
-template <int kRowTile, int kColTile, int kRowWarps, int kColWarps>
+// The means and what else belongs to the scores of query blocks x0 .. x0 + rows of a head.
+struct ScoreInputs {
+  const float *q_mean, *k_mean, *key_bias;
+  const int32_t *q_count, *k_count;
+  int rows, cols;  // query blocks, and key blocks that the last of them, which sees most, sees
+
+  __device__ __forceinline__ ScoreInputs(const PlanParams& p, int b, int h, int x0, int most_rows) {
+    const int64_t first_key = (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk;
+    q_mean = p.q_mean + ((int64_t{b} * p.H + h) * p.nq + x0) * p.D;
+    k_mean = p.k_mean + first_key * p.D;
+    key_bias = p.key_bias == nullptr ? nullptr : p.key_bias + first_key;
+    q_count = p.q_count + int64_t{b} * p.nq + x0;
+    k_count = p.k_count + int64_t{b} * p.nk;
+    rows = min(most_rows, p.nq - x0);
+    cols = visible_blocks(p, x0 + rows - 1);
+  }
+  __device__ __forceinline__ bool has_key(int y) const { return y < cols && k_count[y] > 0; }
+  __device__ __forceinline__ float bias(int y) const {
+    return key_bias != nullptr && y < cols ? key_bias[y] : 0.f;
+  }
+  // Where the key blocks end that exist for query block x0 + r.
+  __device__ __forceinline__ int seen(const PlanParams& p, int x0, int r) const {
+    return r < rows && q_count[r] > 0 ? visible_blocks(p, x0 + r) : 0;
+  }
+};
+
+// kRowWarps x kColWarps warps, each of 16 kRowTiles rows and 8 kColTiles columns. Of the rows only
+// the first kHeldRows exist.
+template <int kRowTiles, int kColTiles, int kRowWarps, int kColWarps,
+          int kHeldRows = 16 * kRowTiles* kRowWarps>
 struct ScoreTile {
-  static constexpr int kRows = kRowTile * kRowWarps, kCols = 32 * kColTile * kColWarps;
+  static constexpr int kRows = kHeldRows, kCols = 8 * kColTiles * kColWarps;
   static constexpr int kWarps = kRowWarps * kColWarps, kThreads = 32 * kWarps;
-  static constexpr int kStageWords = (kRows + kCols) * kDepthPitch;
+  static constexpr int kRingRows = 16 * kRowTiles * kRowWarps;
+  static constexpr int kStageWords = (kRingRows + kCols) * kDepth;
   static constexpr int kRingWords = 2 * kStageWords;
 
-  // acc[i][j] += q[i] . k[32 j] over one stage.
+  // Where 16 bytes of a row lie in a stage: lanes of four rows that read 8 bytes of each hit all 32
+  // banks.
+  static __device__ __forceinline__ int chunk_at(int row, int chunk) {
+    return (chunk ^ 2 * (row % 4)) * 4;
+  }
+
+  // x = high + low for operands of TF32, of which the tensor cores ignore the low 13 bits.
+  static __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
+    high = __float_as_uint(x);
+    low = __float_as_uint(x - __uint_as_float(high & 0xffffe000u));
+  }
+
+  // acc += q k^T over one stage, from the first of this warp's rows of both on.
   static __device__ __forceinline__ void add_stage(const float* q, const float* k,
-                                                   float (&acc)[kRowTile][kColTile]) {
-#pragma unroll(kRowTile* kColTile > 16 ? 2 : 4)
-    for (int d = 0; d < kDepth; d += 4) {
-      float4 key[kColTile];
+                                                   float (&acc)[kRowTiles][kColTiles][4]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float part[kRowTiles][kColTiles][4] = {};
 #pragma unroll
-      for (int j = 0; j < kColTile; ++j) {
-        key[j] = *reinterpret_cast<const float4*>(k + 32 * j * kDepthPitch + d);
-      }
+    for (int step = 0; step < kDepth / 8; ++step) {
+      // Slots t and t + 4 of a product hold dimensions 2t and 2t + 1.
+      const int at = g * kDepth + chunk_at(g, 2 * step + t / 2) + t % 2 * 2;
+      uint32_t qh[kRowTiles][4], ql[kRowTiles][4], kh[kColTiles][2], kl[kColTiles][2];
 #pragma unroll
-      for (int i = 0; i < kRowTile; ++i) {
-        const float4 query = *reinterpret_cast<const float4*>(q + i * kDepthPitch + d);
+      for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-        for (int j = 0; j < kColTile; ++j) {
-          acc[i][j] = fmaf(query.x, key[j].x, acc[i][j]);
-          acc[i][j] = fmaf(query.y, key[j].y, acc[i][j]);
-          acc[i][j] = fmaf(query.z, key[j].z, acc[i][j]);
-          acc[i][j] = fmaf(query.w, key[j].w, acc[i][j]);
+        for (int half = 0; half < 2; ++half) {
+          const float2 u = *reinterpret_cast<const float2*>(q + (16 * i + 8 * half) * kDepth + at);
+          split(u.x, qh[i][half], ql[i][half]);
+          split(u.y, qh[i][2 + half], ql[i][2 + half]);
         }
       }
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) {
+        const float2 u = *reinterpret_cast<const float2*>(k + 8 * j * kDepth + at);
+        split(u.x, kh[j][0], kl[j][0]);
+        split(u.y, kh[j][1], kl[j][1]);
+      }
+      const auto products = [&](const auto& a, const auto& b) {
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+          for (int j = 0; j < kColTiles; ++j) Mma<float>::product(part[i][j], a[i], b[j]);
+        }
+      };
+      products(ql, kh);
+      products(qh, kl);
+      products(qh, kh);
     }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) add_part(acc[i], 0, part[i]);
   }
 
   // Writes the keys of query blocks x0 .. x0 + kRows against key blocks 0 .. written (returned; at
@@ -68,71 +125,84 @@ struct ScoreTile {
   // Begins with copies into the ring [kRingWords], ends without a barrier after the last write.
   static __device__ int write(const PlanParams& p, int b, int h, int x0, float* ring,
                               uint32_t* keys, int64_t pitch, int width) {
-    const auto store = [&](int r, int y, uint32_t key) { keys[r * pitch + y] = key; };
+    const bool pairs = pitch % 2 == 0;  // which then lie within 8 bytes
+    const auto store = [&](int r, int y, uint32_t even, uint32_t odd) {
+      uint32_t* const to = keys + r * pitch + y;
+      if (pairs) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(even, odd);
+      } else {
+        to[0] = even;
+        if (y + 1 < width) to[1] = odd;
+      }
+    };
     return each(p, b, h, x0, ring, width, store, [](int) {});
   }
 
-  // The same with store(r, y, key) for every key, and done(y0) by all threads once this one has
-  // stored its keys of columns y0 .. y0 + kCols. A barrier lies between done and the next store.
+  // The same with store(r, y, key, next key) for every two keys, y even, and done(y0) by all
+  // threads once this one has stored its keys of columns y0 .. y0 + kCols. A barrier lies between
+  // done and the next store.
   template <class Store, class Done>
   static __device__ __forceinline__ int each(const PlanParams& p, int b, int h, int x0, float* ring,
                                              int width, const Store& store, const Done& done) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = warp % kRowWarps * kRowTile;                // first of this thread's rows
-    const int col = warp / kRowWarps * (32 * kColTile) + lane;  // first of its columns
-    const float* q_mean = p.q_mean + ((int64_t{b} * p.H + h) * p.nq + x0) * p.D;
-    const int64_t first_key = (int64_t{b} * p.Hk + h / (p.H / p.Hk)) * p.nk;
-    const float* k_mean = p.k_mean + first_key * p.D;
-    const float* key_bias = p.key_bias == nullptr ? nullptr : p.key_bias + first_key;
-    const int32_t* k_count = p.k_count + int64_t{b} * p.nk;
-
-    const int rows = min(kRows, p.nq - x0);
-    const int cols = visible_blocks(p, x0 + rows - 1);  // the last row sees most
-    const int written = min(width, (cols + 31) / 32 * 32);
+    const int warp_row = warp % kRowWarps * 16 * kRowTiles;
+    const int warp_col = warp / kRowWarps * 8 * kColTiles;
+    const int row = warp_row + lane / 4, col = warp_col + lane % 4 * 2;  // first of this thread's
+    const ScoreInputs in(p, b, h, x0, kRows);
+    const int written = min(width, (in.cols + 31) / 32 * 32);
     const int depths = (p.D + kDepth - 1) / kDepth;
-    const int stages = (cols + kCols - 1) / kCols * depths;
+    const int stages = (in.cols + kCols - 1) / kCols * depths;
 
-    const auto load = [&](int stage) {
-      float* to = ring + stage % 2 * kStageWords;
-      const int y0 = stage / depths * kCols, d0 = stage % depths * kDepth;
-      constexpr int kCopies = (kRows + kCols) * (kDepth / 4);
+    // Eight threads copy a row of a stage; this one the same 16 bytes of some rows.
+    constexpr int kPass = kThreads / 8;
+    const int copy_row = threadIdx.x / 8, copy_dim = threadIdx.x % 8 * 4;
+    const int copy_to = copy_row * kDepth + chunk_at(copy_row, threadIdx.x % 8);
+    int load_y = 0, load_dim = 0;  // of the next stage to load
+    const auto load = [&](float* to) {
+      const int dim = load_dim + copy_dim;
+      const bool there = dim < p.D;
 #pragma unroll
-      for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; ++i) {
-        const int id = static_cast<int>(threadIdx.x) + i * kThreads;
-        if (kCopies % kThreads != 0 && id >= kCopies) break;
-        const int r = id / (kDepth / 4), d = id % (kDepth / 4) * 4;
-        const bool query = r < kRows;
-        const int from_row = query ? r : y0 + r - kRows;
-        const bool inside = from_row < (query ? rows : cols) && d0 + d < p.D;
-        const float* from = query ? q_mean : k_mean;
-        if (inside) from += int64_t{from_row} * p.D + d0 + d;
-        copy_async16(to + r * kDepthPitch + d, from, inside);
+      for (int r = 0; r < kRows; r += kPass) {
+        const int x = r + copy_row;
+        if ((kRows - r < kPass && x >= kRows)) break;
+        const bool inside = there && x < in.rows;
+        copy_async16(to + r * kDepth + copy_to, in.q_mean + (inside ? x * p.D + dim : 0), inside);
+      }
+      to += kRingRows * kDepth;
+#pragma unroll
+      for (int r = 0; r < kCols; r += kPass) {
+        const int y = load_y + r + copy_row;
+        if ((kCols - r < kPass && r + copy_row >= kCols)) break;
+        const bool inside = there && y < in.cols;
+        copy_async16(to + r * kDepth + copy_to, in.k_mean + (inside ? y * p.D + dim : 0), inside);
       }
       copy_commit();
+      load_dim += kDepth;
+      if (load_dim >= p.D) load_dim = 0, load_y += kCols;
     };
-    load(0);
-    if (stages > 1) load(1);
+    load(ring);
+    if (stages > 1) load(ring + kStageWords);
 
-    int seen[kRowTile];  // key blocks that exist for each of this thread's rows end here
+    int seen[kRowTiles][2];
 #pragma unroll
-    for (int i = 0; i < kRowTile; ++i) {
-      const int x = x0 + row + i;
-      const bool exists = row + i < rows && p.q_count[int64_t{b} * p.nq + x] > 0;
-      seen[i] = exists ? visible_blocks(p, x) : 0;
-    }
+    for (int i = 0; i < 2 * kRowTiles; ++i) seen[i / 2][i % 2] = in.seen(p, x0, row + 8 * i);
 
-    float acc[kRowTile][kColTile];
-    bool has_key[kColTile];
+    float acc[kRowTiles][kColTiles][4];
+    bool has_key[kColTiles][2];
+    float bias[kColTiles][2];
+    int y0 = 0, depth = 0;
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
-      const int y0 = stage / depths * kCols, depth = stage % depths;
       if (depth == 0) {
 #pragma unroll
-        for (int j = 0; j < kColTile; ++j) {
-          const int y = y0 + col + 32 * j;
-          has_key[j] = y < cols && k_count[y] > 0;
+        for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
-          for (int i = 0; i < kRowTile; ++i) acc[i][j] = 0.f;
+          for (int e = 0; e < 2; ++e) {
+            has_key[j][e] = in.has_key(y0 + col + 8 * j + e);
+            bias[j][e] = in.bias(y0 + col + 8 * j + e);
+          }
+#pragma unroll
+          for (int i = 0; i < 4 * kRowTiles; ++i) acc[i / 4][j][i % 4] = 0.f;
         }
       }
       if (stage + 1 < stages) {
@@ -141,33 +211,136 @@ struct ScoreTile {
         copy_wait<0>();
       }
       __syncthreads();
-      const float* q = ring + stage % 2 * kStageWords;
+      float* const q = ring + stage % 2 * kStageWords;
       // Not where all columns of the warp are in the future, or its rows beyond the end.
-      if (y0 + col - lane < cols && row < rows) {
-        add_stage(q + row * kDepthPitch, q + (kRows + col) * kDepthPitch, acc);
+      if (y0 + warp_col < in.cols && warp_row < in.rows) {
+        add_stage(q + warp_row * kDepth, q + (kRingRows + warp_col) * kDepth, acc);
+      }
+      if (stage + 2 < stages) {
+        __syncthreads();  // no warp reads this stage any more
+        load(q);
+      }
+      if (++depth < depths) continue;
+      depth = 0;
+      uint32_t highest = kAbsent;
+#pragma unroll
+      for (int j = 0; j < kColTiles; ++j) {
+        const int y = y0 + col + 8 * j;
+        if (y >= written) break;
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) {
+          const int r = row + 8 * i;
+          if (r >= in.rows) continue;
+          uint32_t key[2];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float score = fmaf(p.scale, acc[i / 2][j][i % 2 * 2 + e], bias[j][e]);
+            const bool exists = has_key[j][e] && y + e < seen[i / 2][i % 2];
+            key[e] = exists ? key_of(score) : kAbsent;
+            highest = max(highest, key[e]);
+          }
+          store(r, y, key[0], key[1]);
+        }
+      }
+      if (highest == key_of(NAN)) {
+        // Infinite operands have no low part: once more, sums in the order of the dimensions.
+#pragma unroll 1
+        for (int i = 0; i < 2 * kRowTiles * kColTiles; ++i) {
+          const int r = row + i % (2 * kRowTiles) * 8, y = y0 + col + i / (2 * kRowTiles) * 8;
+          if (r >= in.rows || y >= written) continue;
+          const int end = in.seen(p, x0, r);
+          uint32_t key[2];
+#pragma unroll 1
+          for (int e = 0; e < 2; ++e) {
+            key[e] = kAbsent;
+            if (!in.has_key(y + e) || y + e >= end) continue;
+            float sum = 0.f;
+            for (int d = 0; d < p.D; ++d) {
+              sum = fmaf(in.q_mean[r * p.D + d], in.k_mean[(y + e) * p.D + d], sum);
+            }
+            key[e] = key_of(fmaf(p.scale, sum, in.bias(y + e)));
+          }
+          store(r, y, key[0], key[1]);
+        }
+      }
+      done(y0);
+      y0 += kCols;
+    }
+    return written;
+  }
+};
+
+// Up to 32 key blocks, one a lane; four warps have four rows each.
+struct ShortScoreTile {
+  static constexpr int kRows = 16, kCols = 32, kWarps = 4, kThreads = 128, kRowsEach = 4;
+  // 4 times an odd number: eight lanes that read 16 bytes of eight rows hit all 32 banks.
+  static constexpr int kPitch = kDepth + 4;
+  static constexpr int kStageWords = (kRows + kCols) * kPitch, kRingWords = 2 * kStageWords;
+
+  // As ScoreTile::write.
+  static __device__ int write(const PlanParams& p, int b, int h, int x0, float* ring,
+                              uint32_t* keys, int64_t pitch, int width) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kRowsEach;
+    const ScoreInputs in(p, b, h, x0, kRows);
+    const int stages = (p.D + kDepth - 1) / kDepth;
+    const auto load = [&](int stage) {
+      float* const to = ring + stage % 2 * kStageWords;
+#pragma unroll
+      for (int i = 0; i < kStageWords / kPitch * 8 / kThreads; ++i) {
+        const int r = static_cast<int>(threadIdx.x) / 8 + i * (kThreads / 8);
+        const int d = threadIdx.x % 8 * 4, dim = stage * kDepth + d;
+        const bool query = r < kRows;
+        const int from_row = query ? r : r - kRows;
+        const bool inside = from_row < (query ? in.rows : in.cols) && dim < p.D;
+        const float* const from = query ? in.q_mean : in.k_mean;
+        copy_async16(to + r * kPitch + d, from + (inside ? from_row * p.D + dim : 0), inside);
+      }
+      copy_commit();
+    };
+    load(0);
+    if (stages > 1) load(1);
+
+    int seen[kRowsEach];
+#pragma unroll
+    for (int i = 0; i < kRowsEach; ++i) seen[i] = in.seen(p, x0, row + i);
+    const bool has_key = in.has_key(lane);
+    const float bias = in.bias(lane);
+    float acc[kRowsEach] = {};
+#pragma unroll 1
+    for (int stage = 0; stage < stages; ++stage) {
+      if (stage + 1 < stages) {
+        copy_wait<1>();
+      } else {
+        copy_wait<0>();
+      }
+      __syncthreads();
+      const float* const q = ring + stage % 2 * kStageWords + row * kPitch;
+      const float* const k = ring + stage % 2 * kStageWords + (kRows + lane) * kPitch;
+      if (row < in.rows) {
+#pragma unroll 4
+        for (int d = 0; d < kDepth; d += 4) {
+          const float4 key = *reinterpret_cast<const float4*>(k + d);
+#pragma unroll
+          for (int i = 0; i < kRowsEach; ++i) {
+            const float4 query = *reinterpret_cast<const float4*>(q + i * kPitch + d);
+            acc[i] = fmaf(query.x, key.x, acc[i]);
+            acc[i] = fmaf(query.y, key.y, acc[i]);
+            acc[i] = fmaf(query.z, key.z, acc[i]);
+            acc[i] = fmaf(query.w, key.w, acc[i]);
+          }
+        }
       }
       if (stage + 2 < stages) {
         __syncthreads();  // no warp reads this stage any more
         load(stage + 2);
       }
-      if (depth < depths - 1) continue;
-      float bias[kColTile];
+    }
+    const int written = min(width, (in.cols + 31) / 32 * 32);
 #pragma unroll
-      for (int j = 0; j < kColTile; ++j) {
-        bias[j] = key_bias != nullptr && has_key[j] ? key_bias[y0 + col + 32 * j] : 0.f;
-      }
-#pragma unroll
-      for (int j = 0; j < kColTile; ++j) {
-        const int y = y0 + col + 32 * j;
-        if (y >= written) continue;
-#pragma unroll
-        for (int i = 0; i < kRowTile; ++i) {
-          if (row + i >= rows) continue;
-          const bool exists = has_key[j] && y < seen[i];
-          store(row + i, y, exists ? key_of(fmaf(p.scale, acc[i][j], bias[j])) : kAbsent);
-        }
-      }
-      done(y0);
+    for (int i = 0; i < kRowsEach; ++i) {
+      if (row + i >= in.rows || lane >= written) continue;
+      const bool exists = has_key && lane < seen[i];
+      keys[(row + i) * pitch + lane] = exists ? key_of(fmaf(p.scale, acc[i], bias)) : kAbsent;
     }
     return written;
   }

@@ -18,14 +18,13 @@ constexpr uint32_t kForced = 0xffffffffu;
 // -0 counts as +0 and every NaN as one value above +inf, so that keys lie in
 // [0x007fffff, 0xffc00000].
 __device__ __forceinline__ uint32_t key_of(float score) {
-  uint32_t bits = __float_as_uint(score);
-  if (score == 0.f) bits = 0;
+  uint32_t bits = __float_as_uint(score + 0.f);
   if (score != score) bits = 0x7fc00000u;
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return bits ^ (static_cast<uint32_t>(static_cast<int>(bits) >> 31) | 0x80000000u);
 }
 
 __device__ __forceinline__ float score_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+  return __uint_as_float(key ^ (~static_cast<uint32_t>(static_cast<int>(key) >> 31) | 0x80000000u));
 }
 
 // common/budget.h, in the same arithmetic.
@@ -107,7 +106,7 @@ __device__ __forceinline__ uint32_t key_in_tier(uint32_t key, int tier, int boun
   return tier == boundary ? key : tier > boundary ? kForced : kAbsent;
 }
 
-// All keys above `key` are taken, and of those equal to it the first `ties`.
+// All keys above `key` are taken, and of those equal to it the first `ties`; INT_MAX: all.
 struct Cut {
   uint32_t key;
   int ties;
@@ -176,22 +175,33 @@ struct Search {
   __device__ Cut cut() const { return at_least == m ? Cut{lo, INT_MAX} : Cut{lo, m - above}; }
 };
 
+// n += key > other. Two instructions; the compiler makes three of it.
+__device__ __forceinline__ void count_above(int& n, uint32_t key, uint32_t other) {
+  asm("{\n.reg .pred p;\nsetp.gt.u32 p, %1, %2;\n@p add.s32 %0, %0, 1;\n}"
+      : "+r"(n)
+      : "r"(key), "r"(other));
+}
+
 constexpr int kRanked = 32;  // candidates that are ranked instead of searched
 
 // The cut at the m-th largest of `candidates` [kRanked], kAbsent where there are fewer; by each
 // warp.
 __device__ __forceinline__ Cut rank_cut(const uint32_t* candidates, int m) {
   const uint32_t key = candidates[threadIdx.x % 32];
-  int higher = 0, equal = 0;
+  int higher = 0;
 #pragma unroll
   for (int i = 0; i < kRanked / 4; ++i) {
     const uint4 other = reinterpret_cast<const uint4*>(candidates)[i];
-    higher += (other.x > key) + (other.y > key) + (other.z > key) + (other.w > key);
-    equal += (other.x == key) + (other.y == key) + (other.z == key) + (other.w == key);
+    count_above(higher, other.x, key);
+    count_above(higher, other.y, key);
+    count_above(higher, other.z, key);
+    count_above(higher, other.w, key);
   }
+  const int equal = __popc(__match_any_sync(kFullWarp, key));
   const bool here = key != kAbsent && higher < m && m <= higher + equal;
   const int lane = max(0, __ffs(static_cast<int>(__ballot_sync(kFullWarp, here))) - 1);
-  return {__shfl_sync(kFullWarp, key, lane), __shfl_sync(kFullWarp, m - higher, lane)};
+  const int ties = m - higher < equal ? m - higher : INT_MAX;
+  return {__shfl_sync(kFullWarp, key, lane), __shfl_sync(kFullWarp, ties, lane)};
 }
 
 // Which lanes' keys are taken; `ties` is what is left of the cut's, and goes down.

@@ -7,7 +7,7 @@
 namespace mra::cuda {
 namespace {
 
-using Tile = ScoreTile<8, 4, 4, 2>;
+using Tile = ScoreTile<2, 4, 1, 8>;
 constexpr int kRows = Tile::kRows, kChunk = Tile::kCols, kWarps = Tile::kWarps;
 constexpr int kRowsEach = kRows / kWarps;  // rows of a warp
 constexpr int kMostBudget = 256, kRoom = kMostBudget + kChunk;
@@ -15,7 +15,7 @@ constexpr int kMostBlocks = 1 << 16;
 
 struct Shared {
   alignas(16) float ring[Tile::kRingWords];
-  uint32_t chunk[kRows][kChunk];
+  alignas(8) uint32_t chunk[kRows][kChunk];
   uint32_t keys[kRows][kRoom];  // what a row has kept, in order
   uint16_t blocks[kRows][kRoom];
   alignas(16) uint32_t candidates[kWarps][kRanked];
@@ -81,7 +81,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) plan_stream_kernel(const Pl
   const int limit = min(kMostBudget, max(2 * budget, 64));
 
   Kept kept[kRowsEach];
-  const auto store = [&](int r, int y, uint32_t key) { s.chunk[r][y % kChunk] = key; };
+  const auto store = [&](int r, int y, uint32_t even, uint32_t odd) {
+    *reinterpret_cast<uint2*>(&s.chunk[r][y % kChunk]) = make_uint2(even, odd);
+  };
   const auto select = [&](int y0) {
     __syncthreads();
 #pragma unroll
