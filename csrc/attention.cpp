@@ -198,8 +198,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   if (centred) grads.centred = &*centred;
   if (has_order1(o) && centred) {
     stages.centred_delta(grads, out, grad_lse, in, *centred, o);
-    const Tensor& delta = grads.delta;
-    grads.coarse_sum = allocate(delta.sizes(), delta.options(), delta.storage().allocator());
+    grads.coarse_sum = allocate_beside(grads.delta, grads.delta.sizes());
   } else if (has_order1(o)) {
     const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
     grads.coarse_delta = first.coarse_delta;
@@ -226,12 +225,9 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
 
   // fine
   if (centred && stages.centred_grads != nullptr) {
-    const Tensor& mean = centred->pooled.key;
-    c10::Allocator* const allocator = grads.delta.storage().allocator();
-    const auto sizes = mean.sizes();
-    grads.mass_grad = allocate(sizes.slice(0, 3), mean.options(), allocator);
-    grads.pooled_grads =
-        allocate({2, sizes[0], sizes[1], sizes[2], sizes[3]}, mean.options(), allocator);
+    const auto sizes = centred->pooled.key.sizes();
+    grads.mass_grad = allocate_beside(grads.delta, sizes.slice(0, 3));
+    grads.pooled_grads = allocate_beside(grads.delta, {2, sizes[0], sizes[1], sizes[2], sizes[3]});
   }
   const Grads result = stages.fine_backward(in, rows, columns, coarse_keys, grads, o);
   if (centred && stages.centred_grads != nullptr) stages.centred_grads(result, grads, in, o);

@@ -342,6 +342,25 @@ def test_making_the_plan_inside_gives_the_same(device, selection):
         assert torch.equal(inside[name], given[name]), name
 
 
+@pytest.mark.parametrize("blocks", [20, 40, 200])
+@pytest.mark.parametrize("device", DEVICES)
+def test_infinite_means(device, blocks):
+    """Of two key blocks whose mean is infinite the queries of one sign take one, the others the
+    other: no score is NaN."""
+    *inputs, options = integer_case(
+        device, torch.float32, new_seed(), N=160, M=16 * blocks, block_size=(32, 16),
+        blocks_per_row=3,
+    )  # fmt: skip
+    q, k = inputs[:2]
+    q[..., 1] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], device=device).repeat_interleave(32)
+    k[:, :, 5 * 16 + 3, 1], k[:, :, 17 * 16, 1] = math.inf, -math.inf
+    plan = mra.make_plan(*inputs, **options).to_dense()
+    expected, L, _, _ = reference_plan(*inputs, options)
+    assert L.isinf().sum() == 2 * L[..., 0].numel() and not L.isnan().any()
+    assert torch.equal(plan, expected)
+    assert (plan[..., 5] != plan[..., 17]).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_nan_scores_do_no_harm(device):
     """NaN in: the plan stays within its lists and nothing hangs."""

@@ -22,9 +22,13 @@ inline at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& optio
                                    c10::typeMetaToScalarType(options.dtype()), std::nullopt);
 }
 
-// No elements. `like`: what the device's stages have made.
-inline at::Tensor nothing_like(const at::Tensor& like, at::ScalarType type) {
-  return allocate({0}, like.options().dtype(type), like.storage().allocator());
+// From the allocator of `ours`, which the device's stages have made, with its options.
+inline at::Tensor allocate_beside(const at::Tensor& ours, at::IntArrayRef sizes) {
+  return allocate(sizes, ours.options(), ours.storage().allocator());
+}
+// No elements.
+inline at::Tensor nothing_like(const at::Tensor& ours, at::ScalarType type) {
+  return allocate({0}, ours.options().dtype(type), ours.storage().allocator());
 }
 
 }  // namespace mra

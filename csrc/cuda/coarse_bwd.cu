@@ -315,7 +315,8 @@ cudaError_t launch(const CoarseBackwardParams& p, const Device& device, cudaStre
   // As many warps as there are turns to share out. At D 128 four blocks of two warps of a
   // multiprocessor, not two of four: C (512 blocks) 30 -> 26 us, B 56 -> 52.6; at D 64 slower.
   if (p.nq <= 32 && p.nk <= 32 && p.H == p.Hk) return launch<DP, 1>(p, device, stream);
-  return launch < DP, DP == 64 ? 4 : 2 > (p, device, stream);
+  constexpr int kWarps = DP == 64 ? 4 : 2;
+  return launch<DP, kWarps>(p, device, stream);
 }
 
 }  // namespace

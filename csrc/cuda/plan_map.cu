@@ -66,7 +66,11 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocks)
       const uint32_t key = row[y];
       if (key == kAbsent) continue;
       row[y] = relative_key(key, highest);
-      const int tier = has_tiers(p) ? tier_of<true>(p, x, y) : 0;
+      if (!has_tiers(p)) {
+        ++pairs[0];
+        continue;
+      }
+      const int tier = tier_of<true>(p, x, y);
 #pragma unroll
       for (int i = 0; i < kTiers; ++i) pairs[i] += tier == i;
     }

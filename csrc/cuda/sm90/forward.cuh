@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     const ForwardWork at = s.work[slot];
     if (uniform(at.rows) == 0) break;
     const int tiles = uniform(at.tiles);
-    if constexpr (kOrder1<T, DP>) {
+    if constexpr (kOrder1<DP>) {
       // In registers that then take scores.
       if (p.centre != nullptr) {
         find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), warp_row,
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     before += tiles;
     float share[2];
     softmax.finish(p, at.b, at.h, at.first_row + warp_row, at.rows - warp_row, share);
-    if constexpr (kOrder1<T, DP>) {
+    if constexpr (kOrder1<DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, warp_row);
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), warp_row, ring, before, p, at,

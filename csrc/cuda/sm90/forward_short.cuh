@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[slot], row, lane);
-    if constexpr (kOrder1<T, DP>) {
+    if constexpr (kOrder1<DP>) {
       if (p.centre != nullptr) {
         find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), row,
                                               ring, at_tile, p, at, [&](auto& x, int stage, int) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     float share[2];
     // Read again, as registers are full in between.
     softmax.finish(p, at.b, at.h, at.first_row + row, s.work[slot].rows - row, share);
-    if constexpr (kOrder1<T, DP>) {
+    if constexpr (kOrder1<DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, row);
       if (p.moments != nullptr) {
         add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), row, ring, at_tile, p, at,

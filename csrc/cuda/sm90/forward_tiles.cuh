@@ -8,7 +8,7 @@
 namespace mra::cuda::sm90 {
 
 // Kernels that add the order-1 term. With a centre they make row_bias too.
-template <typename T, int DP>
+template <int DP>
 inline constexpr bool kOrder1 = DP <= 128;
 
 struct ForwardMaps : ForwardParams, KeyMaps {
@@ -75,11 +75,10 @@ struct Centre {
 template <int DP, int kWarps, int kStages, int kPlaces>
 struct ForwardTiles {
   static constexpr int kRows = 16 * kWarps;
-  static constexpr bool kCentre = DP <= 128;
   uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
   KeyRing<DP, kStages, kWarps> ring;
-  // The mean of the block-coarse state or, with kCentre, Centre.
-  alignas(16) float vectors[kPlaces][kCentre ? 3 : 1][DP];
+  // The mean of the block-coarse state or, with kOrder1<DP>, Centre.
+  alignas(16) float vectors[kPlaces][kOrder1<DP> ? 3 : 1][DP];
   ForwardWork work[kPlaces];
   float2 gamma[32 * kWarps];  // with weighted means, of each thread's rows: out of its registers
   uint64_t q_full[kPlaces], q_empty[kPlaces];
@@ -87,7 +86,7 @@ struct ForwardTiles {
 
   // By all threads.
   __device__ void init() {
-    if constexpr (kCentre) {
+    if constexpr (kOrder1<DP>) {
       // Columns beyond the head dim stay zeros.
       for (int i = threadIdx.x; i < kPlaces * 3 * DP; i += blockDim.x) vectors[0][0][i] = 0.f;
       fence_for_copies();
@@ -104,7 +103,7 @@ struct ForwardTiles {
 
   // By one warp.
   __device__ void fetch_ahead(const ForwardMaps& p) {
-    const bool centred = kCentre && p.centre != nullptr;
+    const bool centred = kOrder1<DP> && p.centre != nullptr;
     KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
     const auto fetch_first = [&] {
       if (p.centre != nullptr) producer.fetch_sigma(p.moments_map);
@@ -142,7 +141,7 @@ struct ForwardTiles {
         if (state) {
           copy_bytes(vectors[slot][0], p.state_mean + list * p.D, p.D * 4, &q_full[slot]);
         }
-        if constexpr (kCentre) {
+        if constexpr (kOrder1<DP>) {
           if (centred) {
             Centre<DP>::fetch(vectors[slot], p, at.b * p.Hk + at.hk, &q_full[slot]);
           }
@@ -228,7 +227,7 @@ __device__ __forceinline__ void find_gamma(float2& gamma, const uint16_t (&q)[kP
 template <typename T, int DP, class Softmax>
 __device__ __forceinline__ void end_pooled(Softmax& softmax, const float2& gamma,
                                            const ForwardParams& p, const ForwardWork& at, int row) {
-  if (kOrder1<T, DP> && p.centre != nullptr) {
+  if (kOrder1<DP> && p.centre != nullptr) {
     softmax.end_pooled({log2_approx(3.f - 2.f * gamma.x), log2_approx(3.f - 2.f * gamma.y)});
   } else {
     softmax.end_pooled(of_rows(p.row_bias, p, at, row), at.rows - row);
