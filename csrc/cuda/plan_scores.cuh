@@ -164,7 +164,7 @@ struct ScoreTile {
 #pragma unroll
       for (int r = 0; r < kRows; r += kPass) {
         const int x = r + copy_row;
-        if (kRows - r < kPass && x >= kRows) break;
+        if ((kRows - r < kPass && x >= kRows)) break;
         const bool inside = there && x < in.rows;
         copy_async16(to + r * kDepth + copy_to, in.q_mean + (inside ? x * p.D + dim : 0), inside);
       }
@@ -172,7 +172,7 @@ struct ScoreTile {
 #pragma unroll
       for (int r = 0; r < kCols; r += kPass) {
         const int y = load_y + r + copy_row;
-        if (kCols - r < kPass && r + copy_row >= kCols) break;
+        if ((kCols - r < kPass && r + copy_row >= kCols)) break;
         const bool inside = there && y < in.cols;
         copy_async16(to + r * kDepth + copy_to, in.k_mean + (inside ? y * p.D + dim : 0), inside);
       }
