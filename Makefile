@@ -18,7 +18,7 @@ build: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet "torch>=2.11" numpy "pytest>=8" expecttest ninja "setuptools>=70"
+	$(PY) -m pip install --quiet "torch>=2.11" numpy "pytest>=8" pytest-xdist expecttest ninja "setuptools>=70"
 	touch $@
 
 $(VENV)/extras: $(VENV)/installed

@@ -19,20 +19,22 @@ def pytest_configure(config):
     helpers.FIXED_SEED = config.getoption("--seed")
 
 
-def pytest_collection_modifyitems(config, items):
-    config.gpu_skipped = 0
+NO_GPU = "needs a CUDA device"
+
+
+def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
-            config.gpu_skipped += 1
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if getattr(config, "gpu_skipped", 0):
-        terminalreporter.write_line(f"GPU tests skipped: {config.gpu_skipped}, no CUDA device")
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])  # of all workers, with pytest-xdist
+    count = sum(report.longrepr[2] == f"Skipped: {NO_GPU}" for report in skipped)
+    if count:
+        terminalreporter.write_line(f"GPU tests skipped: {count}, no CUDA device")
 
 
 @pytest.fixture(scope="session")
