@@ -275,8 +275,9 @@ def test_causal_is_refused():
 def test_causal(order, device, dtype, block_size, masks):
     if device == "cuda" and block_size == (16, 64):
         block_size = (64, 64)  # a GPU has no blocks of 16 queries
-    for H, Hk, N in ((4, 2, 150), (2, 2, 203), (1, 1, 20)):
-        options = dict(H=H, Hk=Hk, N=N, M=N, block_size=block_size, density=0.2, masks=masks)
+    # Of 20 tokens many entries: what rounding the output leaves in delta adds up by chance.
+    for B, H, Hk, N in ((2, 4, 2, 150), (2, 2, 2, 203), (32, 1, 1, 20)):
+        options = dict(B=B, H=H, Hk=Hk, N=N, M=N, block_size=block_size, density=0.2, masks=masks)
         case = Case(device, dtype, **options, is_causal=True, pool="centred", order=order)
         case.check()
         assert_same_bits(case.ours(), case.ours(plan=case.plan()))

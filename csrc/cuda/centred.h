@@ -127,14 +127,16 @@ struct CausalProductsParams {
 };
 cudaError_t causal_products(const CausalProductsParams& params, cudaStream_t stream);
 
-// Gradients through the weights: adds to grad_k, and leaves what the centre gets of each block.
+// Gradients of keys and values through weighted means and their weights, and what the centre gets
+// of each block.
 struct KeyWeightsBackwardParams {
   const void *k, *v;  // [B, Hk, M, D] T
   Strides k_strides, v_strides;
-  // [B, Hk, M, D] T: with `moments` what these and `shares` give to the keys and values so far, by
-  // the weights; grad_v is not read else
-  void* grad_k;
-  const void* grad_v;
+  // [B, Hk, M, D]: what `shares` and the moments' gradients give by the weights, or null without
+  // moments, where it is made here. For float32 these may be grad_k and grad_v.
+  const float *part_k, *part_v;
+  Strides part_k_strides, part_v_strides;
+  void *grad_k, *grad_v;  // [B, Hk, M, D] T, written
   Strides grad_k_strides, grad_v_strides;
   const float* weights;          // [B, Hk, nk * block_k]
   const float *k_mean, *v_mean;  // [B, Hk, nk, D], weighted
@@ -144,7 +146,6 @@ struct KeyWeightsBackwardParams {
   float* sums;                   // [B, Hk, nk, D]
   bool causal;
   Centres centres;
-  bool moments;
   Dtype dtype;
   int B, Hk, M, D, nk, log2_block_k;
   float scale;

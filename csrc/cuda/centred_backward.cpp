@@ -220,14 +220,17 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
   WeightGrads through{shares, mass_grad, c.centre};
   order1_key_grads(term, moment_grads, &through, grads, false, columns);
   result.of_keys = through.centre_grads;
+  result.key_part = through.key_part;
+  result.value_part = through.value_part;
   return result;
 }
 
 namespace {
 
-// Adds to grads.key, and returns what the centre gets of each block, [B, Hk, nk, D].
+// Fills grads.key and grads.value, and returns what the centre gets of each block, [B, Hk, nk, D].
 Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
-                       const Centred& c, const Inputs& in, const Options& o, const Launch& launch) {
+                       const CentreGrads& parts, const Centred& c, const Inputs& in,
+                       const Options& o, const Launch& launch) {
   const Tensor key_mean = with_aligned_rows(c.pooled.key);
   const Tensor value_mean = with_aligned_rows(c.pooled.value);
   const Tensor sums = allocate_like(key_mean);
@@ -236,8 +239,14 @@ Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& m
   p.v = in.value.const_data_ptr();
   p.k_strides = strides_of(in.key);
   p.v_strides = strides_of(in.value);
+  p.part_k = data_of<float>(parts.key_part);
+  p.part_v = data_of<float>(parts.value_part);
+  if (p.part_k != nullptr) {
+    p.part_k_strides = strides_of(parts.key_part);
+    p.part_v_strides = strides_of(parts.value_part);
+  }
   p.grad_k = grads.key.mutable_data_ptr();
-  p.grad_v = grads.value.const_data_ptr();
+  p.grad_v = grads.value.mutable_data_ptr();
   p.grad_k_strides = strides_of(grads.key);
   p.grad_v_strides = strides_of(grads.value);
   p.weights = c.pooled.weights.const_data_ptr<float>();
@@ -249,7 +258,6 @@ Tensor through_weights(const Grads& grads, const Tensor& shares, const Tensor& m
   p.sums = sums.mutable_data_ptr<float>();
   p.causal = o.causal;
   p.centres = centres_of(in, o);
-  p.moments = has_order1(o);
   p.dtype = dtype_of(in.key);
   p.B = static_cast<int>(in.key.size(0));
   p.Hk = static_cast<int>(in.key.size(1));
@@ -271,7 +279,7 @@ Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor&
   const Centred& c = *back.centred;
   const bool walked = of_centre.of_keys.defined() && o.causal;
   if (!of_centre.of_keys.defined()) {
-    of_centre.of_keys = through_weights(grads, shares, mass_grad, c, in, o, launch);
+    of_centre.of_keys = through_weights(grads, shares, mass_grad, of_centre, c, in, o, launch);
   }
   const auto fill = [&](auto& p) {
     p.count = c.pooled.query_count.const_data_ptr<int>();

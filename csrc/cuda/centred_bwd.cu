@@ -43,17 +43,26 @@ __global__ void __launch_bounds__(kWarps * 32)
     return base + b * s.b + hk * s.h + int64_t{first + j} * s.l;
   };
   const T *k = static_cast<const T*>(p.k), *v = static_cast<const T*>(p.v);
-  const T* grad_v = static_cast<const T*>(p.grad_v);
-  T* grad_k = static_cast<T*>(p.grad_k);
+  T *grad_k = static_cast<T*>(p.grad_k), *grad_v = static_cast<T*>(p.grad_v);
   const auto read = [&](float(&x)[kCount], const T* from) {
     unpack16<T>(*reinterpret_cast<const uint4*>(from), x);
   };
 
   const float mass_grad = p.mass_grad[block];
-  float k_mean[kChunks][kCount] = {};
+  float k_mean[kChunks][kCount] = {}, dk[kChunks][kCount] = {}, dv[kChunks][kCount] = {};
+  // What key j, of weight w, and its value get beside what comes through the weights.
+  const auto read_part = [&](float(&gk)[kCount], float(&gv)[kCount], int j, float w, int c, int d) {
+    if (p.part_k != nullptr) {
+      load_floats(gk, row(p.part_k, p.part_k_strides, j) + d);
+      load_floats(gv, row(p.part_v, p.part_v_strides, j) + d);
+      return;
+    }
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) gk[e] = w * dk[c][e], gv[e] = w * dv[c][e];
+  };
   float total = 0.f;
   {
-    float v_mean[kChunks][kCount] = {}, dk[kChunks][kCount] = {}, dv[kChunks][kCount] = {};
+    float v_mean[kChunks][kCount] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = (part + c * kLanes) * kCount;
@@ -76,15 +85,11 @@ __global__ void __launch_bounds__(kWarps * 32)
           float key[kCount], value[kCount], gk[kCount], gv[kCount];
           read(key, row(k, p.k_strides, j) + d);
           read(value, row(v, p.v_strides, j) + d);
-          // Where moments gave the gradients a part: of products of two deviations a half each.
-          if (p.moments) {
-            read(gk, row(grad_k, p.grad_k_strides, j) + d);
-            read(gv, row(grad_v, p.grad_v_strides, j) + d);
-          }
+          read_part(gk, gv, j, w, c, d);
 #pragma unroll
           for (int e = 0; e < kCount; ++e) {
-            float of_k = w * dk[c][e], of_v = w * dv[c][e];
-            if (p.moments) of_k = 0.5f * (of_k + gk[e]), of_v = 0.5f * (of_v + gv[e]);
+            // Of what moments gave, products of two deviations, a half each.
+            const float of_k = 0.5f * (w * dk[c][e] + gk[e]), of_v = 0.5f * (w * dv[c][e] + gv[e]);
             x += (key[e] - k_mean[c][e]) * of_k + (value[e] - v_mean[c][e]) * of_v;
           }
         }
@@ -111,23 +116,24 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll 2
   for (int j0 = 0; j0 < count; j0 += kAtOnce) {
     const int j = j0 + own;
-    const float w = j < count ? weights[j] : 0.f;
-    if (w == 0.f) continue;
-    const float grad = p.scale * (mine[j] - w * total);
+    if (j >= count) continue;
+    const float w = weights[j], grad = p.scale * (mine[j] - w * total);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int d = (part + c * kLanes) * kCount;
       if (d >= p.D) continue;
-      float key[kCount], gk[kCount];
-      read(key, row(k, p.k_strides, j) + d);
-      T* const to = row(grad_k, p.grad_k_strides, j) + d;
-      read(gk, to);
+      float key[kCount], gk[kCount] = {}, gv[kCount] = {};
+      if (w != 0.f) {
+        read(key, row(k, p.k_strides, j) + d);
+        read_part(gk, gv, j, w, c, d);
 #pragma unroll
-      for (int e = 0; e < kCount; ++e) {
-        gk[e] = fmaf(grad, centre[c][e], gk[e]);
-        sum[c][e] = fmaf(grad, key[e] - k_mean[c][e], sum[c][e]);  // their gradients add up to 0
+        for (int e = 0; e < kCount; ++e) {
+          gk[e] = fmaf(grad, centre[c][e], gk[e]);
+          sum[c][e] = fmaf(grad, key[e] - k_mean[c][e], sum[c][e]);  // their gradients add up to 0
+        }
       }
-      store_values<kCount>(to, gk);
+      store_values<kCount>(row(grad_k, p.grad_k_strides, j) + d, gk);
+      store_values<kCount>(row(grad_v, p.grad_v_strides, j) + d, gv);
     }
   }
 #pragma unroll

@@ -16,12 +16,15 @@ Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Opti
 // before each block of queries, [B, Hk, nq, D], or, where the keys are made too, of 16 rows each.
 struct CentreGrads {
   Tensor of_rows, of_keys;
+  // Without of_keys, what order 1 and the shares give to keys and values, [B, Hk, M, D] float32.
+  Tensor key_part, value_part;
 };
 
 // In the backward pass, behind what makes coarse_sum: order 1. Fills grads.query, or adds to it,
-// with what that gives beside the logits, and grads.key and grads.value with that and with what
-// `shares`, the gradients of the pooled keys and values [2, B, Hk, nk, D] float32, give by the
-// weights. Reads grad_out, share, coarse_sum and centred of `back`.
+// with what that gives beside the logits, and grads.key and grads.value, or the parts that it
+// returns, with that and with what `shares`, the gradients of the pooled keys and values
+// [2, B, Hk, nk, D] float32, give by the weights. Reads grad_out, share, coarse_sum and centred of
+// `back`.
 // Where `columns` can, it makes those of keys and values with fine's instead.
 // Returns what the centre gets, but for what key_weights_grads is to make.
 CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
@@ -32,9 +35,9 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
 // been given back: it runs behind that launch.
 Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse = {});
 
-// Behind that, or behind spread_shares: gradients through the weights, added to grads.key.
-// mass_grad: of pooled_shares. Returns what every query of a key head gets, [B, Hk, D] float32, or
-// under causal every query of a block, [B, Hk, nq, D].
+// Behind that, and of order 0: fills grads.key and grads.value, unless of_centre.of_keys says that
+// they are. mass_grad: of pooled_shares. Returns what every query of a key head gets, [B, Hk, D]
+// float32, or under causal every query of a block, [B, Hk, nq, D].
 Tensor key_weights_grads(const Grads& grads, const Tensor& shares, const Tensor& mass_grad,
                          CentreGrads of_centre, const FineBackward& back, const Inputs& in,
                          const Options& o);

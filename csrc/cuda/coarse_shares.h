@@ -16,15 +16,4 @@ struct ShareSumsParams {
 
 cudaError_t share_sums(const ShareSumsParams& params, cudaStream_t stream);
 
-// Block rows times the weight of each key, in T.
-struct SpreadSharesParams {
-  const float* shares;   // [2, B, Hk, nk, D]: keys, values
-  const float* weights;  // [B, Hk, nk * block_k]
-  void* grad[2];         // [B, Hk, M, D] T
-  Strides strides[2];
-  int B, Hk, M, D, nk, block_k;
-  Dtype dtype;
-};
-cudaError_t spread_shares(const SpreadSharesParams& params, cudaStream_t stream);
-
 }  // namespace mra::cuda

@@ -241,9 +241,6 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                                    columns, o, dtype, launch)
                    : pooled_shares(p, dtype, launch, in.query, weighted ? &mass_grad : nullptr);
     if (pooled->weights.defined()) {
-      if (!has_order1(o)) {
-        spread_shares(shares, pooled->weights, g.key, g.value, o, launch);
-      }
       add_keys = true;
     } else {
       key_block = key_block.defined() ? key_block.add(shares[0]) : shares[0];

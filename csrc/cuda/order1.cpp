@@ -224,10 +224,20 @@ void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads*
   p.weights = data_of<float>(term.pooled.weights);
   p.shares = through == nullptr ? nullptr : through->shares.const_data_ptr<float>();
   p.key_count = term.pooled.key_count.const_data_ptr<int>();
-  p.grad_k = grads.key.mutable_data_ptr();
-  p.grad_v = grads.value.mutable_data_ptr();
-  p.grad_k_strides = strides_of(grads.key);
-  p.grad_v_strides = strides_of(grads.value);
+  Tensor to_key = grads.key, to_value = grads.value;
+  if (through != nullptr) {
+    // Rounded once what comes through the weights is added, not before.
+    if (term.dtype != Dtype::f32) {
+      to_key = allocate(in.key.sizes(), term.acc());
+      to_value = allocate_like(to_key);
+    }
+    through->key_part = to_key;
+    through->value_part = to_value;
+  }
+  p.grad_k = to_key.mutable_data_ptr();
+  p.grad_v = to_value.mutable_data_ptr();
+  p.grad_k_strides = strides_of(to_key);
+  p.grad_v_strides = strides_of(to_value);
   p.add = add;
   launch.check(order1_keys(p, launch.stream));
 }

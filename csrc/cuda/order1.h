@@ -129,7 +129,7 @@ struct Order1Keys : Order1Products {
   // of blocks, [B, nk]; and the gradients of the pooled keys and values, [2, B, Hk, nk, D].
   const float *weights, *shares;
   const int* key_count;
-  void *grad_k, *grad_v;  // [B, Hk, M, D] T
+  void *grad_k, *grad_v;  // [B, Hk, M, D] T, with weighted means float32
   Strides grad_k_strides, grad_v_strides;
 };
 

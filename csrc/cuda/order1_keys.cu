@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
   const T* k = static_cast<const T*>(p.k) + range.b * p.k_strides.b + h * p.k_strides.h;
   const T* v = static_cast<const T*>(p.v) + range.b * p.v_strides.b + h * p.v_strides.h;
   const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + int64_t{range.b} * p.L;
-  T* grad_k = static_cast<T*>(p.grad_k) + range.b * p.grad_k_strides.b + h * p.grad_k_strides.h;
-  T* grad_v = static_cast<T*>(p.grad_v) + range.b * p.grad_v_strides.b + h * p.grad_v_strides.h;
+  const int64_t grad_k_at = range.b * p.grad_k_strides.b + h * p.grad_k_strides.h;
+  const int64_t grad_v_at = range.b * p.grad_v_strides.b + h * p.grad_v_strides.h;
 
   for (int row0 = range.first; row0 < range.end; row0 += 16 * p.warps) {
     const int first = row0 + 16 * warp;  // the warps keep step: panels are loaded by all of them
@@ -65,25 +65,31 @@ __global__ void __launch_bounds__(kKeysWarps<T, DP> * 32, 2) keys_kernel(const O
       if (share == nullptr || d >= p.D) return sum;
       return factor[i / 2] * sum + weight[i / 2] * __ldg(share + from + d + i % 2);
     };
-    const auto row_of = [&](T* grad, int64_t stride) {
-      return [=, &range](int half) -> T* {
+    float c[P::kTiles][4];
+    const auto emit = [&](auto* grad, int64_t stride, int panel, int64_t from) {
+      using G = std::remove_pointer_t<decltype(grad)>;
+      const auto row_of = [&](int half) -> G* {
         const int i = first + g + 8 * half;
         return i < range.end ? grad + i * stride : nullptr;
       };
+      Emit<G, P::kTiles, false>{}.store(
+          panel * P::kPanel, p.D, row_of,
+          [&](int n, int i) { return finish(c[n][i], panel, n, i, from); }, p.add);
+    };
+    const auto write = [&](void* grad, int64_t at, int64_t stride, int panel, int64_t from) {
+      if (p.weights != nullptr) {
+        emit(static_cast<float*>(grad) + at, stride, panel, from);
+      } else {
+        emit(static_cast<T*>(grad) + at, stride, panel, from);
+      }
     };
 #pragma unroll 1
     for (int panel = 0; panel < P::kPanels; ++panel) {
-      float c[P::kTiles][4];
-      Emit<T, P::kTiles, false> emit;
       matrices.template multiply<true>(c, v_tile, 0, panel, tf32);
       matrices.template multiply_add<false>(c, k_tile, 1, panel, tf32);
-      emit.store(
-          panel * P::kPanel, p.D, row_of(grad_k, p.grad_k_strides.l),
-          [&](int n, int i) { return finish(c[n][i], panel, n, i, 0); }, p.add);
+      write(p.grad_k, grad_k_at, p.grad_k_strides.l, panel, 0);
       matrices.template multiply<false>(c, k_tile, 0, panel, tf32);
-      emit.store(
-          panel * P::kPanel, p.D, row_of(grad_v, p.grad_v_strides.l),
-          [&](int n, int i) { return finish(c[n][i], panel, n, i, values_at); }, p.add);
+      write(p.grad_v, grad_v_at, p.grad_v_strides.l, panel, values_at);
     }
   }
 }

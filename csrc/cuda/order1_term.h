@@ -220,6 +220,8 @@ struct WeightGrads {
   Tensor shares, mass_grad, centre;
   // Set where the gradients through the weights were made too: the centre's, [B, Hk, parts, D].
   Tensor centre_grads{};
+  // Else: what keys and values get but for those, [B, Hk, M, D] float32.
+  Tensor key_part{}, value_part{};
 };
 
 // Launches fine's gradients of the keys and values with those of order 1 inside; false, and nothing
@@ -227,7 +229,8 @@ struct WeightGrads {
 using ColumnsWithOrder1 = std::function<bool(const sm90::Order1Keys&)>;
 
 // Gradients of the keys and values from dC and dSigma, by `columns` where it is given and can, else
-// to grads.key and grads.value. `through`: null unless means are weighted. `add`: to what is there.
+// to grads.key and grads.value or the parts of `through`, which is null unless means are weighted.
+// `add`: to what is there.
 void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads* through,
                       const Grads& grads, bool add = false, const ColumnsWithOrder1& columns = {});
 

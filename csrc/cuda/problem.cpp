@@ -124,23 +124,4 @@ Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const
   return shares;
 }
 
-void spread_shares(const Tensor& shares, const Tensor& weights, const Tensor& grad_key,
-                   const Tensor& grad_value, const Options& o, const Launch& launch) {
-  SpreadSharesParams p{};
-  p.shares = shares.const_data_ptr<float>();
-  p.weights = weights.const_data_ptr<float>();
-  p.grad[0] = grad_key.mutable_data_ptr();
-  p.grad[1] = grad_value.mutable_data_ptr();
-  p.strides[0] = strides_of(grad_key);
-  p.strides[1] = strides_of(grad_value);
-  p.B = grad_key.size(0);
-  p.Hk = grad_key.size(1);
-  p.M = grad_key.size(2);
-  p.D = grad_key.size(3);
-  p.nk = shares.size(3);
-  p.block_k = o.block_k;
-  p.dtype = dtype_of(grad_key);
-  launch.check(spread_shares(p, launch.stream));
-}
-
 }  // namespace mra::cuda

@@ -45,9 +45,4 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
                      Tensor* mass_grad = nullptr);
 
-// Such gradients, whole, to the keys and values of each block by their weights [B, Hk, nk *
-// block_k]. Fills grad_key and grad_value, [B, Hk, M, D] T.
-void spread_shares(const Tensor& shares, const Tensor& weights, const Tensor& grad_key,
-                   const Tensor& grad_value, const Options& o, const Launch& launch);
-
 }  // namespace mra::cuda
