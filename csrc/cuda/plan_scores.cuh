@@ -8,26 +8,21 @@
 #pragma once
 
 #include "plan_select.cuh"
-#include "sm80/mma.cuh"
+#include "sm80/async_copy.cuh"
 
 namespace mra::cuda {
 
 constexpr int kDepth = 32;
 
-// 16 bytes from global to shared memory, or zeros.
-__device__ __forceinline__ void copy_async16(float* to, const float* from, bool inside) {
-  const int bytes = inside ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(to)), "l"(from),
-               "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copy_commit() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-// Waits for all groups but the last `kPending`.
-template <int kPending>
-__device__ __forceinline__ void copy_wait() {
-  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+// Until the stage that was asked for before the last one, or, unless there are `more`, the last one
+// is there, by all threads.
+__device__ __forceinline__ void wait_for_stage(bool more) {
+  if (more) {
+    wait_for_copies<1>();
+  } else {
+    wait_for_copies<0>();
+  }
+  __syncthreads();
 }
 
 // The means and what else belongs to the scores of query blocks x0 .. x0 + rows of a head.
@@ -164,19 +159,19 @@ struct ScoreTile {
 #pragma unroll
       for (int r = 0; r < kRows; r += kPass) {
         const int x = r + copy_row;
-        if ((kRows - r < kPass && x >= kRows)) break;
+        if (kRows - r < kPass && x >= kRows) break;
         const bool inside = there && x < in.rows;
-        copy_async16(to + r * kDepth + copy_to, in.q_mean + (inside ? x * p.D + dim : 0), inside);
+        copy_16_bytes(to + r * kDepth + copy_to, in.q_mean + (inside ? x * p.D + dim : 0), inside);
       }
       to += kRingRows * kDepth;
 #pragma unroll
       for (int r = 0; r < kCols; r += kPass) {
         const int y = load_y + r + copy_row;
-        if ((kCols - r < kPass && r + copy_row >= kCols)) break;
+        if (kCols - r < kPass && r + copy_row >= kCols) break;
         const bool inside = there && y < in.cols;
-        copy_async16(to + r * kDepth + copy_to, in.k_mean + (inside ? y * p.D + dim : 0), inside);
+        copy_16_bytes(to + r * kDepth + copy_to, in.k_mean + (inside ? y * p.D + dim : 0), inside);
       }
-      copy_commit();
+      commit_copies();
       load_dim += kDepth;
       if (load_dim >= p.D) load_dim = 0, load_y += kCols;
     };
@@ -205,12 +200,7 @@ struct ScoreTile {
           for (int i = 0; i < 4 * kRowTiles; ++i) acc[i / 4][j][i % 4] = 0.f;
         }
       }
-      if (stage + 1 < stages) {
-        copy_wait<1>();
-      } else {
-        copy_wait<0>();
-      }
-      __syncthreads();
+      wait_for_stage(stage + 1 < stages);
       float* const q = ring + stage % 2 * kStageWords;
       // Not where all columns of the warp are in the future, or its rows beyond the end.
       if (y0 + warp_col < in.cols && warp_row < in.rows) {
@@ -293,9 +283,9 @@ struct ShortScoreTile {
         const int from_row = query ? r : r - kRows;
         const bool inside = from_row < (query ? in.rows : in.cols) && dim < p.D;
         const float* const from = query ? in.q_mean : in.k_mean;
-        copy_async16(to + r * kPitch + d, from + (inside ? from_row * p.D + dim : 0), inside);
+        copy_16_bytes(to + r * kPitch + d, from + (inside ? from_row * p.D + dim : 0), inside);
       }
-      copy_commit();
+      commit_copies();
     };
     load(0);
     if (stages > 1) load(1);
@@ -308,12 +298,7 @@ struct ShortScoreTile {
     float acc[kRowsEach] = {};
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
-      if (stage + 1 < stages) {
-        copy_wait<1>();
-      } else {
-        copy_wait<0>();
-      }
-      __syncthreads();
+      wait_for_stage(stage + 1 < stages);
       const float* const q = ring + stage % 2 * kStageWords + row * kPitch;
       const float* const k = ring + stage % 2 * kStageWords + (kRows + lane) * kPitch;
       if (row < in.rows) {

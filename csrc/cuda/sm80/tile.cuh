@@ -5,6 +5,7 @@
 
 #include "../dtype.cuh"
 #include "../grid.cuh"
+#include "async_copy.cuh"
 #include "mma.cuh"
 #include "params.h"
 
@@ -15,20 +16,6 @@ inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // Rows are padded by 16 bytes: eight rows of 16 bytes then fall in different banks.
 template <typename T, int DP>
 inline constexpr int kLd = DP + 16 / static_cast<int>(sizeof(T));
-
-__device__ __forceinline__ void copy_16_bytes(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address(to)), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-__device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(to)), "l"(from));
-}
-__device__ __forceinline__ void copy_4_bytes(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(to)), "l"(from),
-               "r"(valid ? 4 : 0));
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;"); }
 
 // Sixteen consecutive rows of a tile, copied by one warp from row `first` of `from` on.
 template <typename T, int DP>
