@@ -167,6 +167,13 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[n][i] *= inverse[i / 2];
     }
+    if (p.row_mask == nullptr) return;
+      // Rows that don't count may hold NaN.
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] = inverse[i / 2] == 0.f ? 0.f : acc[n][i];
+    }
   }
 };
 
