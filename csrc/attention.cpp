@@ -80,9 +80,45 @@ Planned make_plan(const Stages& stages, const PooledInputs& means, const Tensor&
                      {means.key, means.key_count, means.beside, key_bias}, coarse, N, o);
 }
 
+// All stages before fine.
+Prepared prepare(const Stages& stages, const Inputs& in, const PlanTensors& plan,
+                 const Options& o) {
+  const bool has_plan = plan.given();
+  Prepared r;
+  if (has_plan) r.planned.rows = given_plan(plan);
+
+  // short heads: all that follows at once
+  if (o.levels.empty() && stages.prepare != nullptr) {
+    if (auto made = stages.prepare(in, !has_plan, o)) {
+      if (has_plan) made->planned = r.planned;
+      return *made;
+    }
+  }
+
+  // pool: means over the valid rows of each block
+  const bool weighted = o.pool != Pool::even;
+  r.pooled =
+      stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block || weighted, !has_plan);
+  r.pooled.type = in.query.scalar_type();
+
+  // weigh keys: as the queries do, where means are not even; and what a plan makes of it
+  if (weighted) r.centred = stages.weigh_keys(in, r.pooled, !has_plan, o);
+
+  // plan: which pairs of blocks are exact, by scores of plain means; coarse, where it comes along
+  if (!has_plan) {
+    const Tensor key_bias = weighted ? r.centred->key_bias : Tensor();
+    std::optional<PooledInputs> coarse;
+    if (o.coarse == Coarse::block) coarse = r.pooled;
+    r.planned = make_plan(stages, r.pooled, key_bias, coarse, in.query.size(2), o);
+  }
+
+  // pool, weighted
+  if (weighted) stages.centre(*r.centred, in, false, o);
+  return r;
+}
+
 ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTensors& plan,
                           const Options& o) {
-  const int64_t N = in.query.size(2);
   const bool has_plan = plan.given();
 
   // short heads: all that follows at once
@@ -93,37 +129,19 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
     }
   }
 
-  // pool: means over the valid rows of each block
-  const bool weighted = o.pool != Pool::even;
-  PooledInputs pooled =
-      stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block || weighted, !has_plan);
-  pooled.type = in.query.scalar_type();
-  std::optional<PooledInputs> coarse_blocks, coarse_keys;
-  if (o.coarse == Coarse::block) coarse_blocks = pooled;
-  if (o.coarse == Coarse::row) coarse_keys = pooled;
+  Prepared ready = prepare(stages, in, plan, o);
+  PooledInputs& pooled = ready.pooled;
+  const std::optional<Centred>& centred = ready.centred;
+  const BlockList& rows = ready.planned.rows;
 
-  // weigh keys: as the queries do, where means are not even; and what a plan makes of it
-  std::optional<Centred> centred;
-  if (weighted) centred = stages.weigh_keys(in, pooled, !has_plan, o);
-
-  // plan: which pairs of blocks are exact, by scores of plain means
-  const Tensor key_bias = centred ? centred->key_bias : Tensor();
-  const Planned planned = has_plan ? Planned{given_plan(plan), std::nullopt}
-                                   : make_plan(stages, pooled, key_bias, coarse_blocks, N, o);
-  const BlockList& rows = planned.rows;
-
-  // pool, weighted
-  if (centred) {
-    stages.centre(*centred, in, false, o);
-    coarse_keys = centred->pooled;
-  }
-
-  // coarse: the pairs that are not, unless the plan brought them along
-  std::optional<CoarseState> state = planned.coarse;
-  if (coarse_blocks && !state) state = stages.coarse(pooled, rows, o);
+  // coarse: the pairs that are not exact, unless the plan brought them along
+  std::optional<CoarseState> state = ready.planned.coarse;
+  if (o.coarse == Coarse::block && !state) state = stages.coarse(pooled, rows, o);
 
   // fine: the pairs that are, and one softmax over both
-  const Tensor& moments = weighted ? coarse_keys->moments : pooled.moments;
+  std::optional<PooledInputs> coarse_keys;
+  if (o.coarse == Coarse::row) coarse_keys = centred ? centred->pooled : pooled;
+  const Tensor& moments = centred ? centred->pooled.moments : pooled.moments;
   FineResult result = stages.fine(in, rows, state, coarse_keys, moments, o);
 
   // order 1: what a block mean throws away

@@ -61,6 +61,12 @@ def cases():
         ):
             shape = dict(N=N, M=max(N - 20, N // 32 * 32), D=D, block_size=block, masks=masks)
             yield dtype, shape | options
+    # all stages before fine in one launch
+    whole = itertools.product(["even", "centred"], [32, 64, 128], [32, 64, (128, 64)])
+    for pool, D, block in whole:
+        for masks, forced in (("none", {}), ("both", dict(diagonal_blocks=3))):
+            options = dict(Hk=4, N=600, M=700, D=D, block_size=block, pool=pool, order=1)
+            yield torch.bfloat16, options | dict(masks=masks) | forced
     # order 1 that walks the sequence
     walks = itertools.product(
         DTYPES[:2], [32, 64, 128, 256], [64, (64, 16), (128, 32)], [False, True]

@@ -154,6 +154,13 @@ struct Planned {
   std::optional<CoarseState> coarse;
 };
 
+// What fine reads besides the inputs.
+struct Prepared {
+  PooledInputs pooled;
+  std::optional<Centred> centred;  // where Options.pool is not even
+  Planned planned;
+};
+
 // What the operator forward returns: out, lse, coarse_share, row_start, row_count, row_index, and
 // what backward reads again: query_mean, key_mean, value_mean, query_count, key_count, moments,
 // query_centre, key_weights, block_mass.
@@ -305,6 +312,9 @@ struct Stages {
   // pool, plan, coarse and fine in one, for heads short enough to be held whole; nullopt for what
   // it doesn't serve. May be null.
   std::optional<HeadResult> (*forward_head)(const Inputs&, const Options&) = nullptr;
+
+  // All stages before fine in one, likewise; without a plan unless it is asked for.
+  std::optional<Prepared> (*prepare)(const Inputs&, bool plan, const Options&) = nullptr;
 
   // Options.pool other than even; null where a device has none. `weigh_keys` makes the centre and
   // the weights from the means and counts of queries, and what a plan asks for: its bias, and the

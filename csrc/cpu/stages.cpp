@@ -19,6 +19,7 @@ const Stages& cpu_stages() {
       cpu::order1,
       cpu::order1_backward,
       /*forward_head=*/nullptr,
+      /*prepare=*/nullptr,
       cpu::weigh_keys,
       cpu::centre,
       cpu::centred_term,

@@ -212,6 +212,87 @@ Tensor weigh_with_moments(const Inputs& in, const Options& o, const WeightsParam
   return moments;
 }
 
+namespace {
+
+// Whether a block of threads may have all keys of a head, and all that is made before fine: where
+// launches take longer than the device, which is with no more heads than run at once. Long heads
+// leave it idle where they are few.
+bool takes_whole_heads(const Inputs& in, const Options& o, const Launch& launch) {
+  const int64_t D = in.key.size(3), M = in.key.size(2), heads = in.key.size(0) * in.key.size(1);
+  const int resident =
+      sm90::moments_resident(static_cast<int>(moments_dim(D)), o.pool == Pool::even);
+  return has_order1(o) && o.coarse == Coarse::row && o.pool != Pool::sampled && o.levels.empty() &&
+         o.selection == Selection::row && order1_on_hopper(in.key, o, launch) &&
+         takes_keys(in, o, launch) && o.block_q >= 32 && o.block_k >= 32 &&
+         ceil_div(in.query.size(2), o.block_q) <= sm90::kWholeQueryBlocks &&
+         ceil_div(M, o.block_k) <= sm90::kWholeKeyBlocks && D > 16 &&
+         (D <= 64 || o.pool == Pool::even) && in.query.size(1) == in.key.size(1) &&
+         heads <= int64_t{resident} * launch.device.sms &&
+         (M <= 1024 || heads >= launch.device.sms);
+}
+
+}  // namespace
+
+std::optional<Prepared> prepare(const Inputs& in, bool plan, const Options& o) {
+  const Launch launch(in.key);
+  if (!takes_whole_heads(in, o, launch)) return std::nullopt;
+  const int64_t B = in.key.size(0), H = in.key.size(1), D = in.key.size(3), dim = moments_dim(D);
+  const int64_t nq = ceil_div(in.query.size(2), o.block_q);
+  const int64_t nk = ceil_div(in.key.size(2), o.block_k);
+  const auto acc = in.key.options().dtype(at::kFloat), ints = acc.dtype(at::kInt);
+  Prepared r;
+  if (o.pool != Pool::even) {
+    PooledInputs& pooled = r.centred.emplace().pooled;
+    pooled.weights = allocate({B, H, nk * o.block_k}, acc);
+    pooled.mass = allocate({B, H, nk}, acc);
+    pooled.key_count = allocate({B, nk}, ints);
+  }
+  PooledInputs& pooled = r.centred ? r.centred->pooled : r.pooled;
+  r.pooled.type = pooled.type = in.key.scalar_type();
+  sm90::Moments p = moments_of(in, o, &pooled);
+  p.chunks = 1;
+  pooled.moments = allocate({B, H, 2, dim, dim}, in.key.options());
+  p.matrices = pooled.moments.mutable_data_ptr();
+
+  // pool: queries
+  const Tensor query_mean = allocate({B, H, nq, D}, acc);
+  pooled.query_count = allocate({B, nq}, ints);
+  p.whole.query = pool_tensor(in.query, in.query_mask, o.block_q, query_mean);
+  p.whole.query.count = pooled.query_count.mutable_data_ptr<int32_t>();
+
+  // weigh keys
+  Tensor plain, bias;  // of keys, for a plan
+  if (r.centred) {
+    r.centred->centre = pooled.centre = allocate({B, H, D}, acc);
+    r.centred->moments = pooled.fine_moments = pooled.moments;
+    pooled.centre_term = allocate({B, H, 2, dim}, acc);
+    if (plan) {
+      plain = allocate_like(pooled.key);
+      bias = allocate({B, H, nk}, acc);
+    }
+    p.key_count = pooled.key_count.mutable_data_ptr<int>();
+    p.made.scale = static_cast<float>(o.scale);
+    p.made.weights = pooled.weights.mutable_data_ptr<float>();
+    p.made.mass = pooled.mass.mutable_data_ptr<float>();
+    p.made.key_bias = data_of<float>(bias);
+    p.made.k_plain = data_of<float>(plain);
+    p.whole.centre = pooled.centre.mutable_data_ptr<float>();
+    p.whole.centre_term = pooled.centre_term.mutable_data_ptr<float>();
+  } else {
+    pooled.query = query_mean;
+  }
+
+  if (plan) {
+    PlanParams& to = p.whole.plan = plan_params(B, H, H, nq, nk, D, in.query.size(2), o);
+    r.planned.rows = empty_rows(to, ints);
+    to.q_mean = p.whole.query.mean;
+    to.k_mean = r.centred ? p.made.k_plain : p.k_mean;
+    to.key_bias = p.made.key_bias;
+  }
+  if (!launch_moments(p, static_cast<int>(dim), launch)) return std::nullopt;
+  return r;
+}
+
 Tensor moments_before(const Inputs& in, const Options& o, const WalkCut& cut, PooledInputs* pooled,
                       const std::function<void()>& launch_beside) {
   const Launch launch(in.key);
@@ -234,6 +315,8 @@ Tensor pool_moments(const Inputs&, const Options&, PooledInputs*, const Tensor&,
                     const std::function<void()>&) {
   return {};
 }
+
+std::optional<Prepared> prepare(const Inputs&, bool, const Options&) { return std::nullopt; }
 
 bool weighs_with_moments(const Inputs&, const Options&, const Launch&) { return false; }
 

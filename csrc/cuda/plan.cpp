@@ -33,21 +33,16 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
       "mra_attention on CUDA takes plans of at most 2^31 - 1 entries a head, got room for ",
       capacity, "; lower density or blocks_per_row, or use larger blocks");
   const auto ints = query.mean.options().dtype(at::kInt);
-  Planned planned;
-  BlockList& rows = planned.rows = {allocate({B, H, nq}, ints), allocate({B, H, nq}, ints),
-                                    allocate({B, H, capacity}, ints), allocate({2}, ints)};
+  PlanParams p = plan_params(B, H, key.mean.size(1), nq, nk, query.mean.size(3), N, options);
+  Planned planned{empty_rows(p, ints), std::nullopt};
+  const BlockList& rows = planned.rows;
   if (rows.start.numel() == 0) return planned;
 
-  PlanParams p = plan_params(B, H, key.mean.size(1), nq, nk, query.mean.size(3), N, options);
   p.q_mean = query.mean.const_data_ptr<float>();
   p.k_mean = key.mean.const_data_ptr<float>();
   p.key_bias = data_of<float>(key.bias);
   p.q_count = query.count.const_data_ptr<int32_t>();
   p.k_count = key.count.const_data_ptr<int32_t>();
-  p.start = rows.start.mutable_data_ptr<int32_t>();
-  p.count = rows.count.mutable_data_ptr<int32_t>();
-  p.index = rows.index.mutable_data_ptr<int32_t>();
-  p.queues = rows.queues.mutable_data_ptr<int32_t>();
   p.beside = key.beside;
   const auto with_coarse = [&] {
     if (!pooled) return;

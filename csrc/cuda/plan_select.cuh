@@ -217,6 +217,22 @@ __device__ __forceinline__ unsigned take_lanes(uint32_t key, uint32_t cut, int& 
   return taken;
 }
 
+// The `take` highest keys that the lanes have, as bits; of equal ones those of lower lanes.
+__device__ __forceinline__ uint32_t highest_lanes(uint32_t key, int take) {
+  uint32_t taken = 0;
+#pragma unroll 1
+  while (take > 0) {
+    const uint32_t top = __reduce_max_sync(kFullWarp, key);
+    uint32_t same = __ballot_sync(kFullWarp, key == top);
+    const int count = __popc(same);
+    for (int more = count - take; more > 0; --more) same ^= 1u << (31 - __clz(same));
+    taken |= same;
+    take -= count;
+    if (key == top) key = kAbsent;
+  }
+  return taken;
+}
+
 // Writes the blocks y of the lanes in `taken` behind `at` entries of a list with room for `room`;
 // returns whether this lane's is one of them.
 __device__ __forceinline__ bool append(unsigned taken, int y, int32_t* index, int at,

@@ -37,18 +37,10 @@ class Pools {
     if (count != nullptr) *count = allocate({B, n}, x.options().dtype(at::kInt));
     if (rounded != nullptr) *rounded = allocate({B, H, n, D}, x.options());
 
-    PoolTensor& t = p_.tensor[p_.tensors++];
-    t.x = x.const_data_ptr();
-    t.stride = strides_of(x);
-    t.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
-    t.mean = mean.mutable_data_ptr<float>();
+    PoolTensor& t = p_.tensor[p_.tensors++] = pool_tensor(x, mask, block, mean);
     t.rounded = rounded != nullptr ? rounded->mutable_data_ptr() : nullptr;
     t.count = count != nullptr ? count->mutable_data_ptr<int32_t>() : nullptr;
     t.weights = weights_;
-    t.H = static_cast<int>(H);
-    t.n = static_cast<int>(n);
-    t.L = L;
-    t.log2_block = log2_of(block);
   }
 
   void run(bool beside = false) {

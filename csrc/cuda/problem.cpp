@@ -90,6 +90,30 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
   return p;
 }
 
+BlockList empty_rows(PlanParams& p, const at::TensorOptions& ints) {
+  const int64_t B = p.B, H = p.H, nq = p.nq;
+  BlockList rows{allocate({B, H, nq}, ints), allocate({B, H, nq}, ints),
+                 allocate({B, H, nq * p.row_capacity}, ints), allocate({2}, ints)};
+  p.start = rows.start.mutable_data_ptr<int32_t>();
+  p.count = rows.count.mutable_data_ptr<int32_t>();
+  p.index = rows.index.mutable_data_ptr<int32_t>();
+  p.queues = rows.queues.mutable_data_ptr<int32_t>();
+  return rows;
+}
+
+PoolTensor pool_tensor(const Tensor& x, const OptTensor& mask, int64_t block, const Tensor& mean) {
+  PoolTensor t{};
+  t.x = x.const_data_ptr();
+  t.stride = strides_of(x);
+  t.mask = mask ? mask->const_data_ptr<bool>() : nullptr;
+  t.mean = mean.mutable_data_ptr<float>();
+  t.H = static_cast<int>(x.size(1));
+  t.n = static_cast<int>(mean.size(2));
+  t.L = x.size(2);
+  t.log2_block = log2_of(block);
+  return t;
+}
+
 Tensor pooled_shares(BackwardParams& p, Dtype dtype, const Launch& launch, const Tensor& like,
                      Tensor* mass_grad) {
   const int64_t tiles = ceil_div(p.nk, 64) * p.B * p.Hk;

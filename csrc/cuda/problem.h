@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "plan.h"
+#include "pool.h"
 
 namespace mra::cuda {
 
@@ -36,6 +37,11 @@ void fill(Problem& p, const PooledInputs& in, const BlockList& rows, const Optio
 // The plan stage: shapes and options; pointers are left null.
 PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk, int64_t D,
                        int64_t N, const Options& o);
+// Empty lists of rows for that, with queues, to which its pointers are set.
+BlockList empty_rows(PlanParams& p, const at::TensorOptions& ints);
+
+// One tensor of the stage pool, its rows in blocks of `block`, and where its means go; no counts.
+PoolTensor pool_tensor(const Tensor& x, const OptTensor& mask, int64_t block, const Tensor& mean);
 
 // Gradients of the pooled keys and values of `p`, divided by the count of their block: what each of
 // its rows gets; whole where there is pooled_mass. [2, B, Hk, nk, D] float32: keys, values. The

@@ -20,6 +20,7 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
 Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                             const Inputs& in, const PooledInputs& pooled, const Options& o);
 std::optional<HeadResult> forward_head(const Inputs& in, const Options& o);
+std::optional<Prepared> prepare(const Inputs& in, bool plan, const Options& o);
 Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o);
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o);
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o);
@@ -42,6 +43,7 @@ const Stages& cuda_stages() {
                              cuda::order1,
                              cuda::order1_backward,
                              cuda::forward_head,
+                             cuda::prepare,
                              cuda::weigh_keys,
                              cuda::centre,
                              cuda::centred_term,

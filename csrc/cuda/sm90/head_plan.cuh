@@ -42,22 +42,6 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int fi
   return rank;
 }
 
-// The `take` highest keys that the lanes have, as bits; of equal ones those of lower lanes.
-__device__ __forceinline__ uint32_t highest_lanes(uint32_t key, int take) {
-  uint32_t taken = 0;
-#pragma unroll 1
-  while (take > 0) {
-    const uint32_t top = __reduce_max_sync(kFullWarp, key);
-    uint32_t same = __ballot_sync(kFullWarp, key == top);
-    const int count = __popc(same);
-    for (int more = count - take; more > 0; --more) same ^= 1u << (31 - __clz(same));
-    taken |= same;
-    take -= count;
-    if (key == top) key = kAbsent;
-  }
-  return taken;
-}
-
 // How many pairs to take of those whose keys the lanes hold, which become keys under the boundary.
 template <bool kGlobal, class Shared>
 __device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x, uint32_t& key) {

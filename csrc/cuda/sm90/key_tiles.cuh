@@ -30,12 +30,13 @@ struct KeyTiles {
   // By one thread; `warps` give a place back.
   __device__ void init(int warps) { barrier_init_ring(full, empty, warps); }
 
-  // By one warp: `tiles` tiles from key `first` on, `step` keys apart. mask: [B, M] or null;
-  // weights: of the M keys. `also` fetches `bytes(tile)` more into its own `stage`, by one lane.
+  // By one warp: `tiles` tiles from key `first` on, `step` keys apart, but for the first `done`.
+  // mask: [B, M] or null; weights: of the M keys. `also` fetches `bytes(tile)` more into its own
+  // `stage`, by one lane.
   template <class Also = NothingElse>
   __device__ void fetch(const CUtensorMap& k_map, const CUtensorMap& v_map, const uint8_t* mask,
                         const float* weights, int M, int b, int h, int first, int tiles,
-                        int step = 64, const Also& also = {}) {
+                        int step = 64, const Also& also = {}, int done = 0) {
     const int lane = threadIdx.x % 32;
     float next[2];  // weights of the next tile, on their way
     const auto look_up = [&](int key) {
@@ -47,7 +48,7 @@ struct KeyTiles {
     };
     if constexpr (kWeighted) look_up(first);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = done; tile < tiles; ++tile) {
       const int stage = tile % kStages, key = first + step * tile;
       uint32_t bits[2];
 #pragma unroll

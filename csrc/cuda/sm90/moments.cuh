@@ -15,6 +15,7 @@
 #include <climits>
 
 #include "moments_columns.cuh"
+#include "moments_head.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -36,29 +37,52 @@ struct MomentsTraits {
   static_assert(kFew + 2 * kMany <= 504);
 };
 
-// kNarrow: head dims up to 32.
-template <typename T, int DP, int kBlocks, Weights kWeights, bool kNarrow>
+// kNarrow: head dims up to 32. kWhole: with what WholeHead asks for.
+template <typename T, int DP, int kBlocks, Weights kWeights, bool kNarrow, bool kWhole>
 __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
                                   MomentsTraits<DP, kWeights>::kBlocks)
     moments_kernel(const __grid_constant__ MomentsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Traits = MomentsTraits<DP, kWeights>;
   constexpr bool kWeighted = kWeights != Weights::even;
-  using Shared = MomentsTiles<T, DP, Traits::kStages, kBlocks, kWeights>;
-  constexpr int kStages = Shared::kStages, kPanels = DP / 64;
+  using Shared = MomentsTiles<T, DP, Traits::kStages, kBlocks, kWeights, kWhole>;
+  constexpr int kStages = Shared::kStages, kPanels = DP / 64, kDim = kNarrow ? 32 : DP;
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
   let_next_start();
   s.init(4 * kPanels);
-  const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
+  const int head = kWhole ? blockIdx.x : blockIdx.x / p.chunks;
+  const int chunk = kWhole ? 0 : blockIdx.x - head * p.chunks;
   const int b = head / p.Hk, h = head - b * p.Hk, first = chunk * p.tiles;
   const int tiles = uniform(min(p.tiles, (p.M + 63) / 64 - first));
+  // Of a whole head all places but the last, which is room before, are fetched first.
+  const int ahead = kWhole ? min(kStages - 1, tiles) : 0;
+  const auto fetch = [&](int done, int end) {
+    s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.M, b, h, 64 * first, end, 64, NothingElse{},
+                 done);
+  };
+  if constexpr (kWhole) {
+    if (blockIdx.x == 0 && p.whole.plan.queues != nullptr) clear_queues(p.whole.plan.queues);
+    if (warp_index() == 4 * kPanels) fetch(0, ahead);
+    pool_queries<T, kDim>(p, head, b, h, s.query_count);
+    __syncthreads();
+    if (h == 0) {
+      const int x = threadIdx.x;
+      if (x < p.whole.query.n) p.whole.query.count[b * p.whole.query.n + x] = s.query_count[x];
+    }
+    if constexpr (kWeighted) {
+      using Room = float4[kShortHeadThreads];
+      static_assert(sizeof(Room) <= sizeof(s.keys.x[0]) && Traits::kThreads >= kShortHeadThreads);
+      find_centre<DP>(p, head, s.query_count, reinterpret_cast<Room&>(s.keys.x[kStages - 1]),
+                      s.centre);
+      fence_for_copies();
+      __syncthreads();
+    }
+  }
   if (warp_index() >= 4 * kPanels) {
     if constexpr (DP > 64) give_registers<Traits::kFew>();
     const int role = warp_index() - 4 * kPanels;
-    if (role == 0) {
-      s.keys.fetch(p.k_map, p.v_map, p.mask, nullptr, p.M, b, h, 64 * first, tiles);
-    }
+    if (role == 0) fetch(ahead, tiles);
     if constexpr (kWeighted) {
       if (role > 0 && role <= Shared::kWeighers) {
         KeyWeigher<T, DP, kBlocks, kWeights, Shared>(p, s, head, first).run(role - 1, tiles);
@@ -82,7 +106,8 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
     if constexpr (kWeighted) barrier_wait(&s.weighed[stage], phase);
     const uint32_t valid[2] = {s.keys.valid[stage][0], s.keys.valid[stage][1]};
     keys += __popc(valid[0]) + __popc(valid[1]);
-    if ((valid[0] & valid[1]) != kFullWarp) columns.clear(stage);
+    // Copies fill with zeros what lies behind the last key.
+    if (p.mask != nullptr && (valid[0] & valid[1]) != kFullWarp) columns.clear(stage);
     uint32_t a[4][4];
     columns.load_deviations(a, stage, valid);
     pin(moment);
@@ -119,10 +144,10 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
   }
 
   const int row = 64 * group + 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
-  constexpr int kDim = kNarrow ? 32 : DP;
-  if (kNarrow && row >= kDim) return;
+  if (!kWhole && kNarrow && row >= kDim) return;
   constexpr float kUndo = kWeighted ? 64.f / kBlocks : 1.f;  // what weights lack
   const auto store = [&](const float(&c)[8 * kPanels][4], int which) {
+    if (kNarrow && row >= kDim) return;
     const int64_t matrix = static_cast<int64_t>(blockIdx.x) * 2 + which;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -143,10 +168,22 @@ __global__ void __launch_bounds__(MomentsTraits<DP, kWeights>::kThreads,
   };
   store(moment, 0);
   store(sigma, 1);
+  if constexpr (kWhole) {
+    consumer_sync<DP>();  // the matrices are there, and no warp reads the ring
+    unsigned place = smem_address(raw);
+    asm volatile("" : "+r"(place));  // or the address of what follows is held, and spills
+    Shared& s = *reinterpret_cast<Shared*>(raw + (-place & 1023));
+    if constexpr (kWeighted) multiply_centre<kDim>(p, head, s.centre);
+    if (p.whole.plan.index == nullptr) return;
+    auto& means = reinterpret_cast<PlanMeans<kDim>&>(s.keys.x);
+    static_assert(sizeof(means) <= sizeof(s.keys.x));
+    plan_head<kDim, 4 * kPanels>(p, head, means, s.query_count, s.key_count,
+                                 [] { consumer_sync<DP>(); });
+  }
 #endif
 }
 
-template <typename T, int DP, Weights kWeights, bool kNarrow>
+template <typename T, int DP, Weights kWeights, bool kNarrow, bool kWhole = false>
 cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaStream_t stream) {
   MomentsMaps p{params};
   const bool maps = tensor_map(&p.k_map, kDtype<T>, p.k, p.k_strides, p.B, p.Hk, p.M, p.D, 64) &&
@@ -157,19 +194,37 @@ cudaError_t launch_moments_of(const Moments& params, const Device& device, cudaS
   p.tiles = chunk_tiles(p.M, p.chunks, p.unit_tiles);
   const auto launch = [&](auto key_blocks) {
     constexpr int kBlocks = key_blocks();
-    using Shared = MomentsTiles<T, DP, Traits::kStages, kBlocks, kWeights>;
+    using Shared = MomentsTiles<T, DP, Traits::kStages, kBlocks, kWeights, kWhole>;
     constexpr int kBytes = sizeof(Shared) + 1024;
     if (kBytes > device.max_smem) return cudaErrorNotSupported;
-    const auto kernel = moments_kernel<T, DP, kBlocks, kWeights, kNarrow>;
+    const auto kernel = moments_kernel<T, DP, kBlocks, kWeights, kNarrow, kWhole>;
     return launch_grid(kernel, blocks, Traits::kThreads, kBytes, stream, p);
   };
-  return p.log2_block_k == 6   ? launch(std::integral_constant<int, 1>{})
-         : p.log2_block_k == 5 ? launch(std::integral_constant<int, 2>{})
-                               : launch(std::integral_constant<int, 4>{});
+  if (p.log2_block_k == 6) return launch(std::integral_constant<int, 1>{});
+  if (kWhole || p.log2_block_k == 5) return launch(std::integral_constant<int, 2>{});
+  return launch(std::integral_constant < int, kWhole ? 2 : 4 > {});
+}
+
+// Head dims from kDim / 2 on: lanes that pool a row of queries.
+template <int DP, Weights kWeights>
+cudaError_t launch_whole_heads(const Moments& params, const Device& device, cudaStream_t stream) {
+  using T = __nv_bfloat16;
+  if (DP == 64 && params.D <= 32) {
+    return launch_moments_of<T, DP, kWeights, DP == 64, true>(params, device, stream);
+  }
+  return launch_moments_of<T, DP, kWeights, false, true>(params, device, stream);
 }
 
 template <int DP>
 cudaError_t launch_moments(const Moments& params, const Device& device, cudaStream_t stream) {
+  if (params.whole.query.mean != nullptr) {
+    if (params.whole.centre == nullptr) {
+      return launch_whole_heads<DP, Weights::even>(params, device, stream);
+    }
+    // Beyond 64 columns there are not enough registers.
+    if constexpr (DP > 64) return cudaErrorNotSupported;
+    return launch_whole_heads<64, Weights::centred>(params, device, stream);
+  }
   constexpr bool kCanBeNarrow = DP == 64;
   const auto launch = [&](auto t, auto weights) {
     using T = decltype(t);

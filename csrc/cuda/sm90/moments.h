@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "../types.h"
+#include "../plan.h"
+#include "../pool.h"
 
 namespace mra::cuda::sm90 {
 
@@ -21,6 +22,17 @@ struct KeyWeights {
   float* k_plain;   // [B, Hk, nk, D] or null: means of keys that weigh alike, for a plan
 };
 
+// The other stages before fine, made along with the moments where a block of threads has all keys
+// of a head. There is a key head for each query head.
+struct WholeHead {
+  PoolTensor query;    // mean null: none of this
+  PlanParams plan;     // index null: none
+  float* centre;       // [B, Hk, D], or null where keys weigh alike
+  float* centre_term;  // [B, Hk, 2, dim]: the centre times C and Sigma
+};
+// The most blocks of keys and of queries that such a head has.
+constexpr int kWholeKeyBlocks = 32, kWholeQueryBlocks = 64;
+
 struct Moments {
   Dtype dtype;        // T: bf16, or f16 with sums
   const void *k, *v;  // [B, Hk, M, D] T
@@ -35,6 +47,7 @@ struct Moments {
   // them, and the sums with them and the count of the block.
   const float* weights;
   KeyWeights made;  // or so
+  WholeHead whole;  // with one chunk a head; its centre then stands for made.sample
   int chunks;       // parts of a head that are summed apart: see tile_chunks
   int unit_tiles;   // a chunk starts at a multiple of so many tiles of 64
   float* sums;      // [B, Hk, chunks, 2, dim, dim], or null for one chunk:

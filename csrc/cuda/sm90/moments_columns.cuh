@@ -7,6 +7,37 @@
 
 namespace mra::cuda::sm90 {
 
+// *to = x where it `stores`. kPredicate: not by a branch, which the compiler makes of some such
+// lines and which costs a warp that multiplies more than the store does. Takes registers.
+template <bool kPredicate>
+__device__ __forceinline__ void store_if(bool stores, float* to, float x) {
+  if constexpr (!kPredicate) {
+    if (stores) *to = x;
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(
+                     static_cast<int>(stores)),
+                 "l"(to), "f"(x)
+                 : "memory");
+  }
+}
+// kShared: of this address space.
+template <bool kPredicate, bool kShared = false>
+__device__ __forceinline__ void store_if(bool stores, uint16_t* to, uint16_t x) {
+  if constexpr (!kPredicate) {
+    if (stores) *to = x;
+  } else if constexpr (kShared) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.shared.u16 [%1], %2;\n}" ::"r"(
+                     static_cast<int>(stores)),
+                 "r"(smem_address(to)), "h"(x)
+                 : "memory");
+  } else {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.u16 [%1], %2;\n}" ::"r"(
+                     static_cast<int>(stores)),
+                 "l"(to), "h"(x)
+                 : "memory");
+  }
+}
+
 // x / count, rounded as a division is but for overflow, without its branches.
 __device__ __forceinline__ float divided(float x, float count) {
   const float inverse = __fdividef(1.f, count), quotient = x * inverse;
@@ -21,6 +52,9 @@ struct TileColumns {
   // Plain means of keys come out of the product that makes the weighted ones, which has columns
   // left for them.
   static constexpr bool kBoth = kMade && kBlocks < 4;
+  // Stores by predicates, and their conditions in one: measured, and where there are registers.
+  static constexpr bool kPredicates = kBlocks == 1 && (DP == 64 || !kMade);
+  static constexpr bool kFlat = kPredicates || DP == 64;
   using A = uint32_t[4][4];      // columns as left operands, over the tile's keys
   using Right = uint32_t[4][2];  // right operands
   static constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
@@ -45,9 +79,11 @@ struct TileColumns {
       : p(p), s(s), group(group), y(first * kBlocks + block) {
     const int d = 64 * group + 16 * warp + g;
     at = (static_cast<int64_t>(head) * p.nk + y) * p.D + d;
+    const bool stores = !kFlat || (weighted ? p.k_mean : p.made.k_plain) != nullptr;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      blocks[half] = t < (kBoth ? 2 : 1) * kBlocks && d + 8 * half < p.D ? p.nk : 0;
+      blocks[half] = stores && t < (kBoth ? 2 : 1) * kBlocks && d + 8 * half < p.D ? p.nk : 0;
+      if constexpr (kPredicates) asm volatile("" : "+r"(blocks[half]));  // or made anew at each use
     }
     const bool counts = h == 0 && threadIdx.x < kBlocks && p.key_count != nullptr;
     key_count = counts ? p.key_count + static_cast<int64_t>(head / p.Hk) * p.nk : nullptr;
@@ -116,23 +152,24 @@ struct TileColumns {
   __device__ __forceinline__ uint32_t keep(int which, const float (&mean)[2]) const {
     const uint32_t pair = Mma<T>::pack(mean[0], mean[1]);
     const auto low = static_cast<uint16_t>(pair), high = static_cast<uint16_t>(pair >> 16);
-    if (weighted) {
-      uint16_t* const row = &s.mean[which][group][y % (2 * Tiles::kBlocksAPanel)][16 * warp + g];
-      row[0] = low;
-      row[8] = high;
-    }
+    uint16_t* const row = &s.mean[which][group][y % (2 * Tiles::kBlocksAPanel)][16 * warp + g];
+    store_if<kPredicates, true>(weighted, row, low);
+    store_if<kPredicates, true>(weighted, row + 8, high);
     float* to = which == 0 ? p.k_mean : p.v_mean;
     if constexpr (kBoth) {
       if (!weighted) to = which == 0 ? p.made.k_plain : nullptr;
     }
     auto* const rounded = static_cast<uint16_t*>(which == 0 ? p.k_rounded : p.v_rounded);
-    if (to != nullptr) {
-      if (y < blocks[0]) to[at] = mean[0];
-      if (y < blocks[1]) to[at + 8] = mean[1];
+    // kFlat: those that have nowhere to store have no blocks.
+    const bool stores = kFlat ? which == 0 || !kBoth || weighted : to != nullptr;
+    const bool rounds = rounded != nullptr && weighted;
+    if (kFlat || stores) {
+      store_if<kPredicates>(stores && y < blocks[0], to + at, mean[0]);
+      store_if<kPredicates>(stores && y < blocks[1], to + at + 8, mean[1]);
     }
-    if (rounded != nullptr && weighted) {
-      if (y < blocks[0]) rounded[at] = low;
-      if (y < blocks[1]) rounded[at + 8] = high;
+    if (kFlat || rounds) {
+      store_if<kPredicates>(rounds && y < blocks[0], rounded + at, low);
+      store_if<kPredicates>(rounds && y < blocks[1], rounded + at + 8, high);
     }
     return pair;
   }
@@ -194,9 +231,16 @@ struct TileColumns {
       if (y < blocks[0]) p.made.k_plain[at] = of_all[0];
       if (y < blocks[1]) p.made.k_plain[at + 8] = of_all[1];
     }
-    if (kBoth ? !weighted : !kWeighted) divide(mean, count);
+    if constexpr (kBoth && kPredicates) {
+      divide(mean, weighted ? 1.f : count);
+    } else if (kBoth ? !weighted : !kWeighted) {
+      divide(mean, count);
+    }
     deviate(a, keep(0, mean), stage, valid);
     if (key_count != nullptr && y < blocks[0]) key_count[y] = own;
+    if constexpr (Tiles::kWhole) {
+      if (threadIdx.x < kBlocks && y < p.nk) s.key_count[y] = own;
+    }
   }
   __device__ __forceinline__ void keep_values(int stage, const uint32_t (&valid)[2]) const {
     A a;

@@ -23,8 +23,9 @@ constexpr int weighers(Weights weights) {
 }
 
 // Tiles of 64 keys and values, in kBlocks blocks each.
-template <typename T, int DP, int kPlaces, int kBlocks, Weights kWeights>
+template <typename T, int DP, int kPlaces, int kBlocks, Weights kWeights, bool kIsWhole>
 struct MomentsTiles {
+  static constexpr bool kWhole = kIsWhole;
   static constexpr int kStages = kPlaces, kPanels = DP / 64;
   static constexpr bool kWeighted = kWeights != Weights::even;
   static constexpr int kWeighers = weighers(kWeights);
@@ -38,6 +39,9 @@ struct MomentsTiles {
       kWeights == Weights::sampled ? 4 : 3;  // the fourth: room for logits
   uint32_t weights[kWeighted ? kStages : 1][kKinds][32];
   uint64_t weighed[kWeighted ? kStages : 1];
+  // Of a whole head.
+  alignas(16) float centre[kWhole && kWeighted ? DP : 4];
+  int32_t query_count[kWhole ? kWholeQueryBlocks : 1], key_count[kWhole ? kWholeKeyBlocks : 1];
 
   // By all threads; `warps` multiply.
   __device__ void init(int warps) {
@@ -52,6 +56,20 @@ struct MomentsTiles {
     __syncthreads();
   }
 };
+
+// The mean query as rows of a sample, rounded (0) and what that lost (1): columns d to d + 7 of row
+// g.
+template <typename T>
+__device__ __forceinline__ uint4 centre_row(const float* centre, int g, int d) {
+  if (g >= kMeanRows) return uint4{};
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const SplitPair<T> pair(centre[d + 2 * i], centre[d + 2 * i + 1]);
+    words[i] = g == 0 ? pair.high : pair.low;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
 
 // One of the warps that weigh: tile `own` of the chunk, and every kWeighers-th one from there.
 template <typename T, int DP, int kBlocks, Weights kWeights, class Tiles>
@@ -114,6 +132,14 @@ struct KeyWeigher {
   }
 
   __device__ __forceinline__ void load_sample(Sample& sample) const {
+    if constexpr (Tiles::kWhole) {
+      static_assert(kTiles == 1);
+#pragma unroll
+      for (int i = 0; i < 2 * kPanels; ++i) {
+        sample.rows[0][i] = centre_row<T>(s.centre, g, 32 * i + 8 * t);
+      }
+      return;
+    }
     const T* const rows =
         static_cast<const T*>(p.made.sample) + (static_cast<int64_t>(head) * kSampleRows + g) * p.D;
 #pragma unroll
