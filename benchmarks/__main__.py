@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-COMMANDS = ("host", "memory", "growth", "levels", "accuracy", "embeddings", "layout", "minilm",
-            "whisper", "table")  # fmt: skip
+COMMANDS = ("host", "memory", "growth", "levels", "accuracy", "budgets", "embeddings", "layout",
+            "minilm", "whisper", "table")  # fmt: skip
 
 
 def main(argv=None):

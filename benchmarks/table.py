@@ -50,6 +50,7 @@ def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
     kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
     kinds |= {"host": _host, "accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels}
+    kinds["budgets"] = _budgets
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -256,6 +257,25 @@ def _embeddings(report):
         + f"\nCosine with the exact encoder's embedding: mean, lowest of {report['documents']} "
         f"documents of {report['tokens']} tokens. Goal for the mean: {goals}.\n"
     )
+
+
+def _budgets(report):
+    """A line for each input and block size: errors "the same for all → by head"."""
+    lines = [dict(row, what=_input_and_blocks(row)) for row in report["rows"]]
+
+    def cell(row):
+        counts = f"{min(row['counts'])} to {max(row['counts'])}"
+        return f"{row['same']:.3f} → {row['by_head']:.3f} ({row['blocks_per_row']}: {counts})"
+
+    return _by_density(lines, "what", cell) + (
+        "\nError: ‖o − exact‖ / ‖exact‖, mean over heads, layers and the windows that the numbers "
+        "were not made from: the same number of exact blocks a row for all heads → by head, as "
+        "many on average. Behind it that number, and the least and the most that a head gets.\n"
+    )
+
+
+def _input_and_blocks(row):
+    return f"{row['inputs']}, blocks of {'x'.join(map(str, dict.fromkeys(row['block_size'])))}"
 
 
 def _by_density(rows, key, cell):

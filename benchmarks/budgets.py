@@ -1,0 +1,106 @@
+"""``python -m benchmarks budgets``: what it would give to let each head of a model have its own
+number of exact blocks a row, as many in all. Of one half of the windows every head's error is
+measured at several numbers, as `calibrate` does; numbers are then given out where they take most
+off, and errors are measured on the other half. Exact pairs, and so the time, stay the same.
+
+The operators give every head the same: this says what the other would be worth."""
+
+import argparse
+
+import torch
+
+from benchmarks import report
+from benchmarks.accuracy import INPUTS, LAYERS, errors, exact_attention, load
+from benchmarks.cases import ratio
+from benchmarks.options import add_common, begin, block_size, listed, share
+from mra_attention import mra_attention
+
+TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # blocks a row
+
+
+def parser():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks budgets", description=__doc__)
+    add = parser.add_argument
+    add_common(parser)
+    add("--inputs", type=listed(str, INPUTS), default=["minilm", "whisper"])
+    add("--density", type=listed(share), default=[1 / 8, 1 / 4, 1 / 2])
+    add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
+        help="32; may be given several times")  # fmt: skip
+    add("--windows", type=int, help="texts or recordings, at most; all that there are")
+    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
+    add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
+    add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
+    parser.set_defaults(shape=[4, 4, 1024, 64], smooth=16, spread=2.0)  # of synthetic
+    return parser
+
+
+def give_out(error, tried, each):
+    """How many blocks a row each head gets, (heads,): of ``tried``, ``each`` a head on average or a
+    little less. error (len(tried), heads): of each head at each number.
+
+    Steps along the lower convex hull of a head's errors, those that take most off for a block
+    first."""
+    steps = []
+    for head in range(error.shape[1]):
+        column, at = error[:, head].tolist(), 0
+        while at + 1 < len(tried):
+            gains = [
+                ((column[at] - column[i]) / (tried[i] - tried[at]), i)
+                for i in range(at + 1, len(tried))
+            ]
+            gain, to = max(gains)
+            if gain <= 0:
+                break
+            steps.append((gain, head, at, to))
+            at = to
+    count, left = [0] * error.shape[1], (each - tried[0]) * error.shape[1]
+    for _, head, at, to in sorted(steps, key=lambda step: -step[0]):
+        cost = tried[to] - tried[at]
+        if count[head] == at and cost <= left:
+            count[head], left = to, left - cost
+    return torch.tensor([tried[i] for i in count])
+
+
+@torch.no_grad()
+def measure(qkv, layers, size, tried):
+    """Errors (2, len(tried), layers * H): mean over the windows of each half."""
+    exact, _ = exact_attention(*qkv)
+    halves = []
+    for count in tried:
+        out = mra_attention(*qkv, blocks_per_row=count, block_size=size)
+        error = errors(out.double(), exact).unflatten(0, (-1, layers))  # windows, layers, H
+        halves.append([half.mean(0).flatten() for half in error.chunk(2)])
+    return torch.stack([torch.stack(half) for half in zip(*halves, strict=True)])
+
+
+def main(argv):
+    args = parser().parse_args(argv[1:])
+    device, result = begin("budgets", args, argv)
+    result["rows"] = rows = []
+    report.print_environment(result)
+    report.say("error on the windows that were not used: the same for all heads, by head")
+    for name in args.inputs:
+        qkv = load(name, args).to(device).float()
+        layers = LAYERS[name]
+        if qkv.shape[1] < 2 * layers:
+            raise SystemExit(f"{name}: got {qkv.shape[1] // layers} windows, expected at least 2")
+        for size in args.block_size or [(32, 32)]:
+            blocks = -(-qkv.shape[3] // size[1])
+            wanted = [max(1, round(density * blocks)) for density in args.density]
+            tried = sorted({n for n in (*TRIED, *wanted) if n <= blocks})
+            known, unseen = measure(qkv.unbind(0), layers, size, tried)
+            for density, each in zip(args.density, wanted, strict=True):
+                counts = give_out(known, tried, each).to(device)
+                at = torch.searchsorted(torch.tensor(tried, device=device), counts)
+                row = {"inputs": name, "block_size": list(size), "density": density}
+                row |= {"blocks_per_row": each, "same": unseen[tried.index(each)].mean().item()}
+                row["by_head"] = unseen.gather(0, at[None]).mean().item()
+                row["counts"] = counts.tolist()
+                rows.append(row)
+                report.say(
+                    f"{name:<10} blocks of {size[0]}x{size[1]} {ratio(density):>5} "
+                    f"{row['same']:.4f} {row['by_head']:.4f}  {min(row['counts'])} to "
+                    f"{max(row['counts'])} blocks a row, {counts.float().mean():.2f} of {each}"
+                )
+                report.write_json(args.json, result)
+    return result
