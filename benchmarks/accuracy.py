@@ -32,6 +32,7 @@ from benchmarks.cases import (
     Form,
     Unsupported,
     ratio,
+    sides,
 )  # fmt: skip
 from benchmarks.environment import plain
 from benchmarks.inputs import smooth
@@ -51,25 +52,31 @@ def parser():
     parser = argparse.ArgumentParser(prog="python -m benchmarks accuracy", description=__doc__)
     add = parser.add_argument
     add_common(parser)
-    add("--inputs", type=listed(str, INPUTS), default=["synthetic"])
+    add_inputs(add, ["synthetic"], [1, 4, 1024, 64])
     add("--density", type=listed(share), default=[1 / 16, 1 / 8, 1 / 4])
     add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
         help="32; may be given several times")  # fmt: skip
     add("--kind", type=listed(str, KINDS), default=list(KINDS), help=", ".join(KINDS))
     add("--causal", action="store_true", help="queries see keys up to their own; kind mra alone")
     add("--dtype", choices=DTYPES, help="bf16 on CUDA, fp32 on a CPU")
-    add("--windows", type=int, help="texts or recordings, at most; all that there are")
-    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
-    add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
-    add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
     add("--batch", type=int, help="entries that are timed at once; those that there are")
     add("--seconds", type=float, default=0.0, help="time for each row beyond the fewest runs")
     add("--no-time", dest="time", action="store_false", help="errors only")
     add("--picture", metavar="FILE", help="error against time and against a head's entropy")
-    add("--shape", type=shape, default=[1, 4, 1024, 64], metavar="B,H,N,D", help="of synthetic")
+    return parser
+
+
+def add_inputs(add, inputs, synthetic_shape):
+    """The options that ``load`` reads, with those inputs, and that shape of synthetic ones, unless
+    others are given."""
+    add("--inputs", type=listed(str, INPUTS), default=inputs)
+    add("--windows", type=int, help="texts or recordings, at most; all that there are")
+    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
+    add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
+    add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
+    add("--shape", type=shape, default=synthetic_shape, metavar="B,H,N,D", help="of synthetic")
     add("--smooth", type=int, default=16, help="positions that a neighbourhood reaches")
     add("--spread", type=float, default=2.0, help="standard deviation of the logits")
-    return parser
 
 
 def _form(form):
@@ -280,9 +287,7 @@ def measure_inputs(name, args, device, result):
     sizes = args.block_size or [(32, 32)]
     for size in sizes:
         kinds = [kind for kind in args.kind if kind != "peer" or size == sizes[0]]
-        report.say(
-            f"blocks of {'x'.join(map(str, dict.fromkeys(size)))}: error" + " and time" * args.time
-        )
+        report.say(f"blocks of {sides(size)}: error" + " and time" * args.time)
         report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
         lists = [methods(kinds, size, density, args.causal) for density in args.density]
         for group in zip(*lists, strict=True):

@@ -4,7 +4,7 @@ error of every head against the entropy of its attention. Needs matplotlib."""
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.cases import ratio
+from benchmarks.cases import ratio, sides
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 COLORS = {
@@ -57,7 +57,7 @@ def _times(axes, entry, rows, device):
     axes.set_yscale("log")
     axes.set_xlabel("milliseconds, forward, the batch")
     axes.set_ylabel("relative error")
-    blocks = "x".join(map(str, dict.fromkeys(rows[0]["block_size"]))) if rows else ""
+    blocks = sides(rows[0]["block_size"]) if rows else ""
     axes.set_title(f"{entry['inputs']}: densities {', '.join(map(ratio, densities))}, blocks of "
                    f"{blocks}; {device}", loc="left", fontsize=9)  # fmt: skip
     axes.grid(alpha=0.25)

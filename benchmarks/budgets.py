@@ -6,12 +6,13 @@ off, and errors are measured on the other half. Exact pairs, and so the time, st
 The operators give every head the same: this says what the other would be worth."""
 
 import argparse
+import math
 
 import torch
 
 from benchmarks import report
-from benchmarks.accuracy import INPUTS, LAYERS, errors, exact_attention, load
-from benchmarks.cases import ratio
+from benchmarks.accuracy import LAYERS, add_inputs, errors, exact_attention, load
+from benchmarks.cases import ratio, sides
 from benchmarks.options import add_common, begin, block_size, listed, share
 from mra_attention import mra_attention
 
@@ -22,15 +23,10 @@ def parser():
     parser = argparse.ArgumentParser(prog="python -m benchmarks budgets", description=__doc__)
     add = parser.add_argument
     add_common(parser)
-    add("--inputs", type=listed(str, INPUTS), default=["minilm", "whisper"])
+    add_inputs(add, ["minilm", "whisper"], [4, 4, 1024, 64])
     add("--density", type=listed(share), default=[1 / 8, 1 / 4, 1 / 2])
     add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
         help="32; may be given several times")  # fmt: skip
-    add("--windows", type=int, help="texts or recordings, at most; all that there are")
-    add("--minilm-file", metavar="FILE", help="inputs of python -m benchmarks minilm FILE")
-    add("--whisper-file", metavar="FILE", help="inputs of python -m benchmarks whisper FILE")
-    add("--speech", metavar="FOLDER", help="of wav files, for Whisper where it is installed")
-    parser.set_defaults(shape=[4, 4, 1024, 64], smooth=16, spread=2.0)  # of synthetic
     return parser
 
 
@@ -86,7 +82,7 @@ def main(argv):
             raise SystemExit(f"{name}: got {qkv.shape[1] // layers} windows, expected at least 2")
         for size in args.block_size or [(32, 32)]:
             blocks = -(-qkv.shape[3] // size[1])
-            wanted = [max(1, round(density * blocks)) for density in args.density]
+            wanted = [max(1, math.ceil(density * blocks)) for density in args.density]
             tried = sorted({n for n in (*TRIED, *wanted) if n <= blocks})
             known, unseen = measure(qkv.unbind(0), layers, size, tried)
             for density, each in zip(args.density, wanted, strict=True):
@@ -98,7 +94,7 @@ def main(argv):
                 row["counts"] = counts.tolist()
                 rows.append(row)
                 report.say(
-                    f"{name:<10} blocks of {size[0]}x{size[1]} {ratio(density):>5} "
+                    f"{name:<10} blocks of {sides(size)} {ratio(density):>5} "
                     f"{row['same']:.4f} {row['by_head']:.4f}  {min(row['counts'])} to "
                     f"{max(row['counts'])} blocks a row, {counts.float().mean():.2f} of {each}"
                 )

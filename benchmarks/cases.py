@@ -119,7 +119,7 @@ class Case:
             else f"density {ratio(self.density)}"
         )
         kv = "" if (self.Hk, self.M) == (self.H, self.N) else f" Hk{self.Hk} M{self.M}"
-        blocks = "x".join(map(str, dict.fromkeys(self.block_size)))
+        blocks = sides(self.block_size)
         levels = "".join(f", {cells} cells of {block}" for block, cells in self.levels)
         causal = ", causal" if self.is_causal else ""
         causal += f", layout {'x'.join(map(str, self.picture))}" if self.picture else ""
@@ -135,6 +135,11 @@ def ratio(p):
     if p is None:
         return "1/8"
     return f"1/{round(1 / p)}" if p < 1 and math.isclose(p * round(1 / p), 1) else f"{p:g}"
+
+
+def sides(block_size):
+    """A block as it is said: 64, or 64x32 where queries and keys differ."""
+    return "x".join(map(str, dict.fromkeys(block_size)))
 
 
 def _case(name, B, H, N, D, goal_ms, **options):

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import candidates, report
 from benchmarks.accuracy import DENSE
-from benchmarks.cases import ROW1, WEIGHTED_FORMS, Form, ratio
+from benchmarks.cases import ROW1, WEIGHTED_FORMS, Form, ratio, sides
 from benchmarks.options import add_common, begin, block_size, listed, share
 from mra_attention import mra_attention
 
@@ -89,7 +89,7 @@ def main(argv):
     exact = torch.cat([embed(model, some) for some in ids.split(args.batch)])
     result |= {"documents": len(ids), "tokens": TOKENS, "rows": []}
     report.print_environment(result)
-    blocks = "x".join(map(str, dict.fromkeys(args.block_size)))
+    blocks = sides(args.block_size)
     report.say(f"{len(ids)} documents of {TOKENS} tokens, blocks of {blocks}; cosine: mean, lowest")
     lists = [attentions(args.block_size, d, args.candidates) for d in args.density]
     report.say(f"  {'':<32}" + "".join(f"{ratio(d):>20}" for d in args.density))

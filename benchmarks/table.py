@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.cases import PASSES, ratio
+from benchmarks.cases import PASSES, ratio, sides
 from benchmarks.frontier import sentence
 from benchmarks.report import digits, time_unit
 
@@ -49,8 +49,8 @@ def replaced(readme, name, text):
 def markdown(report):
     """Markdown of one report (a dict as in the JSON file), ending in a newline."""
     kinds = {"speed": _speed, "memory": _memory, "growth": _growth, "layout": _layout}
-    kinds |= {"host": _host, "accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels}
-    kinds["budgets"] = _budgets
+    kinds |= {"host": _host, "accuracy": _accuracy, "embeddings": _embeddings, "levels": _levels,
+              "budgets": _budgets}  # fmt: skip
     if report.get("kind") not in kinds:
         raise SystemExit(f"kind: got {report.get('kind')!r}, expected one of {', '.join(kinds)}")
     return f"{source(report)}\n\n{kinds[report['kind']](report)}"
@@ -223,7 +223,7 @@ def _accuracy(report):
             parts += [f"{about}{exact}\n", _comparison(entry["comparison"], unit)]
         for size in dict.fromkeys(tuple(row["block_size"]) for row in entry["rows"]):
             here = [row for row in entry["rows"] if tuple(row["block_size"]) == size]
-            parts.append(f"{about}, blocks of {'x'.join(map(str, dict.fromkeys(size)))}{exact}\n")
+            parts.append(f"{about}, blocks of {sides(size)}{exact}\n")
             parts.append(_by_density(here, "method", functools.partial(_error, unit=unit)))
     name = "microseconds" if report["device_type"] == "cuda" else "milliseconds"
     notes = "Error: ‖o − exact‖ / ‖exact‖, mean over heads, layers and windows."
@@ -261,7 +261,10 @@ def _embeddings(report):
 
 def _budgets(report):
     """A line for each input and block size: errors "the same for all → by head"."""
-    lines = [dict(row, what=_input_and_blocks(row)) for row in report["rows"]]
+    lines = [
+        dict(row, what=f"{row['inputs']}, blocks of {sides(row['block_size'])}")
+        for row in report["rows"]
+    ]
 
     def cell(row):
         counts = f"{min(row['counts'])} to {max(row['counts'])}"
@@ -272,10 +275,6 @@ def _budgets(report):
         "were not made from: the same number of exact blocks a row for all heads → by head, as "
         "many on average. Behind it that number, and the least and the most that a head gets.\n"
     )
-
-
-def _input_and_blocks(row):
-    return f"{row['inputs']}, blocks of {'x'.join(map(str, dict.fromkeys(row['block_size'])))}"
 
 
 def _by_density(rows, key, cell):

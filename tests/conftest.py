@@ -8,6 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+NO_GPU = "needs a CUDA device"
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=None, help="seed of every random input")
@@ -17,9 +19,6 @@ def pytest_configure(config):
     import helpers
 
     helpers.FIXED_SEED = config.getoption("--seed")
-
-
-NO_GPU = "needs a CUDA device"
 
 
 def pytest_collection_modifyitems(items):

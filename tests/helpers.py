@@ -25,6 +25,10 @@ TWO_GPUS = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 CUDA devices"),
 ]
+HOPPER = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="this kernel is Hopper's",
+)
 # (device, dtype) that the operators serve. float64 is the CPU's; CUDA refuses it.
 CPU_DTYPES = [("cpu", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
 CUDA_DTYPES = [

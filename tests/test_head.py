@@ -3,16 +3,12 @@ stands for, and itself."""
 
 import pytest
 import torch
-from helpers import CUDA_DTYPES, Case, assert_same_bits, kernels_of
+from helpers import CUDA_DTYPES, HOPPER, Case, assert_same_bits, kernels_of
 
 import mra_attention as mra
 
 HALF = [p for p in CUDA_DTYPES if torch.float32 not in p.values]
 SHAPE = dict(N=500, M=470, D=64)
-served = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="this kernel is Hopper's",
-)
 STATE = [
     dict(block_size=block, coarse=coarse, order=0, selection=selection)
     for coarse in ("none", "block")
@@ -37,7 +33,7 @@ def call_options(options):
     return {"pool": "even"} | {name: value for name, value in options.items() if name != "Hk"}
 
 
-@served
+@HOPPER
 @pytest.mark.parametrize("D", [8, 32, 64])
 @pytest.mark.parametrize("device, dtype, options", forms())
 def test_one_launch(device, dtype, options, D):
@@ -46,7 +42,7 @@ def test_one_launch(device, dtype, options, D):
     assert len(names) == 1 and "forward_head_kernel" in names[0], names
 
 
-@served
+@HOPPER
 @pytest.mark.parametrize(
     "options, dtype, N, D, Hk",
     [

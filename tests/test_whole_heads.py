@@ -3,15 +3,11 @@ references, the stages that it stands for, and itself."""
 
 import pytest
 import torch
-from helpers import Case, assert_same_bits, kernels_of
+from helpers import HOPPER, Case, assert_same_bits, kernels_of
 
 import mra_attention as mra
 
 pytestmark = pytest.mark.gpu
-served = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
-    reason="this kernel is Hopper's",
-)
 POOLS = ("even", "centred")
 BLOCKS = ((32, 32), (64, 64), (128, 64), (64, 32))
 pools = pytest.mark.parametrize("pool", POOLS)
@@ -23,7 +19,7 @@ def case_of(pool, **options):
     return Case("cuda", torch.bfloat16, pool=pool, order=1, **shape)
 
 
-@served
+@HOPPER
 @pytest.mark.parametrize("D", [24, 32, 64, 72, 128])
 @blocks
 @pools
