@@ -3,7 +3,8 @@ number of exact blocks a row, as many in all. Of one half of the windows every h
 measured at several numbers, as `calibrate` does; numbers are then given out where they take most
 off, and errors are measured on the other half. Exact pairs, and so the time, stay the same.
 
-The operators give every head the same: this says what the other would be worth."""
+What `MRAConfig.density` by head is worth in exact pairs; `python -m benchmarks accuracy` has it in
+time."""
 
 import argparse
 import math
@@ -15,6 +16,7 @@ from benchmarks.accuracy import LAYERS, add_inputs, errors, exact_attention, loa
 from benchmarks.cases import ratio, sides
 from benchmarks.options import add_common, begin, block_size, listed, share
 from mra_attention import mra_attention
+from mra_attention.head_density import give_out
 
 TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # blocks a row
 
@@ -28,33 +30,6 @@ def parser():
     add("--block-size", type=block_size, action="append", metavar="B or BQ,BK",
         help="32; may be given several times")  # fmt: skip
     return parser
-
-
-def give_out(error, tried, each):
-    """How many blocks a row each head gets, (heads,): of ``tried``, ``each`` a head on average or a
-    little less. error (len(tried), heads): of each head at each number.
-
-    Steps along the lower convex hull of a head's errors, those that take most off for a block
-    first."""
-    steps = []
-    for head in range(error.shape[1]):
-        column, at = error[:, head].tolist(), 0
-        while at + 1 < len(tried):
-            gains = [
-                ((column[at] - column[i]) / (tried[i] - tried[at]), i)
-                for i in range(at + 1, len(tried))
-            ]
-            gain, to = max(gains)
-            if gain <= 0:
-                break
-            steps.append((gain, head, at, to))
-            at = to
-    count, left = [0] * error.shape[1], (each - tried[0]) * error.shape[1]
-    for _, head, at, to in sorted(steps, key=lambda step: -step[0]):
-        cost = tried[to] - tried[at]
-        if count[head] == at and cost <= left:
-            count[head], left = to, left - cost
-    return torch.tensor([tried[i] for i in count])
 
 
 @torch.no_grad()
@@ -86,11 +61,11 @@ def main(argv):
             tried = sorted({n for n in (*TRIED, *wanted) if n <= blocks})
             known, unseen = measure(qkv.unbind(0), layers, size, tried)
             for density, each in zip(args.density, wanted, strict=True):
-                counts = give_out(known, tried, each).to(device)
-                at = torch.searchsorted(torch.tensor(tried, device=device), counts)
+                at = give_out(known.tolist(), tried, total=each * known.shape[1])
+                counts, at = (torch.tensor(x) for x in ([tried[i] for i in at], at))
                 row = {"inputs": name, "block_size": list(size), "density": density}
                 row |= {"blocks_per_row": each, "same": unseen[tried.index(each)].mean().item()}
-                row["by_head"] = unseen.gather(0, at[None]).mean().item()
+                row["by_head"] = unseen.gather(0, at[None].to(device)).mean().item()
                 row["counts"] = counts.tolist()
                 rows.append(row)
                 report.say(

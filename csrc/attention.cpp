@@ -87,7 +87,7 @@ Prepared prepare(const Stages& stages, const Inputs& in, const PlanTensors& plan
   Prepared r;
   if (has_plan) r.planned.rows = given_plan(plan);
 
-  // short heads: all that follows at once
+  // heads that a block of threads can hold: these stages at once
   if (o.levels.empty() && stages.prepare != nullptr) {
     if (auto made = stages.prepare(in, !has_plan, o)) {
       if (has_plan) made->planned = r.planned;
@@ -121,7 +121,7 @@ ForwardResult run_forward(const Stages& stages, const Inputs& in, const PlanTens
                           const Options& o) {
   const bool has_plan = plan.given();
 
-  // short heads: all that follows at once
+  // short heads: all stages at once
   if (!has_plan && o.levels.empty() && stages.forward_head != nullptr) {
     if (const auto head = stages.forward_head(in, o)) {
       return forward_result(head->fine.out, head->fine.lse, head->fine.share, head->rows,
@@ -271,9 +271,9 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor, Tensor> plan(
       const Tensor& query, const Tensor& key, const OptTensor& key_mask,
-      const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row,
-      std::optional<double> density, int64_t block_q, int64_t block_k, std::string_view selection,
-      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal, std::optional<double> scale,
+      const OptTensor& query_mask, std::optional<c10::SymInt> blocks_per_row, OptDensity density,
+      int64_t block_q, int64_t block_k, std::string_view selection, int64_t diagonal_blocks,
+      int64_t first_blocks, bool is_causal, std::optional<double> scale,
       at::OptionalIntArrayRef levels, std::string_view pool) {
     Options o =
         check_plan(query, key, key_mask, query_mask,
@@ -299,12 +299,11 @@ struct Operators {
                                const OptTensor& key_mask, const OptTensor& query_mask,
                                const OptTensor& row_start, const OptTensor& row_count,
                                const OptTensor& row_index,
-                               std::optional<c10::SymInt> blocks_per_row,
-                               std::optional<double> density, int64_t block_q, int64_t block_k,
-                               std::string_view coarse, int64_t order, std::string_view selection,
-                               int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                               std::optional<double> scale, at::OptionalIntArrayRef levels,
-                               std::string_view pool, bool keep) {
+                               std::optional<c10::SymInt> blocks_per_row, OptDensity density,
+                               int64_t block_q, int64_t block_k, std::string_view coarse,
+                               int64_t order, std::string_view selection, int64_t diagonal_blocks,
+                               int64_t first_blocks, bool is_causal, std::optional<double> scale,
+                               at::OptionalIntArrayRef levels, std::string_view pool, bool keep) {
     Inputs in{query, key, value, key_mask, query_mask};
     const PlanTensors plan{row_start, row_count, row_index};
     Options o =

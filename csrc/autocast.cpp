@@ -22,14 +22,11 @@ c10::DispatchKeySet autocast_keys(c10::DeviceType device) {
 }
 
 template <c10::DeviceType device>
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
-                                        const OptTensor& key_mask, const OptTensor& query_mask,
-                                        std::optional<SymInt> blocks_per_row,
-                                        std::optional<double> density, int64_t block_q,
-                                        int64_t block_k, std::string_view selection,
-                                        int64_t diagonal_blocks, int64_t first_blocks,
-                                        bool is_causal, std::optional<double> scale,
-                                        at::OptionalIntArrayRef levels, std::string_view pool) {
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, OptDensity density, int64_t block_q, int64_t block_k,
+    std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+    std::optional<double> scale, at::OptionalIntArrayRef levels, std::string_view pool) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::plan", "")
@@ -44,11 +41,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       const OptTensor& key_mask, const OptTensor& query_mask,
                       const OptTensor& row_start, const OptTensor& row_count,
                       const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
-                      std::optional<double> density, int64_t block_q, int64_t block_k,
-                      std::string_view coarse, int64_t order, std::string_view selection,
-                      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool, bool keep) {
+                      OptDensity density, int64_t block_q, int64_t block_k, std::string_view coarse,
+                      int64_t order, std::string_view selection, int64_t diagonal_blocks,
+                      int64_t first_blocks, bool is_causal, std::optional<double> scale,
+                      at::OptionalIntArrayRef levels, std::string_view pool, bool keep) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_keys(device));
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("mra_attention::forward", "")

@@ -49,7 +49,7 @@ OptTensor unless_empty(const Tensor& x) { return x.dim() > 1 ? OptTensor(x) : st
 struct Rest {
   OptTensor key_mask, query_mask, row_start, row_count, row_index;
   std::optional<SymInt> blocks_per_row;
-  std::optional<double> density;
+  OptDensity density;
   int64_t block_q, block_k;
   std::string_view coarse;
   int64_t order;
@@ -65,8 +65,8 @@ struct Rest {
 using ForwardSignature = ForwardResult(const Tensor&, const Tensor&, const Tensor&,
                                        const OptTensor&, const OptTensor&, const OptTensor&,
                                        const OptTensor&, const OptTensor&, std::optional<SymInt>,
-                                       std::optional<double>, int64_t, int64_t, std::string_view,
-                                       int64_t, std::string_view, int64_t, int64_t, bool,
+                                       OptDensity, int64_t, int64_t, std::string_view, int64_t,
+                                       std::string_view, int64_t, int64_t, bool,
                                        std::optional<double>, at::OptionalIntArrayRef,
                                        std::string_view, bool);
 using BackwardSignature = BackwardResult(
@@ -157,11 +157,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       const OptTensor& key_mask, const OptTensor& query_mask,
                       const OptTensor& row_start, const OptTensor& row_count,
                       const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
-                      std::optional<double> density, int64_t block_q, int64_t block_k,
-                      std::string_view coarse, int64_t order, std::string_view selection,
-                      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool, bool keep) {
+                      OptDensity density, int64_t block_q, int64_t block_k, std::string_view coarse,
+                      int64_t order, std::string_view selection, int64_t diagonal_blocks,
+                      int64_t first_blocks, bool is_causal, std::optional<double> scale,
+                      at::OptionalIntArrayRef levels, std::string_view pool, bool keep) {
   refuse_forward_mode("forward", {query, key, value});
   const Rest rest{
       key_mask,  query_mask, row_start, row_count, row_index, blocks_per_row,  density,
@@ -243,14 +242,11 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
   return op.call(input, mask, block);
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
-                                        const OptTensor& key_mask, const OptTensor& query_mask,
-                                        std::optional<SymInt> blocks_per_row,
-                                        std::optional<double> density, int64_t block_q,
-                                        int64_t block_k, std::string_view selection,
-                                        int64_t diagonal_blocks, int64_t first_blocks,
-                                        bool is_causal, std::optional<double> scale,
-                                        at::OptionalIntArrayRef levels, std::string_view pool) {
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, OptDensity density, int64_t block_q, int64_t block_k,
+    std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+    std::optional<double> scale, at::OptionalIntArrayRef levels, std::string_view pool) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   static const auto op = find<decltype(plan)>("mra_attention::plan");
   return op.call(query, key, key_mask, query_mask, blocks_per_row, density, block_q, block_k,

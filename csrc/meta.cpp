@@ -28,8 +28,8 @@ SymInt ceil_of(double factor, const SymInt& n) {
 
 // row_capacity of common/budget.h. A density above 0 of one block or more is at least one:
 // said again here, by max(1), torch.export could not prove it.
-SymInt capacity(const CallOptions& call, const SymInt& nk) {
-  SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*call.density, nk);
+SymInt capacity(const CallOptions& call, const Options& o, const SymInt& nk) {
+  SymInt m = call.blocks_per_row ? *call.blocks_per_row : ceil_of(*o.density, nk);
   if (call.is_causal) m = m.max(std::max<int64_t>(1, call.block_q / call.block_k));
   return nk.min(m);
 }
@@ -55,7 +55,7 @@ SymInt all_capacity(const CallOptions& call, const Options& o, const SymInt& N, 
     total = total + ceil_div(N, level.block) * *parents;
   }
   const SymInt nk = ceil_div(M, call.block_k);
-  return ceil_div(N, call.block_q) * within(capacity(call, nk), call.block_k) + total;
+  return ceil_div(N, call.block_q) * within(capacity(call, o, nk), call.block_k) + total;
 }
 
 Tensor empty(c10::SymIntArrayRef shape, const Tensor& like, c10::ScalarType dtype) {
@@ -83,14 +83,11 @@ std::tuple<Tensor, Tensor> pool(const Tensor& input, const OptTensor& mask, int6
       empty({input.sym_size(0), n}, input, at::kInt)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> plan(const Tensor& query, const Tensor& key,
-                                        const OptTensor& key_mask, const OptTensor& query_mask,
-                                        std::optional<SymInt> blocks_per_row,
-                                        std::optional<double> density, int64_t block_q,
-                                        int64_t block_k, std::string_view selection,
-                                        int64_t diagonal_blocks, int64_t first_blocks,
-                                        bool is_causal, std::optional<double> scale,
-                                        at::OptionalIntArrayRef levels, std::string_view pool) {
+std::tuple<Tensor, Tensor, Tensor> plan(
+    const Tensor& query, const Tensor& key, const OptTensor& key_mask, const OptTensor& query_mask,
+    std::optional<SymInt> blocks_per_row, OptDensity density, int64_t block_q, int64_t block_k,
+    std::string_view selection, int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
+    std::optional<double> scale, at::OptionalIntArrayRef levels, std::string_view pool) {
   const CallOptions call{blocks_per_row,
                          density,
                          block_q,
@@ -112,11 +109,10 @@ ForwardResult forward(const Tensor& query, const Tensor& key, const Tensor& valu
                       const OptTensor& key_mask, const OptTensor& query_mask,
                       const OptTensor& row_start, const OptTensor& row_count,
                       const OptTensor& row_index, std::optional<SymInt> blocks_per_row,
-                      std::optional<double> density, int64_t block_q, int64_t block_k,
-                      std::string_view coarse, int64_t order, std::string_view selection,
-                      int64_t diagonal_blocks, int64_t first_blocks, bool is_causal,
-                      std::optional<double> scale, at::OptionalIntArrayRef levels,
-                      std::string_view pool, bool keep) {
+                      OptDensity density, int64_t block_q, int64_t block_k, std::string_view coarse,
+                      int64_t order, std::string_view selection, int64_t diagonal_blocks,
+                      int64_t first_blocks, bool is_causal, std::optional<double> scale,
+                      at::OptionalIntArrayRef levels, std::string_view pool, bool keep) {
   const CallOptions call{
       blocks_per_row,  density,      block_q,   block_k, coarse, order, selection,
       diagonal_blocks, first_blocks, is_causal, scale,   levels, pool,  keep};

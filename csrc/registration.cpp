@@ -7,6 +7,8 @@
 // lists, means and counts hold the blocks of all resolutions, those of block_q and block_k first,
 // then coarser and coarser ones; coarse_share is (B, H, resolutions, N), and no moments are kept.
 //
+// density: one for all heads, or one for each head of query.
+//
 // pool: how keys weigh in the means of coarse 'row': 'even', 'centred' or 'sampled'. Plans of other
 // means than even ones are made of another score. With them come query_centre (B, Hk, D), the mean
 // query of each key head (under causal (B, Hk, nq + 1, D): of those before each block of queries
@@ -21,7 +23,7 @@ TORCH_LIBRARY(mra_attention, m) {
   m.def(
       "plan(Tensor query, Tensor key, Tensor? key_mask, Tensor? query_mask, SymInt? "
       "blocks_per_row, "
-      "float? density, int block_q, int block_k, str selection, int diagonal_blocks, "
+      "float[1]? density, int block_q, int block_k, str selection, int diagonal_blocks, "
       "int first_blocks, bool is_causal, float? scale, int[]? levels=None, str pool='even') "
       "-> (Tensor row_start, Tensor row_count, Tensor row_index)");
 
@@ -32,7 +34,7 @@ TORCH_LIBRARY(mra_attention, m) {
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? key_mask, Tensor? query_mask, "
       "Tensor? row_start, Tensor? row_count, Tensor? row_index, SymInt? blocks_per_row, "
-      "float? density, int block_q, int block_k, str coarse, int order, str selection, "
+      "float[1]? density, int block_q, int block_k, str coarse, int order, str selection, "
       "int diagonal_blocks, int first_blocks, bool is_causal, float? scale, int[]? levels=None, "
       "str pool='even', bool keep=True) "
       "-> (Tensor out, Tensor lse, Tensor coarse_share, Tensor row_start, Tensor row_count, "

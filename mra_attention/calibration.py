@@ -9,7 +9,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .config import CAUSAL_POOL, POOL, check_budget, check_choice, check_number
+from .config import (
+    CAUSAL_POOL,
+    POOL,
+    MRAConfig,
+    check_budget,
+    check_choice,
+    check_config,
+    check_number,
+    mean_density,
+)
+from .coverage import coverage
+from .head_density import give_out
+from .modules import MRAMultiheadAttention
 
 __all__ = ["Calibration", "Layer", "calibrate"]
 
@@ -27,6 +39,8 @@ class Layer:
     errors: float64 (len(densities), H), with each density in place of the budget.
     density: the smallest of the densities whose mean error over heads meets the target; 1.0 when
         none does.
+    head_density: H numbers, the layer's part of what :attr:`Calibration.head_density` is the mean
+        of; None where its calls take one density for all heads (selection "global", levels).
 
     The error of a head is ‖o − exact‖ / ‖exact‖ over the queries that take part, averaged over
     batch entries and calls."""
@@ -41,39 +55,48 @@ class Layer:
     as_is: torch.Tensor
     errors: torch.Tensor
     density: float
+    head_density: tuple[float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
     """What :func:`calibrate` found; prints as a table.
 
-    layers: a :class:`Layer` for each module that attended. density: the smallest of ``densities``
-    whose mean error over layers and heads meets ``target_error``; 1.0 when none does, None when no
-    call was seen. pool: of the ``pools`` tried the one that needs the smallest density, of several
-    the first; None when none were asked for. others: what each of the rest has, by its name.
-    ``layers`` and ``density`` are those of ``pool``."""
+    layers: a :class:`Layer` for each module that attended.
+    density: the smallest of ``densities`` whose mean error over layers and heads meets
+        ``target_error``; 1.0 when none does, None when no call was seen.
+    head_density: the mean, by exact pairs, of what meets the target where each head of each layer
+        has one of ``densities`` or 1.0 for its own, given out where it takes most off the error for
+        its cost; None where a layer takes one for all heads.
+    pool: of the ``pools`` tried the one that needs the smallest density, of several the first; None
+        when none were asked for. others: what each of the rest has, by its name. ``layers``,
+        ``density`` and ``head_density`` are those of ``pool``."""
 
     target_error: float
     densities: tuple[float, ...]
     layers: tuple[Layer, ...]
     density: float | None
+    head_density: float | None = None
     pool: str | None = None
     others: dict[str, "Calibration"] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
         if not self.layers:
             return "no MRA attention ran"
-        head = ["module", "heads", "N", "M", "as it is", *map(_share, self.densities), "proposed"]
+        head = ["module", "heads", "N", "M", "as it is", *map(_share, self.densities)]
+        head += ["proposed", "by head"]
         rows = [head]
         for layer in self.layers:
             errors = [_errors(e) for e in (layer.as_is, *layer.errors)]
             sizes = [len(layer.as_is), layer.N, layer.M]
-            rows.append([layer.name or "(model)", *map(str, sizes), *errors, _share(layer.density)])
+            found = [_share(layer.density), _range(layer.head_density)]
+            rows.append([layer.name or "(model)", *map(str, sizes), *errors, *found])
         means = [
             f"{torch.stack([e.mean() for e in column]).mean():.3f}"
             for column in zip(*((x.as_is, *x.errors) for x in self.layers), strict=True)
         ]
-        rows.append(["mean of layers", "", "", "", *means, _share(self.density)])
+        by_head = "-" if self.head_density is None else f"{self.head_density:.3g}"
+        rows.append(["mean of layers", "", "", "", *means, _share(self.density), by_head])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
@@ -82,6 +105,38 @@ class Calibration:
         pools = [(self.pool, self), *self.others.items()] if self.pool else []
         found = [f"{name!r} {_share(report.density)}" for name, report in pools]
         return "\n".join([*lines, note, *([f"by pool: {', '.join(found)}"] if found else [])])
+
+    def apply(self, model, config=MRAConfig(), by_head=True):  # noqa: B008
+        """Has the attention of ``model`` run as proposed from now on: ``config`` with this report's
+        density, that of each layer's heads ``by_head``, and with ``pool`` where pools were tried.
+
+        model: the one that was measured, or another with modules of the same names. An
+            :class:`MRAMultiheadAttention` gets its ``config``; a module that transformers'
+            attention interface serves gets an attribute ``mra_config``, which takes the place of
+            the config of :func:`mra_attention.transformers.register`.
+        by_head: False gives all heads the one density. So does a report without densities by head.
+
+        Returns how many modules it changed. Raises TypeError for a wrong model or config,
+        ValueError for a module that takes no config: one that calls the function itself."""
+        check_config(config)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+        modules, served = dict(model.named_modules()), coverage(model).served
+        for layer in self.layers:
+            if layer.name not in served:
+                raise ValueError(
+                    f"model: got a module {layer.name!r} that takes no config, expected "
+                    "MRAMultiheadAttention or one that transformers' attention interface serves"
+                )
+        for layer in self.layers:
+            density = self.density
+            if by_head and self.head_density is not None:
+                density = layer.head_density
+            own = config.replace(density=density, pool=self.pool or config.pool)
+            module = modules[layer.name]
+            name = "config" if isinstance(module, MRAMultiheadAttention) else "mra_config"
+            setattr(module, name, own)
+        return len(self.layers)
 
 
 def calibrate(model, batch, target_error=0.1, densities=DENSITIES, pools=()):
@@ -103,12 +158,14 @@ def calibrate(model, batch, target_error=0.1, densities=DENSITIES, pools=()):
         call that doesn't take one of them ("sampled" under causal; all but "even" with levels and
         in other coarse forms than "row") is measured with its own in its place.
 
-    Returns a :class:`Calibration`; ``print`` shows it. To use its proposal::
+    Returns a :class:`Calibration`; ``print`` shows it. To use what it proposes::
 
         report = calibrate(model, batch)
-        replace_attention(model, config.replace(density=report.density))
+        report.apply(model)                 # a density for each head
+        report.apply(model, by_head=False)  # or the same for all
 
-    and ``pool=report.pool`` besides where ``pools`` were tried.
+    The first has fewer exact pairs for the same error, of the calls that were measured: heads that
+    need many have them, those that need few make room. Measure both on other inputs.
 
     Takes the time of exact attention and of as many MRA forwards as there are densities, for each
     of the pools, and memory beyond the model's own for a few outputs. Waits for the device.
@@ -170,7 +227,7 @@ class _Measure(TorchDispatchMode):
         wanted = [pool if pool in served else call["pool"] for pool in self.pools]
         for pool in dict.fromkeys(wanted):
             options = {**free, "blocks_per_row": None, "pool": pool}
-            outs = (func(**{**options, "density": density})[0] for density in self.densities)
+            outs = (func(**{**options, "density": [density]})[0] for density in self.densities)
             errors = [_error(out, exact, call["query_mask"]) for out in outs]
             errors_of[pool] = torch.stack(errors)
         errors = torch.stack([errors_of[pool] for pool in wanted])
@@ -220,11 +277,36 @@ def _report(calls_of, i, densities, target_error):
     layers = tuple(
         _layer(name, calls, i, densities, target_error) for name, calls in calls_of.items()
     )
-    density = None
-    if layers:
-        errors = torch.stack([layer.errors.mean(-1) for layer in layers]).mean(0)
-        density = _smallest(densities, errors, target_error)
-    return Calibration(target_error, densities, layers, density)
+    if not layers:
+        return Calibration(target_error, densities, layers, None)
+    errors = torch.stack([layer.errors.mean(-1) for layer in layers]).mean(0)
+    density = _smallest(densities, errors, target_error)
+    layers, mean = _by_head(layers, calls_of.values(), densities, target_error)
+    return Calibration(target_error, densities, layers, density, mean)
+
+
+def _by_head(layers, calls, densities, target_error):
+    """The layers with a density for each head, and the mean of those; as they are, and None, where
+    a layer takes but one."""
+    if any(call["selection"] != "row" or call["levels"] for each in calls for call, *_ in each):
+        return layers, None
+    sizes = densities if densities[-1] == 1 else (*densities, 1.0)
+    errors = torch.cat([layer.errors for layer in layers], 1)
+    errors = torch.cat([errors, errors.new_zeros(len(sizes) - len(errors), errors.shape[1])])
+    costs, weights = [], []
+    for layer, each in zip(layers, calls, strict=True):
+        heads = len(layer.as_is)
+        pairs = [call["query"][:, 0, :, 0].numel() * call["key"].shape[2] for call, *_ in each]
+        costs += [sum(pairs)] * heads
+        weights += [1 / (heads * len(layers))] * heads
+    given = give_out(errors.tolist(), sizes, costs=costs, weights=weights, target=target_error)
+    given = [sizes[i] for i in given]
+    mean = sum(c * x for c, x in zip(costs, given, strict=True)) / sum(costs)
+    found = []
+    for layer in layers:
+        own, given = given[: len(layer.as_is)], given[len(layer.as_is) :]
+        found.append(dataclasses.replace(layer, head_density=tuple(own)))
+    return tuple(found), mean
 
 
 def _layer(name, calls, i, densities, target_error):
@@ -274,6 +356,14 @@ def _named(model):
 
 def _errors(errors):
     return f"{errors.mean():.3f} ({errors.max():.3f})"
+
+
+def _range(head_density):
+    """Lowest, mean and highest of a layer's."""
+    if head_density is None:
+        return "-"
+    low, high = min(head_density), max(head_density)
+    return f"{_share(low)} to {_share(high)}, mean {mean_density(head_density):.3g}"
 
 
 def _share(density):

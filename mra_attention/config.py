@@ -22,7 +22,9 @@ class MRAConfig:
 
     It says how to approximate. What belongs to one call isn't in it: masks, is_causal, scale.
 
-    density: share of the key blocks that each query block may take, in (0, 1].
+    density: share of the key blocks that each query block may take, in (0, 1]: one for all heads,
+        or a tuple of one for each query head, as :func:`mra_attention.calibrate` gives them out.
+        The latter with selection "row" and without levels.
     blocks_per_row: that number itself, at least 1. Give one of the two, or neither: density 1/8.
     block_size: rows in a block, 16, 32, 64 or 128; an int, or (query block, key block).
     coarse: what a block outside the plan contributes: "row" its pooled keys and values to each
@@ -49,7 +51,7 @@ class MRAConfig:
     Raises TypeError or ValueError that names the option. Hashable; equal by value.
     """
 
-    density: float | None = None
+    density: float | tuple[float, ...] | None = None
     blocks_per_row: int | None = None
     block_size: int | tuple[int, int] = 64
     coarse: str = "row"
@@ -66,6 +68,8 @@ class MRAConfig:
             object.__setattr__(self, "block_size", tuple(self.block_size))
         if isinstance(self.layout, (list, torch.Size)):
             object.__setattr__(self, "layout", tuple(self.layout))
+        if isinstance(self.density, list):
+            object.__setattr__(self, "density", tuple(self.density))
         check_budget(self.density, self.blocks_per_row)
         check_block_size(self.block_size)
         check_choice("coarse", self.coarse, COARSE)
@@ -76,6 +80,7 @@ class MRAConfig:
         check_layout(self.layout)
         object.__setattr__(self, "levels", as_levels(self.levels, self.block_size, self.selection))
         check_pool(self.pool, self.coarse, self.levels)
+        check_head_density(self.density, self.selection, self.levels)
 
     @classmethod
     def mra2(cls, blocks_per_row=4, **options):
@@ -114,16 +119,19 @@ def check_config(config):
 
 
 def check_budget(density, blocks_per_row):
-    """At most one budget; density in (0, 1], blocks_per_row at least 1."""
+    """At most one budget; density in (0, 1], or a tuple of such; blocks_per_row at least 1."""
     if density is not None:
         if blocks_per_row is not None:
             raise ValueError(
                 f"density and blocks_per_row: got both ({density!r} and {blocks_per_row!r}), "
                 "expected at most one"
             )
-        check_number("density", density)
-        if not 0 < density <= 1:  # written so that NaN fails too
-            raise ValueError(f"density: got {density!r}, expected a number in (0, 1]")
+        if isinstance(density, tuple) and not density:
+            raise ValueError("density: got (), expected a number for each query head")
+        for number in density if isinstance(density, tuple) else (density,):
+            check_number("density", number)
+            if not 0 < number <= 1:  # written so that NaN fails too
+                raise ValueError(f"density: got {density!r}, expected numbers in (0, 1]")
     if blocks_per_row is not None:
         check_int("blocks_per_row", blocks_per_row, 1)
 
@@ -189,6 +197,21 @@ def check_pool(pool, coarse, levels):
         )
     if levels:
         raise NotImplementedError(f"pool: got {pool!r} with levels, expected 'even' beside levels")
+
+
+def mean_density(density):
+    """density, or its mean over the heads."""
+    return sum(density) / len(density) if isinstance(density, tuple) else density
+
+
+def check_head_density(density, selection, levels):
+    """One density for all heads, unless selection is by row and without levels."""
+    if isinstance(density, tuple) and (selection != "row" or levels):
+        beside = "levels" if levels else f"selection {selection!r}"
+        raise NotImplementedError(
+            f"density: got one for each head with {beside}, expected one for all heads, or "
+            "selection 'row' without levels"
+        )
 
 
 def resolve_pool(pool, coarse, order, levels):

@@ -13,7 +13,7 @@ import torch
 
 from . import transforms
 from ._constant import constant
-from .config import pool_of
+from .config import mean_density, pool_of
 from .exact import exact_attention
 from .functional import mra_attention, pad_head_dim
 
@@ -64,8 +64,9 @@ def tokens(device, dtype, head_dim, config):
     Raises what :func:`mra_attention.mra_attention` does for a device, dtype or head_dim that it
     doesn't serve."""
     device = torch.empty(0, device=device).device  # with its index
-    # Without a layout: of pictures, the lengths here are not theirs.
-    config = config.replace(layout=None, pool=pool_of(config))
+    # Without a layout: of pictures, the lengths here are not theirs. Nor are the heads.
+    density = mean_density(config.density)
+    config = config.replace(layout=None, pool=pool_of(config), density=density)
     key = (device, _class(dtype), head_dim, *_options(config))
     with _measuring:
         if key not in _measured:
@@ -128,7 +129,7 @@ def _options(config):
     block = config.block_size if isinstance(config.block_size, tuple) else (config.block_size,) * 2
     density, count = config.density, config.blocks_per_row
     return (
-        None if density is None else operator.index(int(density * 2**30)),
+        None if density is None else operator.index(int(mean_density(density) * 2**30)),
         None if count is None else operator.index(count),
         operator.index(block[0]), operator.index(block[1]), config.coarse,
         operator.index(config.order), config.selection, operator.index(config.diagonal_blocks),

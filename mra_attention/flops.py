@@ -110,6 +110,12 @@ def _pairs(levels):
 def _total(query, key, index, blocks_per_row, density, bq, bk, coarse, order, is_causal, levels,
            pool, which):  # fmt: skip
     (B, H, N, D), (_, Hk, M, _) = query, key
+    if index is None and blocks_per_row is None:
+        if len(density) > 1:  # all stages are linear in the heads
+            each = [_total(query, key, None, None, [x], bq, bk, coarse, order, is_causal, levels,
+                           pool, which) for x in density]  # fmt: skip
+            return sum(each) // H
+        density = density[0]
     levels = _pairs(levels)
     if index is not None:  # a plan that is there counts by the room of its lists
         cells = sum(-(-N // block) * min(-(-M // block), cells) for block, cells in levels)
@@ -133,6 +139,8 @@ def _register():
              out_shape=None):  # fmt: skip
         (B, H, N, D), (_, Hk, M, _) = query, key
         levels = _pairs(levels)
+        # Candidates, whatever is taken of them; with levels there is one density.
+        density = None if density is None else density[0]
         found = rows_of_levels(N, M, bq, bk, density, blocks_per_row, is_causal, levels)
         pairs = sum(seen for _, rows in found for _, _, seen in rows)
         return B * D * (H * N + Hk * M * (1 + WEIGHTS[pool]) + 2 * H * pairs)

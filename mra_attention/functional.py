@@ -253,10 +253,11 @@ def _config_of(given):
 
 
 def _budget(options):
-    """(blocks_per_row, density), exactly one of them set."""
+    """(blocks_per_row, [density, ...]), exactly one of them set."""
     if options.blocks_per_row is not None:
         return options.blocks_per_row, None
-    return None, float(DEFAULT_DENSITY if options.density is None else options.density)
+    density = DEFAULT_DENSITY if options.density is None else options.density
+    return None, [float(x) for x in (density if isinstance(density, tuple) else (density,))]
 
 
 def _float(scale):

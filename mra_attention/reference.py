@@ -79,7 +79,7 @@ def mra_attention_reference(
     L = s * q_mean @ k_mean.mT
     if plan is None:
         score = L if weights is None else L + bias.unsqueeze(-2)
-        m = row_budgets(L.shape[-2:], bq, bk, density, blocks_per_row, is_causal)
+        m = head_budgets(L.shape[-2:], bq, bk, density, blocks_per_row, is_causal)
         forced = (diagonal_blocks, first_blocks, is_causal)
         plan = _plan(score, q_count, k_count, m, bq, bk, N, selection, *forced)
     x = torch.arange(N, device=query.device) // bq  # block of each query
@@ -274,6 +274,13 @@ def row_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal):
         return [min(blocks_per_row, n) for n in seen]
     density = 1 / 8 if density is None else density
     return [min(n, max(1, math.ceil(density * n))) for n in seen]
+
+
+def head_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal):
+    """The same by head where density is a sequence, one for each: H lists instead of one."""
+    if not isinstance(density, (tuple, list)):
+        return row_budgets(nq_nk, bq, bk, density, blocks_per_row, is_causal)
+    return [row_budgets(nq_nk, bq, bk, each, None, is_causal) for each in density]
 
 
 def plan(L, q_count, k_count, m, bq, bk, N, selection, diagonal_blocks, first_blocks, is_causal):

@@ -54,6 +54,11 @@ def _heads_align(query, key):
     return key.shape[1] % split == 0
 
 
+def _by_head(density):
+    """Whether each head has its own density: DTensor would hand all of them to each process."""
+    return density is not None and len(density) > 1
+
+
 def is_dtensor(x):
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(x, tensor.DTensor)
@@ -89,8 +94,10 @@ def register():
         return _alternatives((input, mask, block), (4, 2), heads=True)
 
     @register_sharding(ops.plan.default)
-    def plan(query, key, *rest):
-        return _alternatives((query, key, *rest), (3, 3, 3), _heads_align(query, key))
+    def plan(query, key, key_mask, query_mask, blocks_per_row, density, *rest):
+        args = (query, key, key_mask, query_mask, blocks_per_row, density, *rest)
+        heads = _heads_align(query, key) and not _by_head(density)
+        return _alternatives(args, (3, 3, 3), heads)
 
     @register_sharding(ops.forward.default)
     def forward(query, key, value, key_mask, query_mask, row_start, row_count, row_index,
@@ -109,7 +116,8 @@ def register():
         if rest[7:] == (False,):
             kept = [0] * len(kept)
         presence = [4, 3, share * order1, *lists, *kept]
-        return _alternatives(args, presence, _heads_align(query, key))
+        heads = _heads_align(query, key) and not _by_head(density)
+        return _alternatives(args, presence, heads)
 
     @register_sharding(ops.backward.default)
     def backward(grad_out, grad_lse, query, key, *rest):

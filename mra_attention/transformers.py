@@ -34,6 +34,9 @@ def register(name="mra", config=MRAConfig(), exact_below=None):  # noqa: B008
     ``exact_below`` (None, an int or "auto") adds calls with fewer keys than that, see
     :func:`mra_attention.crossover.below`. Registering a name again replaces both options.
 
+    An attribute ``mra_config`` of a model's attention module, an :class:`MRAConfig`, takes the
+    place of ``config`` there: :meth:`Calibration.apply` sets it, with a density for each head.
+
     ``config.layout`` is for models of pictures of one size, (14, 14) for ViT's 197 tokens. Calls
     that aren't self-attention of so many tokens or more (text, smaller pictures, cross-attention,
     causal attention) run as exact attention, counted as "layout". A larger picture's first tokens
@@ -98,6 +101,7 @@ def _attention(
     config, exact_below, module, query, key, value, mask, scaling, dropout, is_causal, kwargs
 ):
     """One call of a model: query (B, H, N, D), key, value (B, Hk, M, D) to (B, N, H, D), None."""
+    config = getattr(module, "mra_config", config)
     N, D = query.shape[2], query.shape[3]
     if mask is not None and mask.dim() == 3:  # our mask function's: padded and causal
         mask, is_causal = mask[:, 0], True

@@ -77,6 +77,86 @@ def test_the_proposal_is_the_smallest_density_that_meets_the_target():
     assert calibrate(ours, x, 1e-6, (0.1, 0.3)).density == 1.0  # none of them
 
 
+def test_by_head():
+    """What is proposed for each head meets the target, by what was measured, with fewer pairs."""
+    _, ours = encoder()
+    x = torch.randn(B, N, E, dtype=torch.float64)
+    for target in (1e-6, 0.05, 0.2, 0.9):
+        report = calibrate(ours, x, target, DENSITIES)
+        assert report.head_density <= report.density
+        given = [layer.head_density for layer in report.layers]
+        assert report.head_density == pytest.approx(sum(map(sum, given)) / (2 * HEADS))
+        errors = [
+            layer.errors[DENSITIES.index(density), head]
+            for layer in report.layers
+            for head, density in enumerate(layer.head_density)
+        ]
+        assert sum(errors) / len(errors) <= target
+        assert f"{report.head_density:.3g}" in str(report).splitlines()[-2]
+    # 1.0 without having been asked for, and the least where that is enough.
+    report = calibrate(ours, x, 1e-6, (0.1, 0.3))
+    assert [layer.head_density for layer in report.layers] == [(1.0,) * HEADS] * 2
+    report = calibrate(ours, x, 0.99, (0.1, 0.3))
+    assert [layer.head_density for layer in report.layers] == [(0.1,) * HEADS] * 2
+
+
+def test_layers_count_by_their_pairs():
+    """Of two layers with the same errors the one with fewer pairs gets more."""
+    q = 2 * torch.randn(B, 4, 4 * N, 8, dtype=torch.float64)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.long, self.short = Self(), Self()
+
+        def forward(self, q):
+            return self.long(q), self.short(q[:, :, :N])
+
+    class Self(nn.Module):
+        def forward(self, q):
+            return mra_attention(q, q, q, config=CONFIG)
+
+    report = calibrate(Two(), [q], 0.1, (0.1, 0.5))
+    long, short = (layer.head_density for layer in report.layers)
+    assert report.head_density == pytest.approx((16 * sum(long) + sum(short)) / (17 * 4))
+
+
+@pytest.mark.parametrize("options", [dict(selection="global"), dict(levels=((64, 2),))], ids=str)
+def test_one_density_where_calls_take_no_more(options):
+    _, ours = encoder(config=CONFIG.replace(**options))
+    x = torch.randn(B, N, E, dtype=torch.float64)
+    report = calibrate(ours, x, 0.2, DENSITIES)
+    assert report.head_density is None
+    assert all(layer.head_density is None for layer in report.layers)
+    assert str(report).splitlines()[1].endswith(" -")
+    assert report.apply(ours, CONFIG.replace(**options)) == 2
+    assert ours.layers[0].self_attn.config == CONFIG.replace(density=report.density, **options)
+
+
+def test_apply():
+    _, ours = encoder()
+    x = torch.randn(B, N, E, dtype=torch.float64)
+    report = calibrate(ours, x, 0.1, DENSITIES, ("even", "centred"))
+    other = copy.deepcopy(ours)
+    assert report.apply(ours, CONFIG) == 2
+    for layer, found in zip(ours.layers, report.layers, strict=True):
+        expected = CONFIG.replace(density=found.head_density, pool=report.pool)
+        assert layer.self_attn.config == expected
+    again = calibrate(ours, x, 0.1, DENSITIES)
+    assert torch.stack([x.as_is for x in again.layers]).mean() <= 0.1 + 1e-12
+    assert report.apply(other, CONFIG, by_head=False) == 2
+    expected = CONFIG.replace(density=report.density, pool=report.pool)
+    assert other.layers[1].self_attn.config == expected
+    with pytest.raises(TypeError, match="config: got dict"):
+        report.apply(ours, {})
+    with pytest.raises(TypeError, match="model: got int"):
+        report.apply(3)
+    direct = Direct()
+    found = calibrate(direct, list(2 * torch.randn(3, B, 4, N, 8, dtype=torch.float64)))
+    with pytest.raises(ValueError, match="model: got a module '' that takes no config"):
+        found.apply(direct)
+
+
 def test_pools():
     """Each density with each of them; the first of those that need the smallest one."""
     _, ours = encoder()
@@ -190,6 +270,20 @@ def test_hugging_face():
     report = calibrate(model, dict(input_ids=torch.randint(0, 99, (B, N))))
     names = [f"encoder.layer.{n}.attention.self" for n in range(2)]
     assert [layer.name for layer in report.layers] == names
+    ids = torch.randint(0, 99, (B, N))
+    with torch.no_grad():
+        before = model.eval()(ids).last_hidden_state
+        assert report.apply(model, CONFIG) == 2
+        ours = model(ids).last_hidden_state
+        mra.transformers.register("mra", CONFIG.replace(density=1.0))
+        assert torch.equal(model(ids).last_hidden_state, ours)  # what a module has comes first
+        assert not torch.equal(ours, before)
+        for layer, found in zip(model.encoder.layer, report.layers, strict=True):
+            assert layer.attention.self.mra_config.density == found.head_density
+            del layer.attention.self.mra_config
+        exact = model(ids).last_hidden_state
+        assert not torch.equal(exact, ours)
+    mra.transformers.register("mra", CONFIG)
     model.set_attn_implementation("sdpa")
     report = calibrate(model, dict(input_ids=torch.randint(0, 99, (B, N))))
     assert report.layers == () and report.density is None

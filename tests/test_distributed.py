@@ -49,7 +49,8 @@ def draw(seed, Hk, masked, device):
 def attend(function, tensors, masks, grads, **options):
     block = GROUPS[tensors[0].device.type][2]
     tensors = [x.clone().requires_grad_() for x in tensors]
-    results = function(*tensors, *masks, return_lse=True, block_size=block, density=0.3, **options)
+    options = {"density": 0.3} | options
+    results = function(*tensors, *masks, return_lse=True, block_size=block, **options)
     gradients = torch.autograd.grad(results, tensors, grads)
     return dict(zip(NAMES, (*results, *gradients), strict=True))
 

@@ -7,8 +7,8 @@ import torch
 from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, new_seed, tiers
 
 import mra_attention as mra
+from mra_attention.reference import head_budgets, pool
 from mra_attention.reference import plan as plan_reference
-from mra_attention.reference import pool, row_budgets
 
 BLOCKS = [(32, 16), (32, 32), (32, 128), (64, 32), (64, 64), (128, 16), (128, 128)]
 FORCED = [
@@ -51,7 +51,7 @@ def reference_plan(q, k, key_mask, query_mask, options):
     q_mean, q_count = pool(q.double(), query_mask, bq)
     k_mean, k_count = pool(k.double(), key_mask, bk)
     L = o["scale"] * q_mean @ k_mean.mT
-    m = row_budgets(L.shape[-2:], bq, bk, o["density"], o["blocks_per_row"], o["is_causal"])
+    m = head_budgets(L.shape[-2:], bq, bk, o["density"], o["blocks_per_row"], o["is_causal"])
     dense = plan_reference(
         L, q_count, k_count, m, bq, bk, N, o["selection"], o["diagonal_blocks"],
         o["first_blocks"], o["is_causal"],
@@ -71,7 +71,10 @@ def test_exact_selection_and_ties(device, dtype, is_causal, selection, masks):
     seed, total = new_seed(), 0
     for block in BLOCKS:
         for forced in FORCED:
-            for budget in ({"density": 0.25}, {"blocks_per_row": 3}):
+            budgets = [{"density": 0.25}, {"blocks_per_row": 3}]
+            if selection == "row":
+                budgets.append({"density": (0.25, 0.1, 1.0, 0.5)})
+            for budget in budgets:
                 *inputs, options = integer_case(
                     device, dtype, seed, masks=masks, block_size=block, selection=selection,
                     is_causal=is_causal, **forced, **budget,

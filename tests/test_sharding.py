@@ -37,6 +37,8 @@ def cases(device):
     for pool, (place, Hk) in itertools.product(POOLS, [(batch, 2), (heads, 2)]):
         yield place, Hk, True, dict(pool=pool), place
     yield whole, 2, True, {}, whole
+    yield batch, 2, True, dict(density=(0.1, 0.3, 0.6, 1.0)), batch
+    yield heads, 4, True, dict(density=(0.1, 0.3, 0.6, 1.0)), None  # each process would get all
     yield heads, 1, True, {}, None  # one key head for both processes: anything but heads
     yield sequence, 1, True, {}, None
 

@@ -23,17 +23,18 @@ inline int64_t visible_blocks(const Options& o, int64_t N, int64_t nk, int64_t x
   return std::min(nk, last / o.block_k + 1);
 }
 
-// m of query block x: at least 1, at most its visible blocks.
-inline int64_t row_budget(const Options& o, int64_t N, int64_t nk, int64_t x) {
+// m of query block x of head h: at least 1, at most its visible blocks.
+inline int64_t row_budget(const Options& o, int64_t N, int64_t nk, int64_t h, int64_t x) {
   const int64_t seen = visible_blocks(o, N, nk, x);
   if (o.blocks_per_row) return std::min(*o.blocks_per_row, seen);
-  return std::min(seen, std::max<int64_t>(1, static_cast<int64_t>(std::ceil(*o.density * seen))));
+  const double density = o.head_density.empty() ? *o.density : o.head_density[h];
+  return std::min(seen, std::max<int64_t>(1, static_cast<int64_t>(std::ceil(density * seen))));
 }
 
-// Pairs that global selection may take of a head's map.
+// Pairs that global selection, which has one density for all heads, may take of a head's map.
 inline int64_t map_budget(const Options& o, int64_t N, int64_t nk) {
   int64_t budget = 0;
-  for (int64_t x = 0; x < ceil_div(N, o.block_q); ++x) budget += row_budget(o, N, nk, x);
+  for (int64_t x = 0; x < ceil_div(N, o.block_q); ++x) budget += row_budget(o, N, nk, 0, x);
   return budget;
 }
 
@@ -41,7 +42,8 @@ inline int64_t map_budget(const Options& o, int64_t N, int64_t nk) {
 inline int64_t row_capacity(const Options& o, int64_t nk) {
   Options full = o;
   full.causal = false;
-  const int64_t m = row_budget(full, 0, nk, 0);
+  full.head_density.clear();
+  const int64_t m = row_budget(full, 0, nk, 0, 0);
   const int64_t crossing = o.causal ? std::max<int64_t>(1, o.block_q / o.block_k) : 0;
   return std::min(nk, std::max(m, crossing));
 }

@@ -15,6 +15,8 @@ using c10::SymInt;
 bool holds(const c10::SymBool& condition) { return condition.guard_or_true(__FILE__, __LINE__); }
 bool equal(const SymInt& a, const SymInt& b) { return holds(a.sym_eq(b)); }
 
+int64_t heads_of(const Tensor& x) { return x.sym_size(1).guard_int(__FILE__, __LINE__); }
+
 void check_same_device(const char* name, const Tensor& x, const char* like_name,
                        const Tensor& like) {
   TORCH_CHECK_VALUE(x.device() == like.device(), name, ": got device ", x.device(),
@@ -67,8 +69,7 @@ int64_t check_query_key(const Tensor& query, const Tensor& key, const OptTensor&
   TORCH_CHECK_VALUE(key_dim == D, "key: got head_dim ", key_dim, ", expected that of query, ", D);
   TORCH_CHECK_VALUE(equal(key.sym_size(0), query.sym_size(0)), "key: got batch size ",
                     key.sym_size(0), ", expected that of query, ", query.sym_size(0));
-  const int64_t H = query.sym_size(1).guard_int(__FILE__, __LINE__);
-  const int64_t Hk = key.sym_size(1).guard_int(__FILE__, __LINE__);
+  const int64_t H = heads_of(query), Hk = heads_of(key);
   TORCH_CHECK_VALUE(Hk > 0 && H % Hk == 0, "key: got ", Hk,
                     " heads, expected a number that divides the ", H, " heads of query");
   TORCH_CHECK_VALUE(holds(key.sym_size(2).sym_gt(0)), "key: got shape ", key.sym_sizes(),
@@ -200,7 +201,7 @@ void check_pool(const Tensor& input, const OptTensor& mask, int64_t block) {
 Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_mask,
                    const OptTensor& query_mask, const CallOptions& call) {
   const int64_t D = check_query_key(query, key, key_mask, query_mask, call.is_causal);
-  const Options o = check_options(call, Budget::required, D);
+  const Options o = check_options(call, Budget::required, heads_of(query), D);
   check_device("query", query, o.block_q);
   return o;
 }
@@ -208,7 +209,8 @@ Options check_plan(const Tensor& query, const Tensor& key, const OptTensor& key_
 Options check_forward(const Inputs& in, const PlanTensors& plan, const CallOptions& call) {
   const int64_t D = check_query_key(in.query, in.key, in.key_mask, in.query_mask, call.is_causal);
   check_like("value", in.value, "key", in.key);
-  const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required, D);
+  const Options o = check_options(call, plan.given() ? Budget::optional : Budget::required,
+                                  heads_of(in.query), D);
   check_lists(plan, in.query, o);
   check_device("query", in.query, o.block_q);
   return o;

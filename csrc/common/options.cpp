@@ -42,16 +42,25 @@ void check_pool_beside(const CallOptions& call) {
                               "' with is_causal, expected 'even' or 'centred'");
 }
 
-void check_budget(const CallOptions& call, Budget budget) {
+void check_budget(const CallOptions& call, Budget budget, int64_t heads) {
   TORCH_CHECK_VALUE(!(call.density && call.blocks_per_row),
                     "density and blocks_per_row: got both (density=", *call.density,
                     "), expected exactly one");
   TORCH_CHECK_VALUE(call.density || call.blocks_per_row || budget == Budget::optional,
                     "density and blocks_per_row: got neither, expected exactly one");
   if (call.density) {
-    // Written so that NaN fails too.
-    TORCH_CHECK_VALUE(*call.density > 0 && *call.density <= 1, "density: got ", *call.density,
-                      ", expected a number in (0, 1]");
+    const int64_t n = call.density->size();
+    TORCH_CHECK_VALUE(n == 1 || n == heads, "density: got ", n,
+                      " numbers, expected one, or one for each of the ", heads, " heads of query");
+    for (const double density : *call.density) {
+      // Written so that NaN fails too.
+      TORCH_CHECK_VALUE(density > 0 && density <= 1, "density: got ", density,
+                        ", expected a number in (0, 1]");
+    }
+    const bool by_row = call.selection == "row" && call.levels.value_or(at::IntArrayRef()).empty();
+    TORCH_CHECK_NOT_IMPLEMENTED(n == 1 || by_row, "density: got one for each head with ",
+                                call.selection == "row" ? "levels" : "selection 'global'",
+                                ", expected one for all heads, or selection 'row' without levels");
   }
   if (call.blocks_per_row) {
     TORCH_CHECK_VALUE(call.blocks_per_row->sym_ge(1).guard_or_true(__FILE__, __LINE__),
@@ -95,8 +104,8 @@ void check_block_size(const char* name, int64_t block) {
                     block, ", expected one of 16, 32, 64, 128");
 }
 
-Options check_options(const CallOptions& call, Budget budget, int64_t head_dim) {
-  check_budget(call, budget);
+Options check_options(const CallOptions& call, Budget budget, int64_t heads, int64_t head_dim) {
+  check_budget(call, budget, heads);
   check_block_size("block_q", call.block_q);
   check_block_size("block_k", call.block_k);
   TORCH_CHECK_VALUE(call.order == 0 || call.order == 1, "order: got ", call.order,
@@ -110,7 +119,10 @@ Options check_options(const CallOptions& call, Budget budget, int64_t head_dim) 
   o.block_q = call.block_q;
   o.block_k = call.block_k;
   if (call.blocks_per_row) o.blocks_per_row = call.blocks_per_row->maybe_as_int();
-  o.density = call.density;
+  if (call.density) {
+    o.density = *std::max_element(call.density->begin(), call.density->end());
+    if (call.density->size() > 1) o.head_density = call.density->vec();
+  }
   o.coarse = parse_coarse(call.coarse);
   o.order = call.order;
   o.selection = parse_selection(call.selection);

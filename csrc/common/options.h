@@ -16,7 +16,7 @@ namespace mra {
 // operator doesn't take keeps its default.
 struct CallOptions {
   std::optional<c10::SymInt> blocks_per_row;
-  std::optional<double> density;
+  OptDensity density;  // one for all heads, or one for each
   int64_t block_q, block_k;
   std::string_view coarse = "none";
   int64_t order = 0;
@@ -42,7 +42,7 @@ enum class Budget {
 
 // Checks every option; raises ValueError or NotImplementedError that names the bad one.
 // A symbolic blocks_per_row (only while tracing) is checked, but left out of the result.
-Options check_options(const CallOptions& call, Budget budget, int64_t head_dim);
+Options check_options(const CallOptions& call, Budget budget, int64_t heads, int64_t head_dim);
 
 // Raises ValueError unless `block` is one of 16, 32, 64, 128.
 void check_block_size(const char* name, int64_t block);

@@ -24,6 +24,7 @@ namespace mra {
 
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
+using OptDensity = std::optional<at::ArrayRef<double>>;  // of all heads, or of each
 
 enum class Coarse { none, block, row };
 enum class Selection { row, global };
@@ -46,13 +47,14 @@ struct Resolution {
 struct Options {
   int64_t block_q, block_k;  // each of 16, 32, 64, 128
   std::optional<int64_t> blocks_per_row;
-  std::optional<double> density;  // exactly one of the two budgets is set
+  std::optional<double> density;  // exactly one of the two budgets is set; of heads the highest
   Coarse coarse;
   int64_t order;  // 0 or 1
   Selection selection;
   int64_t diagonal_blocks, first_blocks;
-  bool causal;                  // then N == M
-  double scale;                 // of q . k, natural units
+  bool causal;                         // then N == M
+  double scale;                        // of q . k, natural units
+  std::vector<double> head_density{};  // of each head, where each has its own; no levels, by row
   std::vector<Level> levels{};  // coarsest first; empty: block_q x block_k is the only resolution
   // With levels, set by attention.cpp: block_q x block_k first, the coarsest last. Means, counts
   // and row lists then hold the blocks of all resolutions, in this order, where their shapes say

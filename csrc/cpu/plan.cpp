@@ -111,7 +111,7 @@ void select_rows(const RowScores<A>& rows, const Shape& s, const Options& o, int
       }
       all.clear();
       const int64_t crossings = rows.add(b, h, x, k_t.data(), ld, scores.data(), all);
-      keep_best(all, std::max(row_budget(o, s.N, s.nk, x), crossings));
+      keep_best(all, std::max(row_budget(o, s.N, s.nk, h, x), crossings));
       start[item] = static_cast<int32_t>(x * stride);
       count[item] = static_cast<int32_t>(all.size());
       int32_t* list = index + head * capacity + x * stride;

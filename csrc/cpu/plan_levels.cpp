@@ -68,8 +68,8 @@ class LevelPlan {
           kept += tier >= (finest ? kCrossing : 1);
           all.push_back({ordered(scores[t]), tier, static_cast<int32_t>(found[t])});
         }
-        const int64_t budget =
-            finest ? row_budget(o_, N_, at.nk, x) : o_.levels[o_.resolutions.size() - 1 - r].cells;
+        const int64_t budget = finest ? row_budget(o_, N_, at.nk, 0, x)
+                                      : o_.levels[o_.resolutions.size() - 1 - r].cells;
         keep_best(all, std::max(budget, kept));
         start[row] = static_cast<int32_t>(offset + x * room);
         count[row] = static_cast<int32_t>(all.size());

@@ -86,7 +86,7 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   p.plan.count = rows.count.mutable_data_ptr<int32_t>();
   p.plan.index = rows.index.mutable_data_ptr<int32_t>();
   p.global = o.selection == Selection::global;
-  p.budget = p.global ? map_budget(o, N, nk) : row_budget(o, N, nk, 0);
+  p.budget = p.global ? map_budget(o, N, nk) : 0;
   p.run_shift = log2_of(o.block_q / 32);
 
   // What backward reads again.

@@ -18,7 +18,7 @@ struct HeadParams {
   PlanParams plan;     // likewise without means and counts
   bool coarse;         // the block-coarse part takes part
   bool global;         // selection
-  int64_t budget;      // pairs that a head may take of its map, or each of its rows
+  int64_t budget;      // pairs that a head may take of its map
   int run_shift;       // log2 of the runs of 32 rows in a block of queries, and of keys
 
   // Written unless null.

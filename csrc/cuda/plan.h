@@ -6,6 +6,8 @@
 
 namespace mra::cuda {
 
+constexpr int kMostDensities = 128;  // one for each head: they are arguments of the kernels
+
 struct PlanParams {
   const float* q_mean;     // [B, H, nq, D]
   const float* k_mean;     // [B, Hk, nk, D]
@@ -31,9 +33,11 @@ struct PlanParams {
   bool causal;
   int64_t blocks_per_row;  // 0: by density
   double density;
+  bool by_head;            // each head has its own density, head_density [H]; causal or not, by row
   int64_t diagonal_reach;  // rows on each side of a query block whose key blocks are forced; or -1
   int first_blocks;
   int row_capacity;
+  double head_density[kMostDensities];
 };
 
 // How plan_row runs: rows of scores of `rows` query blocks in shared memory, or, where one does not

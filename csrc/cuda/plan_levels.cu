@@ -50,7 +50,7 @@ __device__ int select_row(const PlanLevel& p, int x, const Candidates& all, Row<
     if (i > 0) forced += pairs[i];
   }
   // Above block_size forced cells are split even beyond the budget.
-  int budget = row_budget(p.plan, x);
+  int budget = row_budget(p.plan, 0, x);
   if (p.r > 0) budget = max(budget, forced);
   const Boundary edge = find_boundary(pairs, budget);
   Cut cut{kForced, 0};  // nothing

@@ -156,8 +156,7 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
       const int64_t list = int64_t{head} * p.nq + x;
       int32_t* index = p.index + int64_t{head} * p.nq * p.row_capacity + start;
       Row<kSteps> row(keys + int64_t{r} * pitch, written / 32);
-      // The room for a list is what every row may take, without causality.
-      const int budget = p.causal ? row_budget(p, x) : p.row_capacity;
+      const int budget = budget_of(p, h, x);
       const int count = select_row<kCoarse>(p, x, budget, row, index, candidates[warp]);
       if (lane == 0) {
         p.start[list] = static_cast<int32_t>(start);

@@ -40,11 +40,17 @@ __device__ __forceinline__ int past_blocks(const PlanParams& p, int x) {
   return static_cast<int>(min(int64_t{p.nk}, int64_t{x} * p.block_q / p.block_k));
 }
 
-__device__ __forceinline__ int row_budget(const PlanParams& p, int x) {
+__device__ __forceinline__ int row_budget(const PlanParams& p, int h, int x) {
   const int64_t seen = visible_blocks(p, x);
   if (p.blocks_per_row > 0) return static_cast<int>(min(p.blocks_per_row, seen));
-  const auto m = static_cast<int64_t>(ceil(p.density * static_cast<double>(seen)));
+  const double density = p.by_head ? p.head_density[h] : p.density;
+  const auto m = static_cast<int64_t>(ceil(density * static_cast<double>(seen)));
   return static_cast<int>(min(seen, max(int64_t{1}, m)));
+}
+
+// The same without levels: where all rows may take as many, the room for a list.
+__device__ __forceinline__ int budget_of(const PlanParams& p, int h, int x) {
+  return p.causal || p.by_head ? row_budget(p, h, x) : p.row_capacity;
 }
 
 constexpr int kTiers = 5;
@@ -104,6 +110,22 @@ __device__ __forceinline__ Boundary whole_boundary(int pairs, int64_t budget) {
 // The key under the boundary: higher tiers are forced, lower ones absent.
 __device__ __forceinline__ uint32_t key_in_tier(uint32_t key, int tier, int boundary) {
   return tier == boundary ? key : tier > boundary ? kForced : kAbsent;
+}
+
+// How many pairs a warp takes of row x of a plan by row, whose lanes are its key blocks: which
+// exist, and with what keys, which become keys under the boundary.
+__device__ __forceinline__ int pairs_of_row(const PlanParams& p, int x, bool exists, int budget,
+                                            uint32_t& key) {
+  if (!has_tiers(p)) return min(budget, __popc(__ballot_sync(kFullWarp, exists)));
+  const int tier = tier_of<false>(p, x, threadIdx.x % 32);
+  int pairs[kTiers];
+#pragma unroll
+  for (int t = 0; t < kTiers; ++t) {
+    pairs[t] = __popc(__ballot_sync(kFullWarp, exists && tier == t));
+  }
+  const Boundary edge = find_boundary(pairs, budget);
+  if (exists) key = key_in_tier(key, tier, edge.tier);
+  return edge.take;
 }
 
 // All keys above `key` are taken, and of those equal to it the first `ties`; INT_MAX: all.

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) plan_stream_kernel(const Pl
   clear_queues(p.queues);
   const int tiles = (p.nq + kRows - 1) / kRows, head = blockIdx.x / tiles;
   const int x0 = (blockIdx.x - head * tiles) * kRows, rows = min(kRows, p.nq - x0);
-  const int budget = p.row_capacity;  // of every row
+  const int budget = budget_of(p, head % p.H, 0);  // of every row of the head
   const int limit = min(kMostBudget, max(2 * budget, 64));
 
   Kept kept[kRowsEach];
@@ -102,9 +102,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) plan_stream_kernel(const Pl
     if (r >= rows) break;
     if (kept[i].count > budget) kept[i].prune(s, r, budget);
     __syncwarp();
-    const int64_t start = int64_t{x} * budget, list = int64_t{head} * p.nq + x;
-    int32_t* index = p.index + int64_t{head} * p.nq * budget + start;
-    for (int t = lane; t < budget; t += 32) index[t] = t < kept[i].count ? s.blocks[r][t] : 0;
+    const int64_t start = int64_t{x} * p.row_capacity, list = int64_t{head} * p.nq + x;
+    int32_t* index = p.index + int64_t{head} * p.nq * p.row_capacity + start;
+    for (int t = lane; t < p.row_capacity; t += 32)
+      index[t] = t < kept[i].count ? s.blocks[r][t] : 0;
     if (lane == 0) {
       p.start[list] = static_cast<int32_t>(start);
       p.count[list] = kept[i].count;

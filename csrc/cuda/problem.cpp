@@ -82,6 +82,11 @@ PlanParams plan_params(int64_t B, int64_t H, int64_t Hk, int64_t nq, int64_t nk,
   p.causal = o.causal;
   p.blocks_per_row = o.blocks_per_row.value_or(0);
   p.density = o.density.value_or(0);
+  p.by_head = !o.head_density.empty();
+  TORCH_CHECK_NOT_IMPLEMENTED(H <= kMostDensities || !p.by_head, "density: got one for each of ", H,
+                              " heads, on CUDA expected at most ", kMostDensities,
+                              " heads, or one for all");
+  std::copy(o.head_density.begin(), o.head_density.end(), p.head_density);
   // Beyond the whole map nothing changes; clamped before the product can overflow.
   const int64_t side = std::min<int64_t>(o.diagonal_blocks / 2, (nq + nk) * 128);
   p.diagonal_reach = o.diagonal_blocks > 0 ? side * std::max(o.block_q, o.block_k) : -1;

@@ -42,33 +42,24 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int fi
   return rank;
 }
 
-// How many pairs to take of those whose keys the lanes hold, which become keys under the boundary.
-template <bool kGlobal, class Shared>
-__device__ __forceinline__ int pairs_to_take(const HeadParams& p, Shared& s, int x, uint32_t& key) {
-  const PlanParams& plan = p.plan;
+// How many pairs a head takes of its map, by all warps at once. exists: the pair of this lane, of
+// row x, whose key becomes that under the boundary.
+template <class Shared>
+__device__ __forceinline__ int pairs_of_map(const HeadParams& p, Shared& s, int x, bool exists,
+                                            uint32_t& key) {
   const int lane = threadIdx.x % 32;
-  if (!kGlobal && !has_tiers(plan)) {
-    const int existing = __popc(__ballot_sync(kFullWarp, key != kAbsent && lane < kHeadRuns));
-    return min(static_cast<int>(p.budget), existing);
-  }
-  const int tier = has_tiers(plan) ? tier_of<kGlobal>(plan, x, lane) : 0;
-  const bool exists = key != kAbsent && lane < kHeadRuns;
+  const int tier = has_tiers(p.plan) ? tier_of<true>(p.plan, x, lane) : 0;
   int pairs[kTiers];
 #pragma unroll
   for (int i = 0; i < kTiers; ++i) {
     pairs[i] = __popc(__ballot_sync(kFullWarp, exists && tier == i));
+    if (lane == 0 && pairs[i] > 0) atomicAdd(&s.pairs[i], pairs[i]);
   }
-  if (kGlobal) {
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kTiers; ++i) {
-      if (lane == 0 && pairs[i] > 0) atomicAdd(&s.pairs[i], pairs[i]);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kTiers; ++i) pairs[i] = s.pairs[i];
-  }
+  for (int i = 0; i < kTiers; ++i) pairs[i] = s.pairs[i];
   const Boundary edge = find_boundary(pairs, p.budget);
-  if (key != kAbsent) key = key_in_tier(key, tier, edge.tier);
+  if (exists) key = key_in_tier(key, tier, edge.tier);
   return edge.take;
 }
 
@@ -82,9 +73,10 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
   const PlanParams& plan = p.plan;
   const int lane = threadIdx.x % 32, y = lane % kHeadRuns;
   if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
-  const int take = pairs_to_take<kGlobal>(p, s, x, key);
+  const bool exists = key != kAbsent && lane < kHeadRuns;
   uint32_t taken;
   if constexpr (kGlobal) {
+    const int take = pairs_of_map(p, s, x, exists, key);
     // Every lane counts for the pair of lane y in half of the rows.
     if (lane < kHeadRuns) s.map[run][lane] = key;
     key = __shfl_sync(kFullWarp, key, y);
@@ -95,7 +87,9 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
     const int rank = part + __popc(same & ((1u << y) - 1));
     taken = __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
   } else {
-    taken = highest_lanes(lane < kHeadRuns ? key : kAbsent, take);
+    const int budget = budget_of(plan, static_cast<int>(head % plan.H), x);
+    const int take = pairs_of_row(plan, x, exists, budget, key);
+    taken = highest_lanes(exists ? key : kAbsent, take);
   }
   const int count = __popc(taken), capacity = plan.nq * plan.row_capacity;
   int start = x * plan.row_capacity, end = start + plan.row_capacity;

@@ -78,6 +78,7 @@ __device__ __forceinline__ void plan_head(const Moments& p, int head, PlanMeans<
                                           const Sync& sync) {
   const PlanParams& plan = p.whole.plan;
   const int lane = threadIdx.x % 32, warp = warp_index();
+  const int budget = budget_of(plan, head % plan.H, 0);  // of every row
   const auto load = [&](float(*to)[PlanMeans<kDim>::kPitch], const float* from, int rows) {
     from += static_cast<int64_t>(head) * rows * p.D;
     for (int i = threadIdx.x; i < rows * (kDim / 4); i += 32 * kWarps) {
@@ -117,20 +118,7 @@ __device__ __forceinline__ void plan_head(const Moments& p, int head, PlanMeans<
       if (x >= plan.nq) break;
       const bool exists = has_key && q_count[x] > 0;
       uint32_t key = exists ? key_of(fmaf(plan.scale, acc[i], bias)) : kAbsent;
-      int take;
-      if (has_tiers(plan)) {
-        const int tier = tier_of<false>(plan, x, lane);
-        int pairs[kTiers];
-#pragma unroll
-        for (int t = 0; t < kTiers; ++t) {
-          pairs[t] = __popc(__ballot_sync(kFullWarp, exists && tier == t));
-        }
-        const Boundary edge = find_boundary(pairs, plan.row_capacity);
-        if (exists) key = key_in_tier(key, tier, edge.tier);
-        take = edge.take;
-      } else {
-        take = min(plan.row_capacity, __popc(__ballot_sync(kFullWarp, exists)));
-      }
+      const int take = pairs_of_row(plan, x, exists, budget, key);
       const uint32_t taken = highest_lanes(key, take);
       const int64_t list = static_cast<int64_t>(head) * plan.nq + x;
       int32_t* const index = plan.index + list * plan.row_capacity;
