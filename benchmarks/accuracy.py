@@ -1,7 +1,9 @@
 """``python -m benchmarks accuracy``: error and time of every form and of other methods, on real q,
 k, v. Error is ‖o - exact‖ / ‖exact‖ of a head, mean over heads, layers and windows, against exact
 attention in float64 on the same inputs. For each density, every method may spend as many
-multiply-adds as exact attention to that share of the keys; MRA's pooled part comes on top.
+multiply-adds as exact attention to that share of the keys; MRA's pooled part comes on top. "By
+head" gives them out among heads and layers by what one half of the windows says, and errs on the
+other.
 
 Inputs are rounded to ``--dtype``, in which times are taken, of ``--batch`` entries at once: layers
 and windows in turns. Errors are those of the method in float32 on the same rounded inputs.
@@ -23,6 +25,7 @@ from torch.nn.attention import sdpa_kernel
 
 from benchmarks import candidates, frontier, minilm, report, whisper
 from benchmarks.backends import SDPA
+from benchmarks.by_head import NAME, ByHead, errors
 from benchmarks.cases import (
     DTYPES,
     FORMS,
@@ -42,7 +45,7 @@ from benchmarks.timing import make_timer
 from mra_attention import mra_attention
 
 INPUTS = ("synthetic", "minilm", "whisper")
-KINDS = ("mra", "oracle", "candidate", "block peer", "peer")
+KINDS = ("mra", "by head", "oracle", "candidate", "block peer", "peer")
 MRA_FORMS = (*PAPER_FORMS[1::-1], *FORMS, *WEIGHTED_FORMS)  # MRA-2-s and MRA-2 first
 HEADS = ("block, global", "row + order 1", "row + order 1, sampled")  # whose errors by head stay
 LAYERS = {"synthetic": 1, "minilm": 6, "whisper": 4}
@@ -99,13 +102,15 @@ DENSE = (
 @dataclasses.dataclass(frozen=True)
 class Method:
     """``run(query, key, value)``. A dense one needs memory N * M and is not timed. ``fast(query,
-    key, value)`` makes another function for the same work; on CUDA the faster one's time counts."""
+    key, value)`` makes another function for the same work; on CUDA the faster one's time counts.
+    ``unseen(query, key, value)``: what errors are those of, if not of ``run``."""
 
     kind: str
     name: str
     run: object
     dense: bool = False
     fast: object = None
+    unseen: object = None
 
 
 def methods(kinds, block_size, density, causal=False):
@@ -131,6 +136,20 @@ def methods(kinds, block_size, density, causal=False):
         fast = FAST.get(name) and functools.partial(FAST[name], density=density)
         found.append(Method("peer", name, functools.partial(peer, density=density), fast=fast))
     return [method for method in found if method.kind in kinds]
+
+
+def methods_by_head(inputs, exact, layers, block_size, densities):
+    """One for each density. Without two windows each is a row that says so."""
+    try:
+        numbers = ByHead(inputs.qkv, exact, layers, block_size, densities)
+        runs = map(numbers.runs, densities)
+    except Unsupported as problem:
+
+        def run(*qkv, problem=problem):
+            raise problem
+
+        runs = [(run, run)] * len(densities)
+    return [Method("by head", NAME, run, unseen=unseen) for run, unseen in runs]
 
 
 def _flex(*qkv, density, first_tokens):
@@ -190,11 +209,6 @@ def exact_attention(query, key, value, causal=False):
     return torch.stack(outs), torch.stack(entropies)
 
 
-def errors(out, exact):
-    """(B, H)"""
-    return (out - exact).flatten(2).norm(dim=-1) / exact.flatten(2).norm(dim=-1)
-
-
 def by_head(x, layers):
     """Mean over windows of (windows * layers, H), as a flat list of layers and heads."""
     return [round(value, 4) for value in x.unflatten(0, (-1, layers)).mean(0).flatten().tolist()]
@@ -224,7 +238,7 @@ def measure(method, inputs, exact, layers, timer):
             entries = zip(*(t.split(1) for t in inputs.qkv), strict=True)
             out = torch.cat([method.run(*entry) for entry in entries])
         else:
-            out = method.run(*inputs.qkv)
+            out = (method.unseen or method.run)(*inputs.qkv)
         error, ms = errors(out, exact), None
         if timer and not method.dense:
             ms, row["reason"] = fastest(method, inputs.timed, timer)
@@ -290,6 +304,11 @@ def measure_inputs(name, args, device, result):
         report.say(f"blocks of {sides(size)}: error" + " and time" * args.time)
         report.say(f"  {'':<34}" + "".join(f"{ratio(d):>20}" for d in args.density))
         lists = [methods(kinds, size, density, args.causal) for density in args.density]
+        if "by head" in kinds and not args.causal:
+            for found, method in zip(
+                lists, methods_by_head(inputs, exact, layers, size, args.density), strict=True
+            ):
+                found.insert(sum(other.kind == "mra" for other in found), method)
         for group in zip(*lists, strict=True):
             rows = []
             for density, method in zip(args.density, group, strict=True):

@@ -13,6 +13,7 @@ COLORS = {
     "block + order 1": "#009E73",
     "row + order 1": "#0072B2",
     "row + order 1, centred": "#8C510A",
+    "row + order 1, centred, by head": "#000080",
     "row + order 1, sampled": "#D55E00",
     "SLA, untrained": "#999933",
     "PISA": "#882255",

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import accuracy, embeddings, frontier  # noqa: E402
+from benchmarks import accuracy, by_head, embeddings, frontier  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.peers import BLOCK_PEERS, PEERS  # noqa: E402
 from benchmarks.table import markdown  # noqa: E402
@@ -38,11 +38,11 @@ def test_synthetic_inputs(tmp_path, capsys):
     assert some["row + order 1, oracle"] < some["row + order 1"]
     assert some["centred, oracle"] < some["row + order 1, centred"]
     for row in entry["rows"]:
-        timed = row["kind"] in ("mra", "peer", "block peer")
+        timed = row["kind"] in ("mra", "by head", "peer", "block peer")
         assert (row["ms"] or 0) > 0 if timed else row["ms"] is None
         assert ("heads" in row) == (row["method"] in accuracy.HEADS)
     forms = [form.name for form in accuracy.MRA_FORMS]
-    for name in (*forms, *BLOCK_PEERS, "centred, curved", "local window"):
+    for name in (*forms, by_head.NAME, *BLOCK_PEERS, "centred, curved", "local window"):
         assert whole[name] < 1e-5
     sizes = {(row["kind"], tuple(row["block_size"])) for row in entry["rows"]}
     assert {("mra", (32, 16)), ("block peer", (32, 16))} < sizes
@@ -114,6 +114,48 @@ def test_what_is_missing_is_a_reason(tmp_path, capsys, monkeypatch):
     assert [row["method"] for row in there["rows"]] == list(PEERS)
     report = json.loads(path.read_text())
     assert "whisper: Whisper needs: pip install" in markdown(report)
+
+
+def test_densities_by_head(tmp_path, monkeypatch):
+    """Windows of two layers of two heads, one of which attends so sharply that it needs most of the
+    blocks. Numbers come from the other half; as many exact pairs as the same for all."""
+    monkeypatch.setitem(accuracy.LAYERS, "synthetic", 2)
+    x = torch.randn(3, 6, 2, 256, 16)
+    x[0, 1::2, 1] *= 6
+    monkeypatch.setattr(accuracy, "load", lambda name, args: x)
+    path = tmp_path / "x.json"
+    main(["accuracy", "--device", "cpu", "--density", "1/4,1", "--block-size", "16",
+          "--kind", "mra,by head", "--json", str(path)])  # fmt: skip
+    report = json.loads(path.read_text())
+    some, whole = (errors(report, density) for density in (1 / 4, 1.0))
+    assert some[by_head.NAME] < some[by_head.FORM.name] and whole[by_head.NAME] < 1e-5
+
+    qkv = x.unbind(0)
+    exact, _ = accuracy.exact_attention(*qkv)
+    numbers = by_head.ByHead(qkv, exact, 2, (16, 16), [1 / 4])
+    for half in (0, 1):
+        counts = [numbers.tried[i] for i in numbers.given(half, 1 / 4)]
+        assert len(counts) == 4 and sum(counts) <= 16 and max(counts) == counts[3] > 4
+        out = numbers.attend(half, 1 / 4, *qkv)
+        for entry, head in ((0, 0), (3, 1), (4, 1)):
+            one = [t[entry : entry + 1, head : head + 1] for t in qkv]
+            count = counts[entry % 2 * 2 + head]
+            alone = accuracy.mra_attention(*one, blocks_per_row=count, block_size=16)
+            torch.testing.assert_close(out[entry, head], alone[0, 0])
+    unseen = numbers.unseen(1 / 4, *qkv)
+    halves = [numbers.attend(1, 1 / 4, *qkv)[:4], numbers.attend(0, 1 / 4, *qkv)[4:]]
+    assert torch.equal(unseen, torch.cat(halves))
+    with pytest.raises(accuracy.Unsupported, match="3 entries are no windows of 2 layers"):
+        numbers.attend(0, 1 / 4, *(t[:3] for t in qkv))
+
+
+def test_one_window_is_not_enough(tmp_path):
+    path = tmp_path / "x.json"
+    main(["accuracy", "--device", "cpu", "--shape", "1,2,64,16", "--density", "1/4",
+          "--kind", "by head", "--no-time", "--json", str(path)])  # fmt: skip
+    (row,) = json.loads(path.read_text())["inputs"][0]["rows"]
+    assert row["status"] == "not supported"
+    assert row["reason"] == "got 1 windows, expected at least 2"
 
 
 def test_a_method_that_cannot_run_is_a_row():

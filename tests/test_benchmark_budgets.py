@@ -37,5 +37,5 @@ def test_small_run(tmp_path, capsys, monkeypatch):
 
 def test_one_window_is_not_enough(monkeypatch):
     monkeypatch.setattr(budgets, "load", lambda name, args: torch.randn(3, 1, 2, 64, 16))
-    with pytest.raises(SystemExit, match="got 1 windows, expected at least 2"):
+    with pytest.raises(SystemExit, match="synthetic: got 1 windows, expected at least 2"):
         main(["budgets", "--device", "cpu", "--inputs", "synthetic"])
