@@ -1,13 +1,14 @@
 """The default form with a density for each head of each layer: numbers of exact blocks from one
 half of the windows, as many in all as the same for every head would be; errors from the other."""
 
+import dataclasses
 import functools
 import math
 
 import torch
 
 from benchmarks.cases import WEIGHTED_FORMS, Unsupported
-from mra_attention import mra_attention
+from mra_attention import MRAConfig, mra_attention
 from mra_attention.head_density import give_out
 
 FORM = WEIGHTED_FORMS[0]
@@ -51,26 +52,29 @@ class ByHead:
         total = self.each(density) * known.shape[1]
         return give_out(known.tolist(), self.tried, total=total)
 
-    def attend(self, half, density, *qkv):
-        """Attention by the numbers from that half: layers of a window are heads of one entry."""
+    def config(self, half, density):
+        """By the numbers from that half, for the heads of all layers."""
+        counts = [self.tried[i] for i in self.given(half, density)]
+        each = tuple((count - 0.5) / self.blocks for count in counts)
+        return MRAConfig(**dataclasses.asdict(FORM), density=each, block_size=self.block_size)
+
+    def attend(self, config, *qkv):
+        """Attention on layers of windows: those of one window are heads of one entry, in the result
+        too: to part them again is a copy."""
         if len(qkv[0]) % self.layers:
             raise Unsupported(f"{len(qkv[0])} entries are no windows of {self.layers} layers")
         heads = [x.unflatten(0, (-1, self.layers)).flatten(1, 2) for x in qkv]
-        counts = [self.tried[i] for i in self.given(half, density)]
-        densities = tuple((count - 0.5) / self.blocks for count in counts)
-        out = mra_attention(*heads, density=densities, block_size=self.block_size)
-        return out.unflatten(1, (self.layers, -1)).flatten(0, 1)
+        return mra_attention(*heads, config=config)
 
-    def unseen(self, density, *qkv):
+    def unseen(self, configs, *qkv):
         """Each half by the numbers from the other."""
         windows = len(qkv[0]) // self.layers
         first = -(-windows // 2) * self.layers
         parts = zip(*(x.split((first, len(x) - first)) for x in qkv), strict=True)
-        return torch.cat([self.attend(1 - i, density, *part) for i, part in enumerate(parts)])
+        out = torch.cat([self.attend(configs[1 - i], *part) for i, part in enumerate(parts)])
+        return out.unflatten(1, (self.layers, -1)).flatten(0, 1)
 
     def runs(self, density):
         """(function to time, function whose errors count)"""
-        return (
-            functools.partial(self.attend, 0, density),
-            functools.partial(self.unseen, density),
-        )
+        configs = [self.config(half, density) for half in (0, 1)]
+        return functools.partial(self.attend, configs[0]), functools.partial(self.unseen, configs)

@@ -136,17 +136,21 @@ def test_densities_by_head(tmp_path, monkeypatch):
     for half in (0, 1):
         counts = [numbers.tried[i] for i in numbers.given(half, 1 / 4)]
         assert len(counts) == 4 and sum(counts) <= 16 and max(counts) == counts[3] > 4
-        out = numbers.attend(half, 1 / 4, *qkv)
+        out = numbers.attend(numbers.config(half, 1 / 4), *qkv)
+        assert out.shape == (3, 4, 256, 16)
+        out = out.unflatten(1, (2, 2)).flatten(0, 1)
         for entry, head in ((0, 0), (3, 1), (4, 1)):
             one = [t[entry : entry + 1, head : head + 1] for t in qkv]
             count = counts[entry % 2 * 2 + head]
             alone = accuracy.mra_attention(*one, blocks_per_row=count, block_size=16)
             torch.testing.assert_close(out[entry, head], alone[0, 0])
-    unseen = numbers.unseen(1 / 4, *qkv)
-    halves = [numbers.attend(1, 1 / 4, *qkv)[:4], numbers.attend(0, 1 / 4, *qkv)[4:]]
-    assert torch.equal(unseen, torch.cat(halves))
+    run, unseen = numbers.runs(1 / 4)
+    assert torch.equal(run(*qkv), numbers.attend(numbers.config(0, 1 / 4), *qkv))
+    halves = [numbers.attend(numbers.config(half, 1 / 4), *qkv) for half in (1, 0)]
+    wanted = torch.cat([halves[0][:2], halves[1][2:]])
+    assert torch.equal(unseen(*qkv), wanted.unflatten(1, (2, 2)).flatten(0, 1))
     with pytest.raises(accuracy.Unsupported, match="3 entries are no windows of 2 layers"):
-        numbers.attend(0, 1 / 4, *(t[:3] for t in qkv))
+        run(*(t[:3] for t in qkv))
 
 
 def test_one_window_is_not_enough(tmp_path):
