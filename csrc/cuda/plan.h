@@ -6,8 +6,6 @@
 
 namespace mra::cuda {
 
-constexpr int kMostDensities = 128;  // one for each head: they are arguments of the kernels
-
 struct PlanParams {
   const float* q_mean;     // [B, H, nq, D]
   const float* k_mean;     // [B, Hk, nk, D]

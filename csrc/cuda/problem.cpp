@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "../common/budget.h"
 #include "coarse_shares.h"
@@ -26,6 +27,12 @@ void fill_common(Problem& p, const Tensor& q, int64_t key_heads, const BlockList
   p.q = q.const_data_ptr();
   p.q_strides = strides_of(q);
   p.row_lists = lists_of(rows);
+  p.by_head = !o.head_density.empty() && p.H <= kMostDensities;
+  if (p.by_head) {
+    std::iota(p.head_order, p.head_order + p.H, 0);
+    std::stable_sort(p.head_order, p.head_order + p.H,
+                     [&](int a, int b) { return o.head_density[a] > o.head_density[b]; });
+  }
 }
 
 }  // namespace

@@ -14,6 +14,9 @@ struct Strides {
   int64_t b, h, l;
 };
 
+// Of heads with a density each: they, and the order they make, are arguments of kernels.
+constexpr int kMostDensities = 128;
+
 // What a launcher needs to know of the device.
 struct Device {
   int sms;       // multiprocessors

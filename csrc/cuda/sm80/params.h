@@ -48,6 +48,10 @@ struct Problem {
   Lists row_lists;  // for each row list its key blocks
 
   unsigned* queue;  // sm90: a counter at zero, by which work is handed out
+  // sm90: where heads have densities of their own, all batch entries of the head with the highest
+  // one first, so that work ends with short items, and every block of threads has some of each.
+  bool by_head;
+  uint8_t head_order[kMostDensities];  // [H]
 };
 
 struct ForwardParams : Problem {

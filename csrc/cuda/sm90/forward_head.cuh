@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     // plan
     const uint32_t key = score_run<kForm, DP>(p, s, run, blocks);
     if constexpr (kWeighted) make_moments();  // their parts take the places of the means
-    const uint32_t taken = select_blocks<kGlobal>(p, s, at.item, run, x, blocks.leads(run), key);
+    const uint32_t taken = select_blocks<kGlobal>(p, s, at.head, run, x, blocks.leads(run), key);
 
     // coarse
     if constexpr (!kRow) {

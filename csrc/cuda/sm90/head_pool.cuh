@@ -88,13 +88,19 @@ struct HeadCoarse<kRuns, DP, HeadForm::state> {
 
 // A head that a block of threads is at. In shared memory, where it takes no registers.
 struct HeadAt {
-  int item, b, h, hk;
+  int item, head, b, h, hk;  // the item-th to be taken; head = b * H + h
   bool writes_keys;  // one of the query heads that share it writes what belongs to a key head
 
   __device__ __forceinline__ HeadAt(const ForwardParams& f, int item) : item(item) {
     const int group = f.H / f.Hk;
-    b = item / f.H;
-    h = item - b * f.H;
+    if (f.by_head) {
+      b = item % f.B;
+      h = f.head_order[min(item / f.B, f.H - 1)];
+    } else {
+      b = item / f.H;
+      h = item - b * f.H;
+    }
+    head = b * f.H + h;
     hk = h / group;
     writes_keys = h - hk * group == 0;
   }
@@ -318,7 +324,7 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
   k_mean.divide(k_count);
   q_mean.put(s.q_mean[run]);
   k_mean.put(s.k_mean[run]);
-  q_mean.write(p.q_mean, at.item, p.plan.nq, x, f.D);
+  q_mean.write(p.q_mean, at.head, p.plan.nq, x, f.D);
   if (!is_weighted(kForm) && at.writes_keys) {
     k_mean.write(p.k_mean, at.key_head(f), p.plan.nk, x, f.D);
   }

@@ -255,7 +255,7 @@ __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, cons
     multiply_pn<T>(acc, c, as_panel(s.coarse.v), panel);
   }
 
-  const int64_t first = int64_t{at.item} * f.rows + row;
+  const int64_t first = int64_t{at.head} * f.rows + row;
   float share[2];
   finish_rows<kOrder1>(softmax, f.lse + first, f.share + first, present,
                        s.queries_there[run] >> 16 * half, share);

@@ -18,12 +18,13 @@ namespace mra::cuda::sm90 {
 
 struct KeyMaps {
   CUtensorMap k_map, v_map, pooled_k_map, pooled_v_map;
-  Divisor row_tiles, heads, group, list_rows;  // tiles of rows a head; query heads; of a key head
+  // Tiles of rows a head; query heads, or, by_head, batch entries; heads of a key head.
+  Divisor row_tiles, heads, group, list_rows;
 
   // For tiles of `rows` rows. False where a tensor has no map.
   bool set(const Problem& p, Dtype dtype, int rows) {
     row_tiles = Divisor((p.rows + rows - 1) / rows);
-    heads = Divisor(p.H);
+    heads = Divisor(p.by_head ? p.B : p.H);
     group = Divisor(p.H / p.Hk);
     list_rows = Divisor(p.list_rows);
     const int run = p.block_k < 64 ? p.block_k : 64;
@@ -65,11 +66,12 @@ struct RowTile {
     // Under causal the last tiles have most keys: start them first.
     const unsigned bh = maps.row_tiles.divide(item), from_start = item - bh * maps.row_tiles.d;
     first_row = (p.causal ? maps.row_tiles.d - 1 - from_start : from_start) * kRows;
-    b = maps.heads.divide(bh);
-    h = bh - b * p.H;
+    const unsigned outer = maps.heads.divide(bh), inner = bh - outer * maps.heads.d;
+    b = p.by_head ? inner : outer;
+    h = p.by_head ? p.head_order[outer] : inner;
     hk = maps.group.divide(h);
     rows = min(kRows, p.rows - first_row);
-    head = bh;
+    head = static_cast<int64_t>(b) * p.H + h;
     x = maps.list_rows.divide(first_row);
     place = place_of_list(p.row_lists, head, x);
   }
