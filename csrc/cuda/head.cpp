@@ -87,6 +87,9 @@ std::optional<HeadResult> forward_head(const Inputs& in, const Options& o) {
   p.plan.index = rows.index.mutable_data_ptr<int32_t>();
   p.global = o.selection == Selection::global;
   p.budget = p.global ? map_budget(o, N, nk) : 0;
+  for (int h = 0; p.fine.by_head && h < H; ++h) {
+    p.head_budget[h] = static_cast<uint8_t>(row_budget(o, N, nk, h, 0));
+  }
   p.run_shift = log2_of(o.block_q / 32);
 
   // What backward reads again.

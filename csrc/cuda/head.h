@@ -14,12 +14,13 @@ constexpr bool is_weighted(HeadForm form) {
 }
 
 struct HeadParams {
-  ForwardParams fine;  // without lists or state, which are made on the way
-  PlanParams plan;     // likewise without means and counts
-  bool coarse;         // the block-coarse part takes part
-  bool global;         // selection
-  int64_t budget;      // pairs that a head may take of its map
-  int run_shift;       // log2 of the runs of 32 rows in a block of queries, and of keys
+  ForwardParams fine;                   // without lists or state, which are made on the way
+  PlanParams plan;                      // likewise without means and counts
+  bool coarse;                          // the block-coarse part takes part
+  bool global;                          // selection
+  int64_t budget;                       // pairs that a head may take of its map
+  uint8_t head_budget[kMostDensities];  // [H], blocks that each row of a head may take: by_head
+  int run_shift;  // log2 of the runs of 32 rows in a block of queries, and of keys
 
   // Written unless null.
   float* q_mean;     // [B, H, nq, D]

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     s.left = 0;
     if constexpr (kOrder1) barrier_init(&s.coarse.made, kRuns);
     barrier_init_done();
-    s.at(0) = HeadAt(f, blockIdx.x);
+    s.at(0) = HeadAt(p, blockIdx.x);
   }
   if constexpr (kRow) s.coarse.clear(threadIdx.x, 32 * kRuns);
   __syncthreads();
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     asm volatile("" : "+r"(run));
     const int x = blocks.of_run(run);
     const HeadAt &at = s.at(phase), &next = s.at(phase ^ 1);
-    if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(f, at.item + gridDim.x);
+    if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(p, at.item + gridDim.x);
 
     // pool
     pool_run<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     // plan
     const uint32_t key = score_run<kForm, DP>(p, s, run, blocks);
     if constexpr (kWeighted) make_moments();  // their parts take the places of the means
-    const uint32_t taken = select_blocks<kGlobal>(p, s, at.head, run, x, blocks.leads(run), key);
+    const uint32_t taken = select_blocks<kGlobal>(p, s, at, run, x, blocks.leads(run), key);
 
     // coarse
     if constexpr (!kRow) {

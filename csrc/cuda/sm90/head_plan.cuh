@@ -67,7 +67,7 @@ __device__ __forceinline__ int pairs_of_map(const HeadParams& p, Shared& s, int 
 // its lane's pair; written as the block's list for the run that leads. Global selection: by all
 // warps at once, with barriers.
 template <bool kGlobal, class Shared>
-__device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s, int64_t head,
+__device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s, const HeadAt& at,
                                                   int run, int x, bool leads, uint32_t key) {
   constexpr int kRuns = Shared::kRows / kRun;
   const PlanParams& plan = p.plan;
@@ -87,9 +87,8 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
     const int rank = part + __popc(same & ((1u << y) - 1));
     taken = __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
   } else {
-    const int budget = budget_of(plan, static_cast<int>(head % plan.H), x);
-    const int take = pairs_of_row(plan, x, exists, budget, key);
-    taken = highest_lanes(exists ? key : kAbsent, take);
+    const int take = pairs_of_row(plan, x, exists, at.budget, key);
+    taken = highest_lanes(lane < kHeadRuns ? key : kAbsent, take);
   }
   const int count = __popc(taken), capacity = plan.nq * plan.row_capacity;
   int start = x * plan.row_capacity, end = start + plan.row_capacity;
@@ -100,14 +99,14 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
     end = capacity;
   }
   if (x < plan.nq && leads) {
-    int32_t* const index = plan.index + head * capacity;
+    int32_t* const index = plan.index + int64_t{at.head} * capacity;
     append(taken, lane, index, start, end);
     if (!kGlobal || x == plan.nq - 1) {
       for (int i = start + count + lane; i < end; i += 32) index[i] = 0;
     }
     if (lane == 0) {
-      plan.start[head * plan.nq + x] = start;
-      plan.count[head * plan.nq + x] = count;
+      plan.start[int64_t{at.head} * plan.nq + x] = start;
+      plan.count[int64_t{at.head} * plan.nq + x] = count;
     }
   }
   return taken;

@@ -88,10 +88,13 @@ struct HeadCoarse<kRuns, DP, HeadForm::state> {
 
 // A head that a block of threads is at. In shared memory, where it takes no registers.
 struct HeadAt {
-  int item, head, b, h, hk;  // the item-th to be taken; head = b * H + h
-  bool writes_keys;  // one of the query heads that share it writes what belongs to a key head
+  int head, b, h, hk;  // head = b * H + h
+  bool writes_keys;    // one of the query heads that share it writes what belongs to a key head
+  int item;            // the item-th to be taken
+  int budget;          // of each of its rows, in selection by row
 
-  __device__ __forceinline__ HeadAt(const ForwardParams& f, int item) : item(item) {
+  __device__ __forceinline__ HeadAt(const HeadParams& p, int item) : item(item) {
+    const ForwardParams& f = p.fine;
     const int group = f.H / f.Hk;
     if (f.by_head) {
       b = item % f.B;
@@ -101,6 +104,7 @@ struct HeadAt {
       h = item - b * f.H;
     }
     head = b * f.H + h;
+    budget = f.by_head ? p.head_budget[h] : p.plan.row_capacity;
     hk = h / group;
     writes_keys = h - hk * group == 0;
   }
