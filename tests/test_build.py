@@ -86,11 +86,10 @@ def test_hopper_kernels_compile_without_spills():
             assert code == 0, log
             assert "serialized" not in log, log
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", log)]
-            # Outside of the loops over keys, but for two words of block-coarse short heads: where
-            # the rest of the registers is worth more. Which of them spill how much depends on where
-            # HeadAt has what (docs/kernels.md).
+            # Outside of the loops over keys but for some words of short heads without order 1:
+            # where the rest of the registers is worth more (docs/kernels.md).
             most = {"forward_head_order1": 16, "forward_head_centred": 24}
-            most |= {"forward_head_sampled": 20, "forward_head_state": 8, "forward_head_row": 12}
+            most |= {"forward_head_sampled": 20, "forward_head_state": 28, "forward_head_row": 12}
             outside = max((n for start, n in most.items() if name.startswith(start)), default=0)
             assert spills and max(spills) <= outside, log
 

@@ -29,10 +29,11 @@ Tensor mra_attention(const Tensor& query, const Tensor& key, const Tensor& value
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mra_attention::forward", "");
   const c10::IValue none;
-  const bool keep = true;  // what backward reads
-  torch::jit::Stack stack{query, key,     value, none, none,      none, none,  none,
-                          none,  density, 32,    32,   "row",     1,    "row", 0,
-                          0,     false,   none,  none, "centred", keep};
+  const std::vector<double> densities{density};  // one for all heads, or one for each
+  const bool keep = true;                        // what backward reads
+  torch::jit::Stack stack{query, key,       value, none, none,      none, none,  none,
+                          none,  densities, 32,    32,   "row",     1,    "row", 0,
+                          0,     false,     none,  none, "centred", keep};
   op.callBoxed(stack);
   return stack[0].toTensor();
 }

@@ -83,7 +83,7 @@ struct BackwardRowsTiles {
   // By one warp.
   __device__ void fetch_ahead(const BackwardRowsMaps& p) {
     KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
-    const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
+    const auto fetch_rows = [&](const auto& at, int turn) {
       const int place = turn % kPlaces;
       uint64_t* full = &rows_full[place];
       if (turn >= kPlaces) barrier_wait(&rows_empty[place], turn / kPlaces - 1 & 1);

@@ -26,7 +26,7 @@ struct ForwardMaps : ForwardParams, KeyMaps {
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
         tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
         tensor_map(&out_map, dtype, out, out_strides, B, H, this->rows, D, out_rows) &&
-        set(*this, dtype, rows);
+        set(*this, dtype, rows, rows == 64);
     return maps ? cudaSuccess : cudaErrorNotSupported;
   }
 };
@@ -76,7 +76,8 @@ template <int DP, int kWarps, int kStages, int kPlaces>
 struct ForwardTiles {
   static constexpr int kRows = 16 * kWarps;
   uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
-  KeyRing<DP, kStages, kWarps> ring;
+  // By head: tiles of 32 rows are short work, and their kernels have no registers for it.
+  KeyRing<DP, kStages, kWarps, kWarps == 4> ring;
   // The mean of the block-coarse state or, with kOrder1<DP>, Centre.
   alignas(16) float vectors[kPlaces][kOrder1<DP> ? 3 : 1][DP];
   ForwardWork work[kPlaces];
@@ -115,7 +116,7 @@ struct ForwardTiles {
         producer.fetch_matrices(p.moments_map);
       }
     };
-    const auto fetch_rows = [&](const RowTile<kRows>& at, int turn) {
+    const auto fetch_rows = [&](const auto& at, int turn) {
       const int slot = turn % kPlaces;
       if (turn >= kPlaces) barrier_wait(&q_empty[slot], turn / kPlaces - 1 & 1);
       const bool state = p.state_mean != nullptr;

@@ -18,13 +18,15 @@ namespace mra::cuda::sm90 {
 
 struct KeyMaps {
   CUtensorMap k_map, v_map, pooled_k_map, pooled_v_map;
-  // Tiles of rows a head; query heads, or, by_head, batch entries; heads of a key head.
+  // Tiles of rows a head; query heads, or batch entries where heads come by their densities; heads
+  // of a key head.
   Divisor row_tiles, heads, group, list_rows;
 
-  // For tiles of `rows` rows. False where a tensor has no map.
-  bool set(const Problem& p, Dtype dtype, int rows) {
+  // For tiles of `rows` rows, by_head: that are RowTile<rows, true>. False where a tensor has no
+  // map.
+  bool set(const Problem& p, Dtype dtype, int rows, bool by_head = false) {
     row_tiles = Divisor((p.rows + rows - 1) / rows);
-    heads = Divisor(p.by_head ? p.B : p.H);
+    heads = Divisor(by_head && p.by_head ? p.B : p.H);
     group = Divisor(p.H / p.Hk);
     list_rows = Divisor(p.list_rows);
     const int run = p.block_k < 64 ? p.block_k : 64;
@@ -53,8 +55,9 @@ cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& devi
   return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, p);
 }
 
-// A tile of kRows rows, which share list x, and the keys that it attends, 64 a tile.
-template <int kRows>
+// A tile of kRows rows, which share list x, and the keys that it attends, 64 a tile. kByHead: heads
+// with densities of their own come by these.
+template <int kRows, bool kByHead>
 struct RowTile {
   int b, h, hk, x, first_row, rows, pooled_blocks, pooled_tiles, tiles;
   int64_t head;
@@ -66,12 +69,17 @@ struct RowTile {
     // Under causal the last tiles have most keys: start them first.
     const unsigned bh = maps.row_tiles.divide(item), from_start = item - bh * maps.row_tiles.d;
     first_row = (p.causal ? maps.row_tiles.d - 1 - from_start : from_start) * kRows;
-    const unsigned outer = maps.heads.divide(bh), inner = bh - outer * maps.heads.d;
-    b = p.by_head ? inner : outer;
-    h = p.by_head ? p.head_order[outer] : inner;
+    if constexpr (kByHead) {
+      const unsigned outer = maps.heads.divide(bh), inner = bh - outer * maps.heads.d;
+      b = p.by_head ? inner : outer;
+      h = p.by_head ? p.head_order[outer] : inner;
+    } else {
+      b = maps.heads.divide(bh);
+      h = bh - b * p.H;
+    }
     hk = maps.group.divide(h);
     rows = min(kRows, p.rows - first_row);
-    head = static_cast<int64_t>(b) * p.H + h;
+    head = kByHead ? static_cast<int64_t>(b) * p.H + h : bh;
     x = maps.list_rows.divide(first_row);
     place = place_of_list(p.row_lists, head, x);
   }
@@ -92,8 +100,9 @@ struct RowTile {
 };
 
 // Tiles of keys on their way to the kWarps warps that attend them.
-template <int DP, int kTiles, int kWarps>
+template <int DP, int kTiles, int kWarps, bool kByHead = false>
 struct KeyRing {
+  using Rows = RowTile<16 * kWarps, kByHead>;
   static constexpr int kKeys = 64, kStages = kTiles, kRows = 16 * kWarps, kPanels = DP / 64;
   uint16_t k[kStages][kPanels][kKeys][64];
   uint16_t v[kStages][kPanels][kKeys][64];
@@ -139,7 +148,7 @@ struct KeyRing {
 template <int DP, class Ring>
 struct KeyProducer {
   static constexpr int kKeys = Ring::kKeys, kStages = Ring::kStages, kPanels = Ring::kPanels;
-  using Rows = RowTile<Ring::kRows>;
+  using Rows = typename Ring::Rows;
 
   const Problem& p;
   const KeyMaps& maps;
