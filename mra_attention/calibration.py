@@ -177,10 +177,11 @@ def calibrate(model, batch, target_error=0.1, densities=DENSITIES, pools=()):
     if not 0 < target_error < 1:
         raise ValueError(f"target_error: got {target_error!r}, expected a number in (0, 1)")
     densities = tuple(densities)
-    for density in densities:
-        check_budget(density, None)
     if None in densities or not densities:
         raise ValueError(f"densities: got {densities!r}, expected numbers in (0, 1]")
+    for density in densities:
+        check_number("densities", density)
+        check_budget(density, None)
     densities = tuple(sorted(set(densities)))
     pools = tuple(dict.fromkeys(pools))
     for pool in pools:

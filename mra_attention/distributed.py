@@ -43,6 +43,8 @@ def sequence_parallel_attention(
             "that divides the query heads, and divides the key heads or is a multiple of them"
         )
     config = options.get("config")
+    options |= _own_densities(config, options.get("density"), dist.get_rank(group), W, H)
+    config = options.get("config")
     pool = options.get("pool", "auto") if config is None else config.pool
     if Hk % W and pool == "auto":
         even = {"pool": "even"} if config is None else {"config": config.replace(pool="even")}
@@ -61,6 +63,20 @@ def sequence_parallel_attention(
     if not return_lse:
         return out
     return out, _to_sequence(lse.unsqueeze(-1), W, group).squeeze(-1)
+
+
+def _own_densities(config, density, rank, W, H):
+    """The option that has the densities of this process's heads, where each head has its own."""
+    density = density if config is None else config.density
+    if not isinstance(density, (tuple, list)):
+        return {}
+    if len(density) != H:
+        raise ValueError(
+            f"density: got {len(density)} numbers, expected one, or one for each of the {H} heads "
+            "of query"
+        )
+    own = tuple(density[rank * H // W : (rank + 1) * H // W])
+    return {"density": own} if config is None else {"config": config.replace(density=own)}
 
 
 def _group(mesh):

@@ -312,6 +312,7 @@ def test_wrong_arguments():
         ((model, {}, 1.5), ValueError, "target_error: got 1.5"),
         ((model, {}, 0.1, ()), ValueError, r"densities: got \(\)"),
         ((model, {}, 0.1, (None,)), ValueError, r"densities: got \(None,\)"),
+        ((model, {}, 0.1, ((0.1, 0.2),)), TypeError, r"densities: got \(0.1, 0.2\), expected a"),
         ((model, {}, 0.1, (0.0,)), ValueError, "density: got 0.0"),
         ((model, {}, 0.1, (0.5,), ("mean",)), ValueError, "pools: got 'mean'"),
     ):

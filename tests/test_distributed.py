@@ -32,6 +32,8 @@ def cases(seed):
     yield from (
         (4, masked, dict(pool=pool)) for masked, pool in ((False, "even"), (True, "sampled"))
     )
+    for is_causal in (False, True):
+        yield 2, True, dict(density=(0.1, 0.9, 0.3, 0.6), is_causal=is_causal)
 
 
 def draw(seed, Hk, masked, device):
@@ -137,6 +139,10 @@ def check_shared_key_head(mesh, W, rank, seed):
     for options in (dict(config=config), dict(density=0.3, block_size=32, pool="auto")):
         out = sequence_parallel_attention(*part, mesh=mesh, **options)
         torch.testing.assert_close(out, expected[:, :, 32 * rank : 32 * (rank + 1)])
+    each = config.replace(density=tuple((head + 1) / W for head in range(W)))
+    expected = mra.mra_attention(q, k, k, config=each.replace(pool="even"))
+    out = sequence_parallel_attention(*part, mesh=mesh, config=each)
+    torch.testing.assert_close(out, expected[:, :, 32 * rank : 32 * (rank + 1)])
 
 
 def check_errors(mesh, W):
@@ -145,6 +151,8 @@ def check_errors(mesh, W):
     for call, error, match in (
         (lambda: sequence_parallel_attention(x, x, x, mesh=mesh), ValueError, "mesh: got"),
         (lambda: sequence_parallel_attention(x, x, x, mesh="sp"), TypeError, "mesh: got str"),
+        (lambda: sequence_parallel_attention(y, y, y, mesh=mesh, density=(0.5,) * (W + 1)),
+         ValueError, "density: got .* numbers"),
         (lambda: sequence_parallel_attention(x, x, x, mesh=mesh, plan=1), TypeError, "plan: got"),
         (lambda: sequence_parallel_attention(y, y[:, :1], y[:, :1], mesh=mesh, config=weighted),
          NotImplementedError, "pool: got"),
