@@ -113,7 +113,8 @@ class Calibration:
         model: the one that was measured, or another with modules of the same names. An
             :class:`MRAMultiheadAttention` gets its ``config``; a module that transformers'
             attention interface serves gets an attribute ``mra_config``, which takes the place of
-            the config of :func:`mra_attention.transformers.register`.
+            the config of :func:`mra_attention.transformers.register`. Neither is in the model's
+            state dict: apply again, or keep the configs, after loading.
         by_head: False gives all heads the one density. So does a report without densities by head.
 
         Returns how many modules it changed. Raises TypeError for a wrong model or config,

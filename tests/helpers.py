@@ -4,6 +4,7 @@ rule by which their results are compared (tolerances live here, nowhere else).
 Symbols as in docs/notation.md.
 """
 
+import copy
 import importlib.util
 import math
 import secrets
@@ -44,6 +45,8 @@ MODEL_SIZES = dict(
     vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
     intermediate_size=64, max_position_embeddings=512,
 )  # fmt: skip
+
+SCORES = 2**25  # that a reference makes at once, of a batch: 256 MB in float64
 
 FIXED_SEED = None  # set by `pytest --seed N` where conftest.py offers it
 
@@ -140,9 +143,23 @@ class Case:
         return self._run(mra.mra_attention, self.dtype, options, backward)
 
     def reference(self, dtype, dense, backward=True):
-        """Results of the reference computed in ``dtype`` with the plan ``dense``."""
+        """Results of the reference computed in ``dtype`` with the plan ``dense``, of as many batch
+        entries at once as have SCORES scores."""
         options = {**self.values, "plan": dense}
-        return self._run(mra_attention_reference, dtype, options, backward)
+        B, H, N, _ = self.q.shape
+        step = max(1, SCORES // (H * N * self.k.shape[2]))
+        if step >= B:
+            return self._run(mra_attention_reference, dtype, options, backward)
+        parts = []
+        for first in range(0, B, step):
+            part, own = copy.copy(self), slice(first, first + step)
+            for name, x in vars(self).items():
+                if isinstance(x, torch.Tensor):
+                    setattr(part, name, x[own])
+            levels = isinstance(dense, (list, tuple))
+            plan = [x[own] for x in dense] if levels else dense[own]
+            parts.append(part.reference(dtype, plan, backward))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _run(self, function, dtype, options, backward):
         # New leaves with the strides of the inputs: what a layout does is part of a test.
