@@ -23,7 +23,8 @@ template <typename T, int DP, int kRuns, HeadForm kForm, bool kGlobal>
 __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     forward_head_kernel(const __grid_constant__ HeadMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = HeadShared<kRuns, DP, kForm>;
+  using Shared = HeadShared<kRuns, DP, kForm, !kGlobal>;
+  using At = typename Shared::At;
   constexpr bool kWeighted = is_weighted(kForm), kRow = kForm != HeadForm::state;
   constexpr bool kOrder1 = kWeighted || kForm == HeadForm::order1;
   constexpr bool kScaled = kOrder1 && std::is_same_v<T, __half>;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
     s.left = 0;
     if constexpr (kOrder1) barrier_init(&s.coarse.made, kRuns);
     barrier_init_done();
-    s.at(0) = HeadAt(p, blockIdx.x);
+    s.at(0) = At(p, blockIdx.x);
   }
   if constexpr (kRow) s.coarse.clear(threadIdx.x, 32 * kRuns);
   __syncthreads();
@@ -49,16 +50,16 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
   constexpr bool kTurns = DP == 64;
   HeadInputs<Shared, kTurns> in{s};
   const auto fetch = [&](int which, const CUtensorMap& map, typename Shared::Panel& to, int h,
-                         const HeadAt& at) {
-    if (at.item >= heads) return;
+                         const At& at) {
+    if (at.item() >= heads) return;
     barrier_expect(&s.full[which], sizeof(to));
     if (lane != 0) return;
     for (int r = 0; r < kRows; r += kCopy) copy_panel(to[r], map, &s.full[which], 0, r, h, at.b);
   };
-  const auto fetch_keys = [&](const auto& in, const HeadAt& at) {
+  const auto fetch_keys = [&](const auto& in, const At& at) {
     fetch(1, p.k_map, in.k(), at.hk, at);
   };
-  const auto fetch_others = [&](const auto& in, const HeadAt& at) {
+  const auto fetch_others = [&](const auto& in, const At& at) {
     fetch(0, p.q_map, in.q(), at.h, at);
     fetch(2, p.v_map, in.v(), at.hk, at);
   };
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 
   const HeadBlocks blocks{p.run_shift};
 #pragma unroll 1
-  for (int phase = 0; s.at(phase).item < heads; phase ^= 1) {
+  for (int phase = 0; s.at(phase).item() < heads; phase ^= 1) {
     // What follows from it then takes no registers from head to head.
     asm volatile("" : "+r"(run));
     const int x = blocks.of_run(run);
-    const HeadAt &at = s.at(phase), &next = s.at(phase ^ 1);
-    if (threadIdx.x == 0) s.at(phase ^ 1) = HeadAt(p, at.item + gridDim.x);
+    const At &at = s.at(phase), &next = s.at(phase ^ 1);
+    if (threadIdx.x == 0) s.at(phase ^ 1) = At(p, at.item() + gridDim.x);
 
     // pool
     pool_run<T, kForm, !kGlobal, DP>(p, s, in, at, blocks, run, phase);
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(32 * kRuns, kHeadCtas<DP, kRuns>)
 
 template <typename T, int DP, int kRuns, HeadForm kForm, bool kGlobal>
 cudaError_t launch_head(const HeadParams& params, const Device& device, cudaStream_t stream) {
-  using Shared = HeadShared<kRuns, DP, kForm>;
+  using Shared = HeadShared<kRuns, DP, kForm, !kGlobal>;
   const ForwardParams& f = params.fine;
   HeadMaps p{params};
   constexpr int kCopy = Shared::kRows < 256 ? Shared::kRows : 256;

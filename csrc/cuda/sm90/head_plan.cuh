@@ -42,24 +42,27 @@ __device__ __forceinline__ int rank_key(const uint32_t (*map)[kHeadRuns], int fi
   return rank;
 }
 
-// How many pairs a head takes of its map, by all warps at once. exists: the pair of this lane, of
-// row x, whose key becomes that under the boundary.
+// How many pairs a head takes of its map, by all warps at once; of row x those whose keys the lanes
+// hold, which become keys under the boundary.
 template <class Shared>
-__device__ __forceinline__ int pairs_of_map(const HeadParams& p, Shared& s, int x, bool exists,
-                                            uint32_t& key) {
+__device__ __forceinline__ int pairs_of_map(const HeadParams& p, Shared& s, int x, uint32_t& key) {
   const int lane = threadIdx.x % 32;
   const int tier = has_tiers(p.plan) ? tier_of<true>(p.plan, x, lane) : 0;
+  const bool exists = key != kAbsent && lane < kHeadRuns;
   int pairs[kTiers];
 #pragma unroll
   for (int i = 0; i < kTiers; ++i) {
     pairs[i] = __popc(__ballot_sync(kFullWarp, exists && tier == i));
+  }
+#pragma unroll
+  for (int i = 0; i < kTiers; ++i) {
     if (lane == 0 && pairs[i] > 0) atomicAdd(&s.pairs[i], pairs[i]);
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kTiers; ++i) pairs[i] = s.pairs[i];
   const Boundary edge = find_boundary(pairs, p.budget);
-  if (exists) key = key_in_tier(key, tier, edge.tier);
+  if (key != kAbsent) key = key_in_tier(key, tier, edge.tier);
   return edge.take;
 }
 
@@ -67,16 +70,20 @@ __device__ __forceinline__ int pairs_of_map(const HeadParams& p, Shared& s, int 
 // its lane's pair; written as the block's list for the run that leads. Global selection: by all
 // warps at once, with barriers.
 template <bool kGlobal, class Shared>
-__device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s, const HeadAt& at,
-                                                  int run, int x, bool leads, uint32_t key) {
+__device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s,
+                                                  const typename Shared::At& at, int run, int x,
+                                                  bool leads, uint32_t key) {
   constexpr int kRuns = Shared::kRows / kRun;
   const PlanParams& plan = p.plan;
   const int lane = threadIdx.x % 32, y = lane % kHeadRuns;
+  // Of a map it is read before the barriers, else where it is needed: measured in registers.
+  int64_t known = 0;
+  if constexpr (kGlobal) known = at.head;
+  const auto head = [&]() -> int64_t { return kGlobal ? known : at.head; };
   if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
-  const bool exists = key != kAbsent && lane < kHeadRuns;
   uint32_t taken;
   if constexpr (kGlobal) {
-    const int take = pairs_of_map(p, s, x, exists, key);
+    const int take = pairs_of_map(p, s, x, key);
     // Every lane counts for the pair of lane y in half of the rows.
     if (lane < kHeadRuns) s.map[run][lane] = key;
     key = __shfl_sync(kFullWarp, key, y);
@@ -87,6 +94,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
     const int rank = part + __popc(same & ((1u << y) - 1));
     taken = __ballot_sync(kFullWarp, lane < kHeadRuns && key != kAbsent && rank < take);
   } else {
+    const bool exists = key != kAbsent && lane < kHeadRuns;
     const int take = pairs_of_row(plan, x, exists, at.budget, key);
     taken = highest_lanes(lane < kHeadRuns ? key : kAbsent, take);
   }
@@ -99,14 +107,14 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
     end = capacity;
   }
   if (x < plan.nq && leads) {
-    int32_t* const index = plan.index + int64_t{at.head} * capacity;
+    int32_t* const index = plan.index + head() * capacity;
     append(taken, lane, index, start, end);
     if (!kGlobal || x == plan.nq - 1) {
       for (int i = start + count + lane; i < end; i += 32) index[i] = 0;
     }
     if (lane == 0) {
-      plan.start[int64_t{at.head} * plan.nq + x] = start;
-      plan.count[int64_t{at.head} * plan.nq + x] = count;
+      plan.start[head() * plan.nq + x] = start;
+      plan.count[head() * plan.nq + x] = count;
     }
   }
   return taken;

@@ -87,13 +87,37 @@ struct HeadCoarse<kRuns, DP, HeadForm::state> {
 };
 
 // A head that a block of threads is at. In shared memory, where it takes no registers.
-struct HeadAt {
+struct HeadPlace {
   int head, b, h, hk;  // head = b * H + h
   bool writes_keys;    // one of the query heads that share it writes what belongs to a key head
-  int item;            // the item-th to be taken
-  int budget;          // of each of its rows, in selection by row
 
-  __device__ __forceinline__ HeadAt(const HeadParams& p, int item) : item(item) {
+  __device__ __forceinline__ int64_t key_head(const ForwardParams& f) const {
+    return int64_t{b} * f.Hk + hk;
+  }
+};
+
+// The item-th to be taken, in the order of the tensor; kByHead: of densities, where heads have
+// theirs.
+template <bool kByHead>
+struct HeadAt : HeadPlace {
+  __device__ __forceinline__ HeadAt(const HeadParams& p, int item) {
+    const ForwardParams& f = p.fine;
+    const int group = f.H / f.Hk;
+    head = item;
+    b = item / f.H;
+    h = item - b * f.H;
+    hk = h / group;
+    writes_keys = h - hk * group == 0;
+  }
+  __device__ __forceinline__ int item() const { return head; }
+};
+
+template <>
+struct HeadAt<true> : HeadPlace {
+  int place;
+  int budget;  // of each of its rows, in selection by row
+
+  __device__ __forceinline__ HeadAt(const HeadParams& p, int item) : place(item) {
     const ForwardParams& f = p.fine;
     const int group = f.H / f.Hk;
     if (f.by_head) {
@@ -108,13 +132,12 @@ struct HeadAt {
     hk = h / group;
     writes_keys = h - hk * group == 0;
   }
-  __device__ __forceinline__ int64_t key_head(const ForwardParams& f) const {
-    return int64_t{b} * f.Hk + hk;
-  }
+  __device__ __forceinline__ int item() const { return place; }
 };
 
-template <int kRuns, int DP, HeadForm kForm>
+template <int kRuns, int DP, HeadForm kForm, bool kByHead>
 struct HeadShared {
+  using At = HeadAt<kByHead>;
   static constexpr int kRows = kRun * kRuns;
   static_assert(kRuns <= kHeadRuns && kHeadRuns == 16, "half a warp has a row of pairs");
   using Panel = uint16_t[kRows][DP];
@@ -132,11 +155,9 @@ struct HeadShared {
   uint64_t full[3];       // q, k, v
   uint64_t queries_read;  // passed once every warp has its last queries in registers
   int left;               // or, under global selection, how many warps have
-  alignas(HeadAt) char places[2][sizeof(HeadAt)];  // this head and the next one, by turns
+  alignas(At) char places[2][sizeof(At)];  // this head and the next one, by turns
 
-  __device__ __forceinline__ HeadAt& at(int turn) {
-    return reinterpret_cast<HeadAt&>(places[turn]);
-  }
+  __device__ __forceinline__ At& at(int turn) { return reinterpret_cast<At&>(places[turn]); }
 
   // Where the threads of a warpgroup hand 16 bytes each over to another one: before the matrices
   // are there, behind the last use of the means of blocks.
@@ -293,7 +314,7 @@ __device__ __forceinline__ OwnColumns<DP> sum_run(const uint16_t (&rows)[kRun][D
 // runs of blocks hand their sums over in shared memory.
 template <typename T, HeadForm kForm, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const Inputs& in,
-                                         const HeadAt& at, const HeadBlocks& blocks, int run,
+                                         const HeadPlace& at, const HeadBlocks& blocks, int run,
                                          int phase) {
   const auto panel = panel_here<DP>();
   const ForwardParams& f = p.fine;
@@ -341,7 +362,7 @@ __device__ __forceinline__ void pool_run(const HeadParams& p, Shared& s, const I
 // The same of the values; with those of the keys as pooled keys.
 template <typename T, HeadForm kForm, bool kPairs, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void pool_values(const HeadParams& p, Shared& s, const Inputs& in,
-                                            const HeadAt& at, const HeadBlocks& blocks, int run,
+                                            const HeadPlace& at, const HeadBlocks& blocks, int run,
                                             int phase) {
   const auto panel = panel_here<DP>();
   const int x = blocks.of_run(run);

@@ -180,7 +180,7 @@ __device__ __forceinline__ void pooled_logits(float (&c)[2][4], const Coarse& co
 // block takes `taken`.
 template <typename T, HeadForm kForm, int DP, class Shared, class Inputs, class Left>
 __device__ __forceinline__ void attend_rows(const HeadParams& p, Shared& s, const Inputs& in,
-                                            const HeadAt& at, const HeadBlocks& blocks, int run,
+                                            const HeadPlace& at, const HeadBlocks& blocks, int run,
                                             int half, const Left& left, uint32_t taken, int phase) {
   const auto panel = panel_here<DP>();
   constexpr bool kWeighted = is_weighted(kForm), kRow = kForm != HeadForm::state;

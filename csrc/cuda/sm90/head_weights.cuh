@@ -105,8 +105,8 @@ __device__ __forceinline__ void as_operands(uint32_t (&right)[2][2], float2 pair
 // What backward reads again of a run: the weight of this lane's key, the mass of the block that it
 // leads, and from the first one the mean query.
 template <int DP, class Shared>
-__device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& s, const HeadAt& at,
-                                             const HeadBlocks& blocks, int run,
+__device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& s,
+                                             const HeadPlace& at, const HeadBlocks& blocks, int run,
                                              const float (&mean)[DP / 32], float weight) {
   const int lane = threadIdx.x % 32, x = blocks.of_run(run);
   const int64_t head = at.key_head(p.fine);
@@ -126,7 +126,7 @@ __device__ __forceinline__ void keep_weights(const HeadParams& p, const Shared& 
 // The weights of a run's keys, and the pooled key and value that they make.
 template <typename T, HeadForm kForm, int DP, class Shared, class Inputs>
 __device__ __forceinline__ void weigh_run(const HeadParams& p, Shared& s, const Inputs& in,
-                                          const HeadAt& at, const HeadBlocks& blocks, int run,
+                                          const HeadPlace& at, const HeadBlocks& blocks, int run,
                                           int phase) {
   const auto panel = panel_here<DP>();
   const int x = blocks.of_run(run);
