@@ -13,7 +13,7 @@ import torch
 from benchmarks import report
 from benchmarks.accuracy import LAYERS, add_inputs, exact_attention, load
 from benchmarks.by_head import ByHead
-from benchmarks.cases import ratio, sides
+from benchmarks.cases import Unsupported, ratio, sides
 from benchmarks.options import add_common, begin, block_size, listed, share
 
 
@@ -38,11 +38,12 @@ def main(argv):
     for name in args.inputs:
         qkv = load(name, args).to(device).float()
         layers = LAYERS[name]
-        if qkv.shape[1] < 2 * layers:
-            raise SystemExit(f"{name}: got {qkv.shape[1] // layers} windows, expected at least 2")
         exact, _ = exact_attention(*qkv)
         for size in args.block_size or [(32, 32)]:
-            numbers = ByHead(qkv.unbind(0), exact, layers, size, args.density)
+            try:
+                numbers = ByHead(qkv.unbind(0), exact, layers, size, args.density)
+            except Unsupported as problem:
+                raise SystemExit(f"{name}: {problem}") from None
             unseen = numbers.measured[1]
             for density in args.density:
                 each, at = numbers.each(density), numbers.given(0, density)

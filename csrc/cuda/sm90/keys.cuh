@@ -18,12 +18,10 @@ namespace mra::cuda::sm90 {
 
 struct KeyMaps {
   CUtensorMap k_map, v_map, pooled_k_map, pooled_v_map;
-  // Tiles of rows a head; query heads, or batch entries where heads come by their densities; heads
-  // of a key head.
+  // Tiles of rows a head; query heads, or batch entries by densities; heads of a key head.
   Divisor row_tiles, heads, group, list_rows;
 
-  // For tiles of `rows` rows, by_head: that are RowTile<rows, true>. False where a tensor has no
-  // map.
+  // For RowTile<rows, by_head>. False where a tensor has no map.
   bool set(const Problem& p, Dtype dtype, int rows, bool by_head = false) {
     row_tiles = Divisor((p.rows + rows - 1) / rows);
     heads = Divisor(by_head && p.by_head ? p.B : p.H);
