@@ -41,8 +41,8 @@ OptTensor readable(const OptTensor& mask) {
 }
 
 Inputs readable(const Inputs& in) {
-  return {readable(in.query), readable(in.key), readable(in.value), readable(in.key_mask),
-          readable(in.query_mask)};
+  return {readable(in.query),    readable(in.key),        readable(in.value),
+          readable(in.key_mask), readable(in.query_mask), in.grad_strides};
 }
 
 // Lists whose rows lie inside row_index. On a GPU that can't be looked at without a host sync: the
@@ -335,11 +335,12 @@ struct Operators {
                                 0, 0, is_causal, scale, levels, pool});
     o.resolutions = resolutions(o, query.size(2), key.size(2));
     const at::DeviceGuard guard(query.device());
+    in.grad_strides = {grad_strides(query), grad_strides(key), grad_strides(value)};
     if (query.numel() == 0) {
-      const auto zeros = [](const Tensor& x) {
-        return at::zeros({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+      const auto zeros = [&](const Tensor& x, int which) {
+        return at::empty_strided(x.sizes(), in.grad_strides[which], x.options()).zero_();
       };
-      return {zeros(query), zeros(key), zeros(value)};
+      return {zeros(query, 0), zeros(key, 1), zeros(value, 2)};
     }
     return run_backward(device_stages(), readable(grad_out),
                         grad_lse ? grad_lse->contiguous() : Tensor(), readable(in), readable(out),

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/allocate.h"
 #include "common/checks.h"
 #include "common/levels.h"
 
@@ -186,6 +187,9 @@ BackwardResult backward(const Tensor& grad_out, const OptTensor& grad_lse, const
                  {std::nullopt, std::nullopt, block_q, block_k, coarse, order, "row", 0, 0,
                   is_causal, scale, levels, pool});
   const auto like = [](const Tensor& x) {
+    if (grad_lies_alike(x)) {
+      return at::empty_strided_symint(x.sym_sizes(), x.sym_strides(), x.options());
+    }
     return empty({x.sym_size(0), x.sym_size(2), x.sym_size(1), x.sym_size(3)}, x, x.scalar_type())
         .transpose(1, 2);
   };

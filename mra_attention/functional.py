@@ -58,7 +58,9 @@ def mra_attention(
     attention. See docs/notation.md.
 
     query: (B, H, N, D); key, value: (B, Hk, M, D) with H % Hk == 0, any strides, one dtype:
-        float64 (CPU only), float32, bfloat16 or float16; D a multiple of 8, at most 256.
+        float64 (CPU only), float32, bfloat16 or float16; D a multiple of 8, at most 256. A
+        gradient lies in memory as its input does where that is dense with rows in one piece, so
+        that a leaf takes it without a copy, else, as the output always, in the order (B, N, H, D).
     key_mask: bool (B, M), query_mask: bool (B, N); True = takes part. A row that is masked, or has
         no valid key, gives zeros.
     density, blocks_per_row, block_size, coarse, order, selection, diagonal_blocks, first_blocks,

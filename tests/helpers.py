@@ -96,8 +96,13 @@ class Case:
         def normal(*shape):
             return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)
 
-        self.q, self.k = spread * normal(B, H, N, D), normal(B, Hk, M, D)
-        self.v = normal(B, Hk, M, D)
+        def heads(*shape):
+            # As projections leave them, or contiguous: the gradients then lie alike.
+            x = normal(*shape)
+            return x.transpose(1, 2).contiguous().transpose(1, 2) if self.seed % 2 else x
+
+        self.q, self.k = spread * heads(B, H, N, D), heads(B, Hk, M, D)
+        self.v = heads(B, Hk, M, D)
         self.grad_out = normal(B, H, N, D)
         self.grad_lse = normal(B, H, N).to(torch.promote_types(dtype, torch.float32))
         self.key_mask = self.query_mask = None

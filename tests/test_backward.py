@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from helpers import BEST, CUDA_DTYPES, DEVICE_DTYPES, Case, assert_same_bits
+from helpers import (
+    BEST,
+    CUDA_DTYPES,
+    DEVICE_DTYPES,
+    Case,
+    assert_same_bits,
+    relative_error,
+)
 
 import mra_attention as mra
 
@@ -291,6 +298,44 @@ def test_layouts_of_the_gradient(device, dtype, coarse, order):
     ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
     for a, b in zip(ones, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert torch.equal(a, b)
+
+
+def layouts_of(x):
+    """The memory orders that (B, H, L, D) tensors come in, and whether a gradient lies alike."""
+    B, H, L, D = x.shape
+    packed = torch.empty(B, L, 3, H, D, device=x.device, dtype=x.dtype)
+    yield "as it is", x.contiguous(), True
+    yield "projection", x.transpose(1, 2).contiguous().transpose(1, 2), True
+    yield "batch inside", x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), True
+    yield "packed", packed[:, :, 1].transpose(1, 2).copy_(x), False
+    yield "slice", torch.cat([x, x], -1)[..., :D], False
+    yield "last dim strided", x.mT.contiguous().mT, False
+
+
+@pytest.mark.parametrize(
+    "coarse, order, pool", [(*form, "even") for form in FORMS] + [("row", 1, "centred")]
+)
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_layouts_of_the_inputs(device, dtype, coarse, order, pool):
+    """Gradients have the strides of their inputs, if these are dense with whole rows, else those of
+    (B, L, H, D); Meta's are the same, and a leaf takes them without a copy."""
+    case = Case(device, dtype, coarse=coarse, order=order, pool=pool)
+    plain = None
+    for layouts in zip(*(layouts_of(x) for x in (case.q, case.k, case.v)), strict=True):
+        leaves = [x.detach().requires_grad_() for _, x, _ in layouts]
+        name, alike = layouts[0][0], layouts[0][2]
+        made = {}
+        for i, x in enumerate(leaves):
+            x.register_hook(lambda g, i=i, made=made: made.update({i: (g.data_ptr(), g.stride())}))
+        mra.mra_attention(*leaves, **case.options).backward(case.grad_out)
+        plain = plain or [x.grad for x in leaves]
+        for i, (x, expected) in enumerate(zip(leaves, plain, strict=True)):
+            B, H, L, D = x.shape
+            memory, strides = made[i]
+            assert strides == (x.stride() if alike else (H * L * D, D, H * D, 1)), name
+            assert not alike or x.grad.data_ptr() == memory, name
+            bound = 4 * torch.finfo(dtype).eps if device == "cpu" else 0.0
+            assert relative_error(x.grad, expected.double()) <= bound, name
 
 
 @pytest.mark.parametrize("device, dtype", BEST)

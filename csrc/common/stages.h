@@ -101,6 +101,8 @@ struct Inputs {
   Tensor key, value;     // [B, Hk, M, D] T, likewise
   OptTensor key_mask;    // [B, M] bool, contiguous, true = takes part
   OptTensor query_mask;  // [B, N] bool, contiguous
+  // Backward: strides of the gradients of query, key and value.
+  std::array<std::array<int64_t, 4>, 3> grad_strides{};
 };
 
 // The pooled inputs: keys and values for the coarse part, queries for coarse = block, and both
@@ -211,7 +213,7 @@ inline int64_t moments_dim(int64_t D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <
 struct Order1Grads {
   Tensor coarse_delta;  // [B, H, N] acc: delta_i - gamma_i u_i . dO_i; with levels
                         // [resolutions, B, H, N]
-  // Laid out as fine_backward's results, which may take these tensors and add to them.
+  // With Inputs.grad_strides: fine_backward may take these tensors and add to them.
   Tensor query;       // [B, H, N, D] T, zeros at rows whose share is 0
   Tensor key, value;  // [B, Hk, M, D] T, zeros at masked keys
   // Where defined: what every valid key of a block gets besides, [B, Hk, nk, D] acc.

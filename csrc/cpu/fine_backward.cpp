@@ -8,6 +8,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 
 #include <numeric>
@@ -87,7 +88,7 @@ class FineGradients {
     }
   }
 
-  void by_rows(T* grad_query) {
+  void by_rows(const ResultRows<T>& grad_query) {
     at::parallel_for(0, B_ * H_ * slices_, 1, [&](int64_t begin, int64_t end) {
       const SerialBlas serial;
       KeyTiles<A> tiles(o_, M_, kMaxSegment<T>);
@@ -112,7 +113,7 @@ class FineGradients {
     if (cells_) spread_coarse();
   }
 
-  void by_columns(T* grad_key, T* grad_value) {
+  void by_columns(const ResultRows<T>& grad_key, const ResultRows<T>& grad_value) {
     at::parallel_for(0, B_ * Hk_ * nk_, 1, [&](int64_t begin, int64_t end) {
       const SerialBlas serial;
       const int64_t bk = o_.block_k;
@@ -182,7 +183,7 @@ class FineGradients {
   }
 
   void row_block(int64_t b, int64_t h, int64_t slice, int64_t x, KeyTiles<A>& tiles, CoarseIds& ids,
-                 const RowTile& t, T* grad_query) {
+                 const RowTile& t, const ResultRows<T>& grad_query) {
     const int64_t first = x * o_.block_q, rows = std::min(o_.block_q, N_ - first), hk = h / G_;
     const int64_t head = b * H_ + h, at = head * N_ + first, ld = tiles.ld();
     const auto q = load_rows(query_.head(b, h), first, rows, t.query);
@@ -234,12 +235,12 @@ class FineGradients {
         add_row(query_block_->head(b, h).row(x), D_, grad);
       }
       if (query_extra_) add_row(query_extra_->head(b, h).row(first + r), D_, grad);
-      store_row(grad, D_, grad_query + ((b * N_ + first + r) * H_ + h) * D_);
+      store_row(grad, D_, grad_query.at(b, h, first + r));
     }
   }
 
-  void column_block(int64_t b, int64_t hk, int64_t y, const ColumnTile& t, T* grad_key,
-                    T* grad_value) {
+  void column_block(int64_t b, int64_t hk, int64_t y, const ColumnTile& t,
+                    const ResultRows<T>& grad_key, const ResultRows<T>& grad_value) {
     const int64_t first = y * o_.block_k, count = std::min(o_.block_k, M_ - first);
     const auto v = load_rows(value_.head(b, hk), first, count, t.value);
     std::fill_n(t.grad_key, count * D_, A(0));
@@ -264,12 +265,11 @@ class FineGradients {
     const bool pooled = coarse_key_ && !cells_;
     if (pooled) sum_coarse(b, hk, y, t);
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t at = ((b * M_ + first + j) * Hk_ + hk) * D_;
       const bool valid = key_mask_(b, first + j);
       finish(b, hk, y, first + j, valid, pooled ? t.coarse_key : nullptr, key_block_, key_extra_,
-             t.grad_key + j * D_, grad_key + at);
+             t.grad_key + j * D_, grad_key.at(b, hk, first + j));
       finish(b, hk, y, first + j, valid, pooled ? t.coarse_value : nullptr, value_block_,
-             value_extra_, t.grad_value + j * D_, grad_value + at);
+             value_extra_, t.grad_value + j * D_, grad_value.at(b, hk, first + j));
     }
   }
 
@@ -373,17 +373,15 @@ class FineGradients {
 Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& columns,
                     const std::optional<PooledInputs>& pooled, const FineBackward& grads,
                     const Options& o) {
-  // [B, H, L, D], laid out as (B, L, H, D)
-  const auto heads_last = [](const Tensor& x) {
-    return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+  const auto empty_grad = [&](const Tensor& of, int which) {
+    return at::empty_strided(of.sizes(), in.grad_strides[which], of.options());
   };
-  Grads result{heads_last(in.query), heads_last(in.key), heads_last(in.value)};
+  const Grads result{empty_grad(in.query, 0), empty_grad(in.key, 1), empty_grad(in.value, 2)};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_fine_backward", [&] {
         FineGradients<scalar_t> work(in, rows, columns, pooled, grads, o);
-        work.by_rows(result.query.mutable_data_ptr<scalar_t>());
-        work.by_columns(result.key.mutable_data_ptr<scalar_t>(),
-                        result.value.mutable_data_ptr<scalar_t>());
+        work.by_rows(ResultRows<scalar_t>(result.query));
+        work.by_columns(ResultRows<scalar_t>(result.key), ResultRows<scalar_t>(result.value));
       });
   return result;
 }

@@ -55,6 +55,17 @@ class Heads {
   int64_t row_stride_;
 };
 
+// A result [B, H, L, D] that is written row by row.
+template <typename T>
+struct ResultRows {
+  T* data;
+  int64_t batch, head, row;  // strides
+
+  explicit ResultRows(const Tensor& t)
+      : data(t.mutable_data_ptr<T>()), batch(t.stride(0)), head(t.stride(1)), row(t.stride(2)) {}
+  T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+};
+
 // Rows as acc: in place where T is acc already, else converted into a buffer.
 template <typename T>
 struct AccRows {

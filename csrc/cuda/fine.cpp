@@ -224,12 +224,10 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   if (pooled_delta.dim() == 4) pooled_delta = pooled_delta.select(0, -1);
   const RowSums sums(p, back, pooled_delta, keys.row_bias, columns, levels, launch);
 
-  // Gradients that come from elsewhere lie in tensors laid out as these: the rest is added.
-  const auto or_empty = [](const Tensor& x, const Tensor& like) {
-    return x.defined() ? x : empty_heads_last(like);
-  };
-  const Grads g{or_empty(back.query_extra, in.query), or_empty(back.key_extra, in.key),
-                or_empty(back.value_extra, in.value)};
+  // Gradients that come from elsewhere lie as these do: the rest is added.
+  const Grads g{back.query_extra.defined() ? back.query_extra : empty_query_grad(in),
+                back.key_extra.defined() ? back.key_extra : empty_key_grad(in),
+                back.value_extra.defined() ? back.value_extra : empty_value_grad(in)};
   // With weighted means the rows come last where they can: what every query of a head or block gets
   // of the centre then leaves with their gradients.
   const bool weighted = back.centred != nullptr;

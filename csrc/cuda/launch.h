@@ -14,6 +14,7 @@
 #include <c10/cuda/CUDAException.h>
 
 #include "../common/allocate.h"
+#include "../common/stages.h"
 #include "types.h"
 
 namespace mra::cuda {
@@ -57,10 +58,17 @@ inline at::Tensor allocate_like(const at::Tensor& x) { return allocate(x.sizes()
 
 // (B, H, L, D), laid out as (B, L, H, D).
 inline at::Tensor empty_heads_last(const at::Tensor& like) {
-  const int64_t B = like.size(0), H = like.size(1), L = like.size(2), D = like.size(3);
-  return mra::allocate({B, H, L, D}, {H * L * D, D, H * D, 1}, like.options(),
+  return mra::allocate(like.sizes(), heads_last_strides(like.sizes()), like.options(),
                        c10::cuda::CUDACachingAllocator::get());
 }
+// For the gradients of the inputs.
+inline at::Tensor empty_grad(const Inputs& in, const at::Tensor& of, int which) {
+  return mra::allocate(of.sizes(), in.grad_strides[which], of.options(),
+                       c10::cuda::CUDACachingAllocator::get());
+}
+inline at::Tensor empty_query_grad(const Inputs& in) { return empty_grad(in, in.query, 0); }
+inline at::Tensor empty_key_grad(const Inputs& in) { return empty_grad(in, in.key, 1); }
+inline at::Tensor empty_value_grad(const Inputs& in) { return empty_grad(in, in.value, 2); }
 
 // Data pointer, or null for an undefined tensor.
 template <typename T>

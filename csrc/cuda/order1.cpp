@@ -275,13 +275,13 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
     return order1_levels_backward(grad_out, share, delta, in, pooled, o);
   }
   const Launch launch(in.query);
-  Order1Grads grads{allocate_like(delta), empty_heads_last(in.query)};
+  Order1Grads grads{allocate_like(delta), empty_query_grad(in)};
   if (order1_in_columns(in.key, o, launch)) {
     grads.moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
     return grads;
   }
-  grads.key = empty_heads_last(in.key);
-  grads.value = empty_heads_last(in.value);
+  grads.key = empty_key_grad(in);
+  grads.value = empty_value_grad(in);
   if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);

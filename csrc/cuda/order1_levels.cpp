@@ -122,9 +122,8 @@ Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, 
   const NoAutocast no_autocast(c10::DispatchKey::AutocastCUDA);
   const auto count = static_cast<int64_t>(o.resolutions.size());
   const auto s = delta.sizes();
-  Order1Grads grads{allocate({count, s[0], s[1], s[2]}, delta.options()),
-                    empty_heads_last(in.query), empty_heads_last(in.key),
-                    empty_heads_last(in.value)};
+  Order1Grads grads{allocate({count, s[0], s[1], s[2]}, delta.options()), empty_query_grad(in),
+                    empty_key_grad(in), empty_value_grad(in)};
   const Tensor finest = finest_moments(in, pooled, o);
   Tensor sum;  // of the gradients of moments, float32
   for (int64_t r = 0; r < count; ++r) {
