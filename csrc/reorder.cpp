@@ -62,14 +62,35 @@ void check(TensorList inputs, const Tensor& index, const Tensor& inverse) {
   }
 }
 
-Tensors meta(TensorList inputs, const Tensor& index, const Tensor& inverse) {
+// Results lie as (B, L, H, D), but those of contiguous tensors are contiguous, as then a gradient
+// lies as its input does: `run` gets each head of these as an entry of its own.
+template <class Run>
+Tensors in_kept_order(TensorList inputs, const Tensor& index, const Tensor& inverse,
+                      const Run& run) {
   check(inputs, index, inverse);
-  Tensors results;
+  Tensors entries;
   for (const Tensor& x : inputs) {
-    const c10::SymInt sizes[] = {x.sym_size(0), index.sym_size(0), x.sym_size(1), x.sym_size(3)};
-    results.push_back(at::empty_symint(sizes, x.options()).transpose(1, 2));
+    const c10::SymInt sizes[] = {x.sym_size(0) * x.sym_size(1), 1, x.sym_size(2), x.sym_size(3)};
+    entries.push_back(x.is_contiguous() ? x.view_symint(sizes) : x);
+  }
+  Tensors results = run(entries);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const Tensor& x = inputs[i];
+    const c10::SymInt sizes[] = {x.sym_size(0), x.sym_size(1), index.sym_size(0), x.sym_size(3)};
+    if (x.is_contiguous()) results[i] = results[i].view_symint(sizes);
   }
   return results;
+}
+
+Tensors meta(TensorList inputs, const Tensor& index, const Tensor& inverse) {
+  return in_kept_order(inputs, index, inverse, [&](TensorList entries) {
+    Tensors results;
+    for (const Tensor& x : entries) {
+      const c10::SymInt sizes[] = {x.sym_size(0), index.sym_size(0), x.sym_size(1), x.sym_size(3)};
+      results.push_back(at::empty_symint(sizes, x.options()).transpose(1, 2));
+    }
+    return results;
+  });
 }
 
 // The rows of x at one place, side by side: `to` has room for all heads.
@@ -89,11 +110,10 @@ void copy_rows(char* to, const char* from, const Tensor& x) {
   }
 }
 
-Tensors cpu(TensorList inputs, const Tensor& index_in, const Tensor& inverse) {
-  check(inputs, index_in, inverse);
+Tensors copied(TensorList inputs, const Tensor& index_in, int64_t L) {
   const Tensor index = index_in.contiguous();
   const int32_t* rows = index.const_data_ptr<int32_t>();
-  const int64_t P = index.size(0), L = inverse.size(0);
+  const int64_t P = index.size(0);
   Tensors results;
   for (const Tensor& x : inputs) {
     const Tensor result = at::empty({x.size(0), P, x.size(1), x.size(3)}, x.options());
@@ -117,11 +137,17 @@ Tensors cpu(TensorList inputs, const Tensor& index_in, const Tensor& inverse) {
   return results;
 }
 
+Tensors cpu(TensorList inputs, const Tensor& index, const Tensor& inverse) {
+  return in_kept_order(inputs, index, inverse,
+                       [&](TensorList entries) { return copied(entries, index, inverse.size(0)); });
+}
+
 #ifdef MRA_WITH_CUDA
 Tensors gpu(TensorList inputs, const Tensor& index, const Tensor& inverse) {
-  check(inputs, index, inverse);
-  const at::DeviceGuard guard(index.device());
-  return cuda::reorder(inputs, index, inverse.size(0));
+  return in_kept_order(inputs, index, inverse, [&](TensorList entries) {
+    const at::DeviceGuard guard(index.device());
+    return cuda::reorder(entries, index, inverse.size(0));
+  });
 }
 #endif
 
