@@ -52,6 +52,23 @@ def test_blocks_and_head_dims_of_the_tensor_cores(device, dtype, D, block):
         ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("N", [1, 64, 128, 190, 193, 1000])
+@pytest.mark.parametrize("D, bk", [(72, 64), (96, 16), (128, 32), (128, 128)])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
+def test_query_blocks_of_128(device, dtype, D, bk, N):
+    """On Hopper two warpgroups attend them, of which the second may have no rows."""
+    for options in (
+        {"coarse": "none", "selection": "global"}, {"coarse": "block", "is_causal": True},
+        {"coarse": "row", "masks": "both"}, {"coarse": "row", "order": 1, "masks": "key"},
+        {"coarse": "row", "order": 1, "pool": "centred", "density": (0.1, 0.5, 1.0, 0.2)},
+        {"coarse": "row", "order": 1, "pool": "centred", "is_causal": True},
+    ):  # fmt: skip
+        M = None if "is_causal" in options else 777
+        Case(
+            device, dtype, block_size=(128, bk), D=D, N=N, M=M, spread=0.5, **{"order": 0} | options
+        ).check(backward=False)
+
+
 @pytest.mark.parametrize("block", [64, (128, 16), (128, 64), (64, 128), (32, 64)])
 @pytest.mark.parametrize("D", [136, 192, 200, 256])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])

@@ -1,6 +1,7 @@
 // The fine forward on Hopper: what sm80/forward.cuh computes, for half types and head dims up to
 // 256. Persistent blocks of threads take tiles of 64 rows in turns: one warp fetches queries and
-// keys ahead by bulk tensor copies, a warpgroup attends by wgmma with the softmax in registers.
+// keys ahead by bulk tensor copies, a warpgroup attends by wgmma with the softmax in registers. Or
+// tiles of 128 rows, where these have one list: two warpgroups then read the same keys.
 #pragma once
 
 #include "../sm80/softmax.cuh"
@@ -11,59 +12,71 @@ namespace mra::cuda::sm90 {
 
 // Measured choices (docs/kernels.md): places for rows, stages of the ring, blocks of threads a
 // multiprocessor.
-template <int DP>
+template <int DP, int kRows>
 struct ForwardTraits {
-  static constexpr int kPlaces = DP <= 128 ? 2 : 1, kStages = DP == 64 ? 3 : DP == 128 ? 2 : 1;
-  static constexpr int kBlocks = DP == 64 ? 3 : 2, kThreads = DP <= 128 ? 160 : 256;
+  static constexpr int kPlaces = DP <= 128 ? 2 : 1, kStages = kRows == 128 ? 4
+                                                              : DP == 64   ? 3
+                                                              : DP == 128  ? 2
+                                                                           : 1;
+  static constexpr int kBlocks = kRows == 128 ? 1 : DP == 64 ? 3 : 2;
+  static constexpr int kThreads = kRows == 128 ? 288 : DP <= 128 ? 160 : 256;
   // At most 32 pooled keys as half a tile, by themselves. At D 128, where fewer blocks of threads
   // fill the gaps, that took 6 % longer, and 2 % with other pooled keys.
   static constexpr bool kHalves = DP == 64;
 };
 
-template <int DP>
-using ForwardShared = ForwardTiles<DP, 4, ForwardTraits<DP>::kStages, ForwardTraits<DP>::kPlaces>;
+template <int DP, int kRows>
+using ForwardShared = ForwardTiles<DP, kRows / 16, ForwardTraits<DP, kRows>::kStages,
+                                   ForwardTraits<DP, kRows>::kPlaces>;
 
-template <typename T, int DP>
-__global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>::kBlocks)
+template <typename T, int DP, int kRows>
+__global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
+                                  ForwardTraits<DP, kRows>::kBlocks)
     forward_kernel(const __grid_constant__ ForwardMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Shared = ForwardShared<DP>;
-  using Traits = ForwardTraits<DP>;
+  using Shared = ForwardShared<DP, kRows>;
+  using Traits = ForwardTraits<DP, kRows>;
   constexpr int kKeys = 64, kStages = Traits::kStages, kPanels = DP / 64, kPlaces = Traits::kPlaces;
   constexpr bool kMoves = Traits::kThreads == 256;  // registers, to those who attend
   extern __shared__ char raw[];
   Shared& s = aligned<Shared>(raw);
 
   s.init();
-  if (warp_index() >= 4) {
+  constexpr int kAttending = kRows / 16;  // warps
+  if (warp_index() >= kAttending) {
     if (kMoves) give_registers<64>();
-    if (warp_index() == 4) s.fetch_ahead(p);
+    if (warp_index() == kAttending) s.fetch_ahead(p);
     return;
   }
   if (kMoves) take_registers<192>();
   auto& ring = s.ring;
+  const int group = kRows == 128 ? uniform(threadIdx.x / 128) : 0;
+  auto& q = s.q[group];
 
   // The only place for queries is given back with the last scores; the output then leaves through
   // the place of the last values.
   constexpr bool kEarly = kPlaces == 1;
-  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
+  const int warp_row = 16 * (kRows == 128 ? warp_index() % 4 : warp_index()),
+            g = threadIdx.x % 32 / 4;
+  const bool first_thread = (kRows == 128 ? threadIdx.x % 128 : threadIdx.x) == 0;
   int before = 0, turn = 0;  // places of the ring before this tile's keys; tiles of rows
   bool owes = false;         // the place of the last values
 #pragma unroll 1
   for (;; ++turn) {
     const int slot = turn % kPlaces;
     barrier_wait(&s.q_full[slot], turn / kPlaces & 1);
-    const ForwardWork at = s.work[slot];
+    ForwardWork at = s.work[slot];
     if (uniform(at.rows) == 0) break;
+    if (kRows == 128) at.first_row += 64 * group, at.rows -= 64 * group;
     const int tiles = uniform(at.tiles);
     if constexpr (kOrder1<DP>) {
       // In registers that then take scores.
       if (p.centre != nullptr) {
-        find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), warp_row,
-                                     ring, before, p, at, [&](auto& x, int stage, int n) {
+        find_gamma<T, kKeys / 8, DP>(s.gamma[threadIdx.x], q[slot], s.centre(slot), warp_row, ring,
+                                     before, p, at, [&](auto& x, int stage, int n) {
                                        pin(x);
                                        wgmma_fence();
-                                       multiply_panel<T>(x, s.q[slot],
+                                       multiply_panel<T>(x, q[slot],
                                                          n == 0 ? ring.k[stage] : ring.v[stage]);
                                        wgmma_commit();
                                        wgmma_wait<0>();
@@ -82,7 +95,7 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
       barrier_wait(&ring.k_full[stage], (before + tile) / kStages & 1);
       pin(c);
       wgmma_fence();
-      multiply_nt<T>(c, s.q[slot], ring.k[stage]);
+      multiply_nt<T>(c, q[slot], ring.k[stage]);
       wgmma_commit();
     };
     auto start_values = [&](int tile, const auto& weights) {
@@ -182,11 +195,11 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     if constexpr (kOrder1<DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, warp_row);
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), warp_row, ring, before, p, at,
+        add_order1<T>(softmax.acc, share, q[slot], s.centre(slot), warp_row, ring, before, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto&) {
                         pin(x);
                         wgmma_fence();
-                        multiply_matrix<T, false>(x, s.q[slot], first, sizeof(ring.k), false);
+                        multiply_matrix<T, false>(x, q[slot], first, sizeof(ring.k), false);
                         wgmma_commit();
                         wgmma_wait<0>();
                         pin(x);
@@ -196,12 +209,12 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
 
     // Out through the place of the queries (of the last values), once every warp is done with them.
     owes = kEarly && tiles > 0;
-    auto& way_out = owes ? ring.v[(before - 1) % kStages] : s.q[slot];
-    group_sync();
+    auto& way_out = owes ? ring.v[(before - 1) % kStages] : q[slot];
+    group_sync(group);
     place_rows<T>(way_out, softmax.acc);
     fence_for_copies();
-    group_sync();
-    if (threadIdx.x == 0) {
+    group_sync(group);
+    if (first_thread) {
       for (int i = 0; i < kPanels; ++i) {
         store_panel(p.out_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
@@ -209,19 +222,28 @@ __global__ void __launch_bounds__(ForwardTraits<DP>::kThreads, ForwardTraits<DP>
     }
     if (kEarly && !owes) arrive_behind_stores(&s.q_empty[slot]);
   }
-  if (threadIdx.x == 0) store_wait();
+  if (first_thread) store_wait();
 #endif
+}
+
+template <typename T, int DP, int kRows>
+cudaError_t launch_forward_rows(const ForwardParams& params, const Device& device,
+                                cudaStream_t stream) {
+  ForwardMaps p{params};
+  const cudaError_t error = p.set_tiles<DP>(kDtype<T>, kRows, 64);
+  if (error != cudaSuccess) return error;
+  return launch_tiles<ForwardShared<DP, kRows>, ForwardTraits<DP, kRows>>(
+      forward_kernel<T, DP, kRows>, p, device, stream);
 }
 
 // cudaErrorNotSupported: not a case for this kernel.
 template <typename T, int DP>
 cudaError_t launch_forward(const ForwardParams& params, const Device& device, cudaStream_t stream) {
   if (params.list_rows % 64 != 0) return cudaErrorNotSupported;
-  ForwardMaps p{params};
-  const cudaError_t error = p.set_tiles<DP>(kDtype<T>, 64, 64);
-  if (error != cudaSuccess) return error;
-  return launch_tiles<ForwardShared<DP>, ForwardTraits<DP>>(forward_kernel<T, DP>, p, device,
-                                                            stream);
+  if constexpr (DP == 128) {
+    if (params.list_rows == 128) return launch_forward_rows<T, DP, 128>(params, device, stream);
+  }
+  return launch_forward_rows<T, DP, 64>(params, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     const ForwardWork at = s.work[slot];
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
-    load_rows<T>(q, s.q[slot], row, lane);
+    load_rows<T>(q, s.q[0][slot], row, lane);
     if constexpr (kOrder1<DP>) {
       if (p.centre != nullptr) {
-        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[slot], s.centre(slot), row,
+        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[0][slot], s.centre(slot), row,
                                               ring, at_tile, p, at, [&](auto& x, int stage, int) {
                                                 multiply_matrix<T>(x, q, ring.k[stage],
                                                                    ring.v[stage], lane);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     if constexpr (kOrder1<DP>) {
       if (p.term != nullptr) add_term<T>(softmax.acc, share, p, at, row);
       if (p.moments != nullptr) {
-        add_order1<T>(softmax.acc, share, s.q[slot], s.centre(slot), row, ring, at_tile, p, at,
+        add_order1<T>(softmax.acc, share, s.q[0][slot], s.centre(slot), row, ring, at_tile, p, at,
                       s.gamma[threadIdx.x], [&](auto& x, const auto& first, const auto& second) {
                         multiply_matrix<T>(x, q, first, second, lane);
                       });
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     }
     // Out through the place of the queries, of which each warp has read its own.
     __syncwarp();
-    place_rows<T>(s.q[slot], row, softmax.acc);
+    place_rows<T>(s.q[0][slot], row, softmax.acc);
     fence_for_copies();
     __syncwarp();
     if (first_lane) {
       for (int i = 0; i < DP / 64; ++i) {
-        store_panel(p.out_map, s.q[slot][i][row], 64 * i, at.first_row + row, at.h, at.b);
+        store_panel(p.out_map, s.q[0][slot][i][row], 64 * i, at.first_row + row, at.h, at.b);
       }
       store_commit();
     }

@@ -24,9 +24,9 @@ struct ForwardMaps : ForwardParams, KeyMaps {
     if (DP > 128 && moments != nullptr) return cudaErrorNotSupported;
     const bool maps =
         (moments == nullptr || matrices_map(&moments_map, moments, B, Hk, matrix_dim<DP>(D))) &&
-        tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, rows) &&
+        tensor_map(&q_map, dtype, q, q_strides, B, H, this->rows, D, std::min(rows, 64)) &&
         tensor_map(&out_map, dtype, out, out_strides, B, H, this->rows, D, out_rows) &&
-        set(*this, dtype, rows, rows == 64);
+        set(*this, dtype, rows, rows >= 64);
     return maps ? cudaSuccess : cudaErrorNotSupported;
   }
 };
@@ -74,10 +74,11 @@ struct Centre {
 // kWarps attend 16 rows each; kStages tiles of keys.
 template <int DP, int kWarps, int kStages, int kPlaces>
 struct ForwardTiles {
-  static constexpr int kRows = 16 * kWarps;
-  uint16_t q[kPlaces][DP / 64][kRows][64];  // also the output on its way to memory
+  static constexpr int kRows = 16 * kWarps, kEach = kRows < 64 ? kRows : 64;
+  // By warpgroups, or what there is of one; also the output on its way to memory.
+  uint16_t q[kRows / kEach][kPlaces][DP / 64][kEach][64];
   // By head: tiles of 32 rows are short work, and their kernels have no registers for it.
-  KeyRing<DP, kStages, kWarps, kWarps == 4> ring;
+  KeyRing<DP, kStages, kWarps, (kWarps >= 4)> ring;
   // The mean of the block-coarse state or, with kOrder1<DP>, Centre.
   alignas(16) float vectors[kPlaces][kOrder1<DP> ? 3 : 1][DP];
   ForwardWork work[kPlaces];
@@ -137,7 +138,10 @@ struct ForwardTiles {
       barrier_expect(&q_full[slot], bytes);
       if (producer.lane == 0) {
         for (int i = 0; i < DP / 64; ++i) {
-          copy_panel(q[slot][i], p.q_map, &q_full[slot], 64 * i, at.first_row, at.h, at.b);
+          for (int group = 0; group < kRows / kEach; ++group) {
+            copy_panel(q[group][slot][i], p.q_map, &q_full[slot], 64 * i,
+                       at.first_row + kEach * group, at.h, at.b);
+          }
         }
         if (state) {
           copy_bytes(vectors[slot][0], p.state_mean + list * p.D, p.D * 4, &q_full[slot]);
