@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
     load_rows<T>(q, s.q[0][slot], row, lane);
     if constexpr (kOrder1<DP>) {
       if (p.centre != nullptr) {
-        find_gamma<T, kColumns / 8, kColumns>(s.gamma[threadIdx.x], s.q[0][slot], s.centre(slot), row,
-                                              ring, at_tile, p, at, [&](auto& x, int stage, int) {
-                                                multiply_matrix<T>(x, q, ring.k[stage],
-                                                                   ring.v[stage], lane);
-                                              });
+        find_gamma<T, kColumns / 8, kColumns>(
+            s.gamma[threadIdx.x], s.q[0][slot], s.centre(slot), row, ring, at_tile, p, at,
+            [&](auto& x, int stage, int) {
+              multiply_matrix<T>(x, q, ring.k[stage], ring.v[stage], lane);
+            });
         ++at_tile;
       }
     }
