@@ -1,12 +1,21 @@
 """Fresh inputs by default, `--seed N` repeats a run; without a GPU, its tests skip, counted."""
 
+import os
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# torch's inductor keeps graphs on disk and doesn't look at an operator's Meta kernel: those that
+# were compiled with another build may have other strides.
+BUILD = Path(find_spec("mra_attention._C").origin).stat()
+CACHE = f"mra_attention-{os.getuid()}-{BUILD.st_size:x}-{BUILD.st_mtime_ns:x}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / CACHE))
 
 NO_GPU = "needs a CUDA device"
 
