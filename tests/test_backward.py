@@ -345,6 +345,13 @@ def test_layouts_of_the_inputs(device, dtype, coarse, order, pool):
         for i, x in enumerate(leaves):
             x.register_hook(lambda g, i=i, made=made: made.update({i: (g.data_ptr(), g.stride())}))
         mra.mra_attention(*leaves, **case.options).backward(case.grad_out)
+        on_meta = [
+            torch.empty_strided(x.shape, x.stride(), device="meta", dtype=dtype, requires_grad=True)
+            for x in leaves
+        ]
+        out = mra.mra_attention(*on_meta, **case.options)
+        metas = torch.autograd.grad(out, on_meta, case.grad_out.to("meta"))
+        assert [g.stride() for g in metas] == [made[i][1] for i in range(3)], name
         plain = plain or [x.grad for x in leaves]
         for i, (x, expected) in enumerate(zip(leaves, plain, strict=True)):
             B, H, L, D = x.shape
