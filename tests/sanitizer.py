@@ -77,6 +77,10 @@ def cases():
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
+    # and of either side more than the coarse part's backward takes at once
+    for D, is_causal in itertools.product([64, 128], [False, True]):
+        options = dict(N=2140, M=2140, D=D, block_size=(32, 16), coarse="block", order=0)
+        yield torch.bfloat16, options | dict(is_causal=is_causal, masks="both")
     # weighted means, and more than two resolutions
     pools = itertools.product(
         DTYPES, ["centred", "sampled"], [0, 1], [32, 64, 80, 128, 256], ["none", "both"]

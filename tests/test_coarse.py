@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BEST, Case, new_seed, relative_error
+from helpers import BEST, CUDA_DTYPES, Case, new_seed, relative_error
 
 import mra_attention as mra
 
@@ -146,6 +146,20 @@ def test_first_order_term_is_first_order(device, dtype, coarse):
         for order in (0, 1)
     ]
     assert error[1] < 0.3 * error[0]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("H, Hk", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("D", [24, 64, 72, 128])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
+def test_block_gradients_of_many_blocks(device, dtype, D, H, Hk, is_causal):
+    """More than a kernel takes at once of either side, the last of them in part."""
+    for block, masks in (((32, 16), "both"), ((32, 64), "none"), ((128, 16), "padding")):
+        Case(
+            device, dtype, B=1, H=H, Hk=Hk, N=2140, M=2140 if is_causal else 1090, D=D,
+            block_size=block, masks=masks, coarse="block", order=0, density=0.1,
+            is_causal=is_causal, spread=0.5,
+        ).check()  # fmt: skip
 
 
 @pytest.mark.gpu

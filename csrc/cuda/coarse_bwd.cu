@@ -8,6 +8,7 @@
 // Products are bf16 (mma.sync) of operands split in two, hi hi + hi lo + lo hi: 16 bits.
 #include "coarse_bwd.h"
 #include "sm80/tile.cuh"
+#include "sm90/coarse_backward.h"
 
 namespace mra::cuda {
 namespace {
@@ -324,6 +325,14 @@ cudaError_t launch(const CoarseBackwardParams& p, const Device& device, cudaStre
 cudaError_t coarse_backward(const CoarseBackwardParams& p, const Device& device,
                             cudaStream_t stream) {
   if (p.D > 128) return cudaErrorNotSupported;
+#ifdef MRA_SM90A
+  // Fewer blocks fill too little of a tile of 64.
+  if (device.major == 9 && (p.nq > 32 || p.nk > 32)) {
+    const cudaError_t error = p.D <= 64 ? sm90::launch_coarse_backward<64>(p, device, stream)
+                                        : sm90::launch_coarse_backward<128>(p, device, stream);
+    if (error != cudaErrorNotSupported) return error;
+  }
+#endif
   return p.D <= 64 ? launch<64>(p, device, stream) : launch<128>(p, device, stream);
 }
 

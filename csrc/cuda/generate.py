@@ -41,7 +41,9 @@ SM90_ORDER1 = {
     "order1_walk_rows": "WalkRows",
     "order1_walk_keys": "WalkKeys",
 }
-# Likewise, up to 64 columns.
+# Of the coarse part, likewise.
+SM90_COARSE = {"coarse_backward": "CoarseBackwardParams"}
+# Of order 1, up to 64 columns.
 SM90_ORDER1_64 = {"backward_columns_order1": "ColumnsOrder1"}
 # Of which the dtype is the one argument.
 SM90_TYPES = {"order1_walk_wide": "WalkWide"}
@@ -108,7 +110,7 @@ write(
     | attention("mra::cuda::sm90", SM90_WIDE, ("f16", "bf16"), (192, 256))
     | {
         f"{kernel}_{dim}": instance("mra::cuda::sm90", kernel, kernel, str(dim), params)
-        for kernel, params in SM90_ORDER1.items()
+        for kernel, params in (SM90_ORDER1 | SM90_COARSE).items()
         for dim in (64, 128)
     }
     | {

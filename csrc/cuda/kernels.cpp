@@ -192,6 +192,8 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "cells_candidates", "csrc/cuda/sm80/cells_candidates.cuh", "sm_80+", all, dims},
       {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
+      {"coarse", "coarse_backward", "csrc/cuda/sm90/coarse_backward.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",
        "float16, bfloat16", "8..256 (64, 128, 192, 256)"},
 #endif

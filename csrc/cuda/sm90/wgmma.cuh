@@ -110,16 +110,18 @@ struct Wgmma;
 MRA_WGMMA_TYPE(__nv_bfloat16, "bf16")
 MRA_WGMMA_TYPE(__half, "f16")
 
-// c = A B^T over DP columns: A of 64 rows, B of as many as c has columns or more, both in panels.
+// c = A B^T or, with `add`, c += A B^T over DP columns: A of 64 rows, B of as many as c has columns
+// or more, both in panels.
 template <typename T, int kTiles, int kPanels, int kRows>
 __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
                                             const uint16_t (&a)[kPanels][64][64],
-                                            const uint16_t (&b)[kPanels][kRows][64]) {
+                                            const uint16_t (&b)[kPanels][kRows][64],
+                                            bool add = false) {
   static_assert(8 * kTiles <= kRows);
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
     Wgmma<T, 8 * kTiles>::template multiply<false, false>(
-        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4]) + 2 * (i % 4), i > 0);
+        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4]) + 2 * (i % 4), add || i > 0);
   }
 }
 
