@@ -101,8 +101,13 @@ Prepared prepare(const Stages& stages, const Inputs& in, const PlanTensors& plan
       stages.pool_inputs(in, o, !has_plan || o.coarse == Coarse::block || weighted, !has_plan);
   r.pooled.type = in.query.scalar_type();
 
-  // weigh keys: as the queries do, where means are not even; and what a plan makes of it
-  if (weighted) r.centred = stages.weigh_keys(in, r.pooled, !has_plan, o);
+  // weigh keys: as the queries do, where means are not even, and pool so; and what a plan makes of
+  // it, which may run beside what comes last here
+  if (weighted) {
+    r.centred = stages.weigh_keys(in, r.pooled, !has_plan, o);
+    stages.centre(*r.centred, in, false, o);
+    r.pooled.beside |= r.centred->pooled.beside;
+  }
 
   // plan: which pairs of blocks are exact, by scores of plain means; coarse, where it comes along
   if (!has_plan) {
@@ -111,9 +116,6 @@ Prepared prepare(const Stages& stages, const Inputs& in, const PlanTensors& plan
     if (o.coarse == Coarse::block) coarse = r.pooled;
     r.planned = make_plan(stages, r.pooled, key_bias, coarse, in.query.size(2), o);
   }
-
-  // pool, weighted
-  if (weighted) stages.centre(*r.centred, in, false, o);
   return r;
 }
 
@@ -188,13 +190,18 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   // pool: what forward kept, or again
   PooledInputs pooled;
   if (o.coarse != Coarse::none && means.given()) {
-    const auto contiguous = [](const OptTensor& x) { return x ? x->contiguous() : Tensor(); };
+    bool copied = false;
+    const auto contiguous = [&](const OptTensor& x) {
+      copied |= x && !x->is_contiguous();
+      return x ? x->contiguous() : Tensor();
+    };
     pooled = {contiguous(means.query),       contiguous(means.key),
               contiguous(means.value),       contiguous(means.key_count),
               contiguous(means.query_count), contiguous(means.moments)};
     pooled.weights = contiguous(means.weights);
     pooled.mass = contiguous(means.mass);
     pooled.centre = contiguous(means.centre);
+    pooled.beside = !copied;  // all of it was there before the kernel launched last
   } else if (o.coarse != Coarse::none) {
     const bool queries = o.coarse == Coarse::block || o.pool != Pool::even;
     pooled = stages.pool_inputs(in, o, queries, false);
@@ -226,6 +233,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.key_block = first.key_block;
     grads.value_block = first.value_block;
     grads.moment_grads = first.moment_grads;
+    grads.beside = first.beside;
+    grads.held = first.held;
     grads.means = &pooled;
   }
 

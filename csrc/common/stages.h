@@ -129,8 +129,8 @@ struct PooledInputs {
   // D] T.
   Tensor term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
-  // CUDA: of Pooled, and what the kernel launched last reads: memory that is given back too early
-  // could be that of what runs beside it.
+  // CUDA: of Pooled; backward, of centred_delta. And what the kernel launched last reads: memory
+  // that is given back too early could be that of what runs beside it.
   bool beside = false;
   Tensor held{};
   Tensor moments_before{};  // CUDA, under causal: those of the keys before each chunk of a head
@@ -221,6 +221,10 @@ struct Order1Grads {
   // CUDA, where fine_backward is to make key and value from it, which are undefined then: dC and
   // dSigma, as moments are kept.
   Tensor moment_grads{};
+  // CUDA: what was launched last makes nothing of coarse_delta, and reads `held`: fine_backward may
+  // start beside it.
+  bool beside = false;
+  Tensor held{};
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
@@ -242,9 +246,11 @@ struct FineBackward {
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
-  // Order1Grads.moment_grads, and the means that they are of.
+  // Order1Grads.moment_grads, and the means that they are of; beside and held of these.
   Tensor moment_grads{};
   const PooledInputs* means = nullptr;
+  bool beside = false;
+  Tensor held{};
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc
   // With weighted means, for what Stages.centred_grads would do where it is null.

@@ -169,6 +169,7 @@ void centre_causal(Centred& c, const Inputs& in, bool backward, const Options& o
 
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   if (has_order1(o) && o.causal) return centre_causal(c, in, backward, o);
+  if (!c.moments.defined()) c.pooled.beside = false;
   if (has_order1(o) && !c.moments.defined()) {
     c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
   }
@@ -191,6 +192,7 @@ void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   p.matrices = multiplied.matrices.const_data_ptr();
   p.dtype = term.dtype;
   launch.check(centre_products(p, launch.stream));
+  c.pooled.beside = true;
 }
 
 Tensor centred_row_bias(const Inputs& in, const PooledInputs& pooled, const Options& o) {

@@ -113,6 +113,7 @@ struct CentreProductsParams {
   float* result;         // [B, Hk, 2, dim], shift [B, Hk, dim]; zeros beyond D
   Dtype dtype;
   int B, H, Hk, D, dim, parts, nq;
+  bool beside;  // without sums: it may run beside the kernel launched before
 };
 cudaError_t centre_products(const CentreProductsParams& params, cudaStream_t stream);
 

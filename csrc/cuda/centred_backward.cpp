@@ -88,9 +88,11 @@ void empty_row_numbers(FineBackward& grads, Centred& c) {
 }
 
 // The centre times C and Sigma, [B, Hk, 2, dim].
-Tensor centre_matrices(const Term& term, const Centred& c) {
+Tensor centre_matrices(const Term& term, const Centred& c, bool beside = false) {
   const Tensor result = allocate({term.B, term.Hk, 2, term.dim}, term.acc());
-  term.launch.check(centre_products(products_of(term, c, result), term.launch.stream));
+  CentreProductsParams p = products_of(term, c, result);
+  p.beside = beside;
+  term.launch.check(centre_products(p, term.launch.stream));
   return result;
 }
 
@@ -104,7 +106,7 @@ bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& gr
   const Device& device = term.launch.device;
   grads.delta = allocate({term.B, term.H, term.N}, term.acc());
   empty_row_numbers(grads, c);
-  c.pooled.centre_term = centre_matrices(term, c);
+  c.pooled.centre_term = centre_matrices(term, c, c.pooled.beside);
   sm90::Order1Delta p{};
   p.q = term.in.query.const_data_ptr();
   p.grad_out = grad_out.const_data_ptr();

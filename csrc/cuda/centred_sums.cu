@@ -92,6 +92,7 @@ constexpr int kMaxDim = 256;
 // of columns of a matrix, rows in turns.
 template <typename S, int kThreads>
 __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProductsParams p) {
+  let_next_start();
   constexpr int kCount = kVec<S>;
   __shared__ float centre[kMaxDim], sums[kThreads * kCount];
   const S* matrices = static_cast<const S*>(p.matrices) + int64_t{blockIdx.x} * 2 * p.dim * p.dim;
@@ -118,6 +119,7 @@ __global__ void __launch_bounds__(kThreads) centre_term_kernel(const CentreProdu
     for (int i = 0; i < turns; ++i) total += sums[i * 2 * p.dim + d];
     p.result[int64_t{blockIdx.x} * 2 * p.dim + d] = total;
   }
+  if (blockIdx.x == 0) wait_for_previous();
 }
 
 // One block of threads for one key head: parts' sums to their totals, and these times the matrices.
@@ -213,7 +215,7 @@ cudaError_t centre_products(const CentreProductsParams& p, cudaStream_t stream) 
       if (p.sums == nullptr && 2 * p.dim > threads()) return cudaErrorInvalidValue;
       const auto kernel =
           p.sums == nullptr ? centre_term_kernel<S, threads()> : shift_kernel<S, threads()>;
-      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, p);
+      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, Beside{p.beside}, p);
     });
   };
   if (p.dtype == Dtype::f32) return launch(float{});

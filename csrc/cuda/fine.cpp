@@ -22,8 +22,9 @@ namespace {
 struct PooledKeys {
   Tensor key, value, count, mass, row_bias;
 
+  // beside: rounding them may run beside the kernel launched before.
   PooledKeys(const std::optional<PooledInputs>& pooled, const Inputs& in, const Options& o,
-             const Launch& launch) {
+             const Launch& launch, bool beside = false) {
     if (!pooled) return;
     count = pooled->key_count;
     mass = pooled->mass;
@@ -40,6 +41,7 @@ struct PooledKeys {
           allocate({2, k.size(0), k.size(1), k.size(2), k.size(3)}, in.key.options());
       launch.check(round_pooled(k.const_data_ptr<float>(), v.const_data_ptr<float>(),
                                 both.mutable_data_ptr(), k.numel(), dtype_of(in.key),
+                                beside && k.is_same(pooled->key) && v.is_same(pooled->value),
                                 launch.stream));
       key = both[0];
       value = both[1];
@@ -99,8 +101,9 @@ struct RowSums {
     p.sums = r.sums = data_of<float>(sums);
     p.pooled_sums = data_of<float>(pooled_sums);
     if (!same) r.pooled_sums = data_of<float>(pooled_sums);
-    // What comes before it, under coarse = block, is coarse_backward.
-    r.beside = launch.device.major == 9 && back.query_block.defined() && !levels;
+    // What comes before it, under coarse = block, is coarse_backward; else order 1, and perhaps the
+    // rounding of pooled keys.
+    r.beside = launch.device.major == 9 && !levels && (back.query_block.defined() || back.beside);
     if (bulk) order = order_columns(p, r.columns, columns, launch.device);
     launch.check(row_sums(r, launch.stream));
   }
@@ -210,7 +213,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                     const Options& o) {
   const Launch launch(in.query);
   const Dtype dtype = dtype_of(in.query);
-  const PooledKeys keys(pooled, in, o, launch);
+  const PooledKeys keys(pooled, in, o, launch, launch.device.major == 9 && back.beside);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   const bool levels = !o.levels.empty(), cells = levels && pooled;
   const BlockList exact = levels ? rows_of(rows, o.resolutions[0]) : rows;

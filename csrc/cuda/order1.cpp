@@ -147,20 +147,21 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
 // backward_rows in one reading of the rows, or undefined where no kernel does it.
 Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tensor& grad_out,
                              const Tensor& share, const Tensor& delta, const Order1Grads& grads,
-                             bool add) {
+                             bool add, Tensor* held) {
   sm90::Order1Rows p{};
   p.share = share.const_data_ptr<float>();
   p.delta = delta.const_data_ptr<float>();
   p.scale = static_cast<float>(term.o.scale);
   p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   p.add = add;
-  return order1_rows_on_hopper(term, moments, grad_out, grads.query, p);
+  return order1_rows_on_hopper(term, moments, grad_out, grads.query, p, nullptr, held);
 }
 
 }  // namespace
 
 Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                             const Tensor& grad_query, sm90::Order1Rows p, Tensor* row_sums) {
+                             const Tensor& grad_query, sm90::Order1Rows p, Tensor* row_sums,
+                             Tensor* held) {
 #ifdef MRA_SM90A
   if (!order1_on_hopper(term.in.key, term.o, term.launch)) return {};
   const Device& device = term.launch.device;
@@ -197,6 +198,7 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   });
   if (!done) return {};
   if (parts > 1) term.sum(p.sums, parts, 1, true, result);
+  if (held != nullptr) *held = sums;
   return result;
 #else
   return {};
@@ -244,12 +246,12 @@ void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads*
 
 Tensor order1_grad_rows(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
                         const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads, bool add) {
+                        const Order1Grads& grads, bool add, Tensor* held) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
   const Tensor grad_out = with_aligned_rows(grad_out_in), moments = term.moments();
   const Tensor moment_grads =
-      backward_rows_at_once(term, moments, grad_out, share, delta, grads, add);
+      backward_rows_at_once(term, moments, grad_out, share, delta, grads, add, held);
   if (moment_grads.defined()) return moment_grads;
   return backward_rows(term, moments, grad_out, share, delta, grads, add);
 }
@@ -277,7 +279,11 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   const Launch launch(in.query);
   Order1Grads grads{allocate_like(delta), empty_query_grad(in)};
   if (order1_in_columns(in.key, o, launch)) {
-    grads.moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
+    Tensor sums;  // what comes last adds them up, if there are any
+    grads.moment_grads =
+        order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false, &sums);
+    grads.beside = sums.defined();
+    grads.held = sums;
     return grads;
   }
   grads.key = empty_key_grad(in);
@@ -285,6 +291,8 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);
+  grads.beside = true;
+  grads.held = moment_grads;
   return grads;
 }
 

@@ -20,7 +20,7 @@ bool order1_at_once(FineResult& result, const Inputs& in, const PooledInputs& po
 // and dSigma.
 Tensor order1_grad_rows(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
                         const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads, bool add);
+                        const Order1Grads& grads, bool add, Tensor* held = nullptr);
 // From them grads.key and grads.value.
 void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const PooledInputs& pooled,
                       const Options& o, const Order1Grads& grads, bool add);

@@ -209,10 +209,11 @@ struct Term {
 
 // Rows of the backward in one reading of them: writes grad_query, or adds to it, and returns dC and
 // dSigma; undefined where no kernel does it. `p` says what else the kernel reads and writes;
-// row_sums: with weighted means set to what the centre gets, in parts.
+// row_sums: with weighted means set to what the centre gets, in parts. held: set to what the kernel
+// launched last reads, where that is another one, which adds up sums.
 Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tensor& grad_out,
                              const Tensor& grad_query, sm90::Order1Rows p,
-                             Tensor* row_sums = nullptr);
+                             Tensor* row_sums = nullptr, Tensor* held = nullptr);
 
 // With weighted means: gradients of the pooled keys and values, [2, B, Hk, nk, D], and of the log
 // masses, [B, Hk, nk]; the centre, [B, Hk, D]. All float32.

@@ -34,8 +34,8 @@ struct PoolParams {
 cudaError_t pool_forward(const PoolParams& params, cudaStream_t stream);
 
 // Means of keys and values in the type that attention multiplies: out[i] and out[n + i] are key[i]
-// and value[i], n a multiple of 8.
+// and value[i], n a multiple of 8. beside: as in PoolParams.
 cudaError_t round_pooled(const float* key, const float* value, void* out, int64_t n, Dtype dtype,
-                         cudaStream_t stream);
+                         bool beside, cudaStream_t stream);
 
 }  // namespace mra::cuda

@@ -55,6 +55,7 @@ struct LaunchPool {
 template <typename T>
 __global__ void __launch_bounds__(256)
     round_pooled_kernel(const float* key, const float* value, T* out, int64_t n) {
+  let_next_start();
   const int64_t i = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 8;
   if (i >= 2 * n) return;
   const float* const from = i < n ? key + i : value + i - n;
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(256)
     unpack16<float>(bits, reinterpret_cast<float(&)[4]>(v[4 * half]));
   }
   store_values<8>(out + i, v);
+  if (blockIdx.x == 0) wait_for_previous();
 }
 
 }  // namespace
@@ -74,11 +76,11 @@ cudaError_t pool_forward(const PoolParams& params, cudaStream_t stream) {
 }
 
 cudaError_t round_pooled(const float* key, const float* value, void* out, int64_t n, Dtype dtype,
-                         cudaStream_t stream) {
+                         bool beside, cudaStream_t stream) {
   const int64_t blocks = (2 * n + 2047) / 2048;
   const auto launch = [&](auto* to) {
     return launch_grid(round_pooled_kernel<std::remove_pointer_t<decltype(to)>>, blocks, 256, 0,
-                       stream, key, value, to, n);
+                       stream, Beside{beside}, key, value, to, n);
   };
   return dtype == Dtype::f16 ? launch(static_cast<__half*>(out))
                              : launch(static_cast<__nv_bfloat16*>(out));

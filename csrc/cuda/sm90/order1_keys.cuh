@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
                                   Order1KeysTraits<DP, kBlocks, kWeighted>::kResident)
     order1_keys_kernel(const __grid_constant__ Order1KeysMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  let_next_start();
   using T = __nv_bfloat16;
   using Shared = Order1KeysShared<DP, kBlocks, kWeighted>;
   constexpr int kStages = Shared::kStages, kPanels = DP / 64, kGroups = kPanels;
