@@ -106,7 +106,7 @@ __device__ __forceinline__ float weigh_left(const Row<kSteps>& row, const float*
   float* const weights = reinterpret_cast<float*>(row.keys);
   float sum = 0.f;
   row.each([&](int t, uint32_t key) {
-    // Not by a branch. Behind the counts lie rows of scores: each step has some to read.
+    // Not by a branch: there is room for counts of all steps, whatever is in it.
     const float weight = weight_of(score_of(key), top, counts[t * 32 + lane]);
     const float left = key == kAbsent ? 0.f : weight;
     if (t < row.steps) weights[t * 32 + lane] = weight_operand(left, tf32);
@@ -121,6 +121,11 @@ inline constexpr int kRowBlocks = Tile::kThreads == 128                         
                                   : kSteps > 0 && kSteps < 32 && Tile::kRows == 16 ? 2
                                                                                    : 1;
 
+// Words of the counts of a row's key blocks, of which `steps` steps read all.
+__host__ __device__ constexpr int count_words(int steps, int pitch) {
+  return pitch > 32 * steps ? pitch : 32 * steps;
+}
+
 template <class Tile, int kSteps, bool kWorkspace, bool kCoarse>
 __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
     plan_row_kernel(const PlanParams p, int pitch, int tiles, uint32_t* workspace) {
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(Tile::kThreads, (kRowBlocks<Tile, kSteps>))
   __shared__ float inverse[kRows];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const counts = ring + Tile::kRingWords;  // of key blocks, with kCoarse
-  uint32_t* keys = reinterpret_cast<uint32_t*>(counts + (kCoarse ? pitch : 0));
+  uint32_t* keys = reinterpret_cast<uint32_t*>(counts + (kCoarse ? count_words(kSteps, pitch) : 0));
   if constexpr (kWorkspace) keys = workspace + int64_t{blockIdx.x} * kRows * pitch;
 
   clear_queues(p.queues);
@@ -184,7 +189,8 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
                        cudaStream_t stream) {
   static_assert(kSteps == 0 || Tile::kRingWords >= 128 * Tile::kWarps * Tile::kRows / 8,
                 "parts of means");
-  const int words = Tile::kRingWords + (kWorkspace ? 0 : (Tile::kRows + 1) * config.pitch);
+  const int of_rows = Tile::kRows * config.pitch + count_words(kSteps, config.pitch);
+  const int words = Tile::kRingWords + (kWorkspace ? 0 : of_rows);
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
   const auto launch = [&](auto coarse) {
     return launch_grid(plan_row_kernel<Tile, kSteps, kWorkspace, coarse>, config.ctas,
@@ -202,6 +208,14 @@ using Wide16 = ScoreTile<1, 4, 1, 8>;
 using Wide32 = ScoreTile<2, 2, 1, 16>;
 constexpr int kHeldBlocks = 1024;  // longest row that a warp holds in registers
 
+// The kSteps that a row has, 0 where it is not held.
+int held_steps(int blocks) {
+  if (blocks > kHeldBlocks) return 0;
+  int steps = 1;
+  while (32 * steps < blocks) steps *= 2;
+  return steps;
+}
+
 }  // namespace
 
 // 16 rows a block of threads, or 32 where they still give every multiprocessor work: more rows mean
@@ -215,7 +229,8 @@ PlanRowConfig plan_row_config(const PlanParams& p, const Device& device) {
   config.coarse = p.nk <= kHeldBlocks;
   const auto tiles = [&](int rows) { return p.B * p.H * ((p.nq + rows - 1) / rows); };
   const auto fits = [&](int rows, int ring) {
-    return (ring + int64_t{rows + 1} * config.pitch) * 4 + 2048 <= device.max_smem;
+    const int64_t counts = count_words(held_steps(p.nk), config.pitch);
+    return (ring + int64_t{rows} * config.pitch + counts) * 4 + 2048 <= device.max_smem;
   };
   const bool many = p.nk > 128 && int64_t{tiles(32)} * 10 >= int64_t{device.sms} * 18;
   config.rows = many && fits(32, Wide32::kRingWords) ? 32 : 16;
