@@ -201,7 +201,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     pooled.weights = contiguous(means.weights);
     pooled.mass = contiguous(means.mass);
     pooled.centre = contiguous(means.centre);
-    pooled.beside = !copied;  // all of it was there before the kernel launched last
+    // What a centred_delta reads was there before the kernel launched last.
+    pooled.beside = pooled.moments.defined() && !copied;
   } else if (o.coarse != Coarse::none) {
     const bool queries = o.coarse == Coarse::block || o.pool != Pool::even;
     pooled = stages.pool_inputs(in, o, queries, false);

@@ -129,8 +129,9 @@ struct PooledInputs {
   // D] T.
   Tensor term{};
   at::ScalarType type = at::kFloat;  // T of the inputs that these are means of
-  // CUDA: of Pooled; backward, of centred_delta. And what the kernel launched last reads: memory
-  // that is given back too early could be that of what runs beside it.
+  // CUDA: as in Pooled; in the backward pass the same of what centred_delta reads, which may start
+  // beside it. And what the kernel launched last reads: memory that is given back too early could
+  // be that of what runs beside it.
   bool beside = false;
   Tensor held{};
   Tensor moments_before{};  // CUDA, under causal: those of the keys before each chunk of a head

@@ -169,7 +169,6 @@ void centre_causal(Centred& c, const Inputs& in, bool backward, const Options& o
 
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o) {
   if (has_order1(o) && o.causal) return centre_causal(c, in, backward, o);
-  if (!c.moments.defined()) c.pooled.beside = false;
   if (has_order1(o) && !c.moments.defined()) {
     c.moments = pool_moments(in, o, &c.pooled, c.pooled.key_count);
   }

@@ -6,8 +6,7 @@
 // and multiplies them with all of the other. Sixteen at a time are a warp's turn: it fetches them
 // into a place of its own and waits for no other warp, and sums are added up at the end, in order.
 // Products are bf16 (mma.sync) of operands split in two, hi hi + hi lo + lo hi: 16 bits.
-#include "coarse_bwd.h"
-#include "sm80/tile.cuh"
+#include "coarse_bwd.cuh"
 #include "sm90/coarse_backward.h"
 
 namespace mra::cuda {
@@ -139,16 +138,8 @@ __device__ void run(const CoarseBackwardParams& p, unsigned tile, char* smem) {
   uint32_t* selected = reinterpret_cast<uint32_t*>(stages + kWarps);  // [16][passes * words]
   const int words = (others + 31) / 32, row_words = passes * words;
 
-  // Under causal x sees y where (y + 1) block_k <= x block_q: y < end_of(x), x >= start_of(y).
-  const auto end_of = [&](int x) {
-    return p.causal ? static_cast<int>(int64_t{x} * p.block_q / p.block_k) : p.nk;
-  };
-  const auto start_of = [&](int y) {
-    if (!p.causal) return 0;
-    return static_cast<int>(((int64_t{y} + 1) * p.block_k + p.block_q - 1) / p.block_q);
-  };
-  const int first_turn = kKeys ? min(start_of(own0), others) / 16 : 0;
-  const int end = kKeys ? others : min(others, end_of(own0 + present - 1));
+  const int first_turn = kKeys ? min(start_of(p, own0), others) / 16 : 0;
+  const int end = kKeys ? others : min(others, end_of(p, own0 + present - 1));
   const int turns = max(0, (end + 15) / 16 - first_turn);  // of a head of the other side
 
   const auto fetch = [&](int turn) {
@@ -189,7 +180,7 @@ __device__ void run(const CoarseBackwardParams& p, unsigned tile, char* smem) {
     own_bias[half] = kKeys ? log2_approx(static_cast<float>(count)) : 0.f;
     own_lse[half] = there && !kKeys ? p.lse[own_at + r] : INFINITY;
     own_delta[half] = there && !kKeys ? p.delta[own_at + r] : 0.f;
-    limit[half] = kKeys ? start_of(i) : min(others, end_of(i));
+    limit[half] = kKeys ? start_of(p, i) : min(others, end_of(p, i));
   }
 
   // The pairs that are selected: some threads for each list.
@@ -201,15 +192,9 @@ __device__ void run(const CoarseBackwardParams& p, unsigned tile, char* smem) {
   for (int pass = 0; r < present && pass < passes; ++pass) {
     const int64_t head = int64_t{b} * p.H + (kKeys ? h * group + pass : h);
     const List list = list_of(kKeys ? p.column_lists : p.row_lists, head, own0 + r);
-    uint32_t* bits = selected + r * row_words + pass * words;
-#pragma unroll 4
-    for (int e = threadIdx.x % (2 * kWarps); e < list.count; e += 2 * kWarps) {
-      const unsigned o = list.entries[e];
-      if (o < static_cast<unsigned>(others)) atomicOr(bits + o / 32, 1u << o % 32);
-    }
+    mark_list<2 * kWarps, 4>(selected + r * row_words + pass * words, list,
+                             threadIdx.x % (2 * kWarps), others);
   }
-  // In log2 units; a row without a weight has +inf, as one whose lse is -inf.
-  const auto log2_of_lse = [](float x) { return fabsf(x) == INFINITY ? INFINITY : x * kLog2e; };
   __syncthreads();
 
   float acc[DP / 8][4] = {}, acc_v[kKeys ? DP / 8 : 1][4] = {};

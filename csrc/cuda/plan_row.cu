@@ -250,19 +250,35 @@ cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* wor
   if (config.stream) return plan_stream(p, stream);
   if (config.in_workspace) return run(launch_row<Wide32, 0, true>);
   if (config.rows == 8) return run(launch_row<Wide8, 0>);
-  if (config.rows == 32) {
-    if (p.nk <= 256) return run(launch_row<Wide32, 8>);
-    if (p.nk <= 512) return run(launch_row<Wide32, 16>);
-    if (p.nk <= kHeldBlocks) return run(launch_row<Wide32, 32>);
-    return run(launch_row<Wide32, 0>);
+  const int steps = held_steps(p.nk);
+  if (config.rows == 32) {  // rows of more than 128 key blocks
+    switch (steps) {
+      case 8:
+        return run(launch_row<Wide32, 8>);
+      case 16:
+        return run(launch_row<Wide32, 16>);
+      case 32:
+        return run(launch_row<Wide32, 32>);
+      default:
+        return run(launch_row<Wide32, 0>);
+    }
   }
-  if (p.nk <= 32) return run(launch_row<ShortScoreTile, 1>);
-  if (p.nk <= 64) return run(launch_row<ScoreTile<1, 1, 1, 8>, 2>);
-  if (p.nk <= 128) return run(launch_row<ScoreTile<1, 2, 1, 8>, 4>);
-  if (p.nk <= 256) return run(launch_row<Wide16, 8>);
-  if (p.nk <= 512) return run(launch_row<Wide16, 16>);
-  if (p.nk <= kHeldBlocks) return run(launch_row<Wide16, 32>);
-  return run(launch_row<Wide16, 0>);
+  switch (steps) {
+    case 1:
+      return run(launch_row<ShortScoreTile, 1>);
+    case 2:
+      return run(launch_row<ScoreTile<1, 1, 1, 8>, 2>);
+    case 4:
+      return run(launch_row<ScoreTile<1, 2, 1, 8>, 4>);
+    case 8:
+      return run(launch_row<Wide16, 8>);
+    case 16:
+      return run(launch_row<Wide16, 16>);
+    case 32:
+      return run(launch_row<Wide16, 32>);
+    default:
+      return run(launch_row<Wide16, 0>);
+  }
 }
 
 }  // namespace mra::cuda

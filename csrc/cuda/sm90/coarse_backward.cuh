@@ -3,7 +3,7 @@
 // halves of bf16 and places them, another multiplies by wgmma, hi hi + hi lo + lo hi.
 #pragma once
 
-#include "../sm80/tile.cuh"
+#include "../coarse_bwd.cuh"
 #include "coarse_backward.h"
 #include "half_pairs.cuh"
 #include "tma.cuh"
@@ -113,11 +113,6 @@ __device__ __forceinline__ void multiply_split(float (&acc)[DP / 8][4], uint32_t
   wgmma_commit();
 }
 
-// In log2 units; +inf for a row without a weight, as one whose lse is -inf.
-__device__ __forceinline__ float log2_of_lse(float lse) {
-  return fabsf(lse) == INFINITY ? INFINITY : lse * kLog2e;
-}
-
 // A tile of 64 blocks. kKeys: key blocks, and the other side are query blocks of all heads of a
 // group.
 template <bool kKeys>
@@ -140,19 +135,10 @@ struct CoarseTile {
     own_at = head * owned + own0;
     first_head = kKeys ? b * p.H + h * group : b * p.Hk + h / group;
     words = (others + 63) / 64 * 2;
-    first_other = kKeys ? start_of(own0) / 64 * 64 : 0;
-    end = kKeys ? others : min(others, end_of(own0 + present - 1));
+    first_other = kKeys ? start_of(p, own0) / 64 * 64 : 0;
+    end = kKeys ? others : min(others, end_of(p, own0 + present - 1));
   }
   __device__ int passes() const { return kKeys ? group : 1; }
-  // Under causal x sees y where (y + 1) block_k <= x block_q: y < end_of(x), x >= start_of(y).
-  __device__ int end_of(int x) const {
-    return p.causal ? static_cast<int>(static_cast<int64_t>(x) * p.block_q / p.block_k) : p.nk;
-  }
-  __device__ int start_of(int y) const {
-    if (!p.causal) return 0;
-    return static_cast<int>(((static_cast<int64_t>(y) + 1) * p.block_k + p.block_q - 1) /
-                            p.block_q);
-  }
   // Calls f(turn, pass, first of the other side's blocks).
   template <class F>
   __device__ __forceinline__ void for_turns(const F& f) const {
@@ -173,12 +159,7 @@ struct CoarseTile {
     for (int pass = 0; r < present && pass < passes(); ++pass) {
       const int64_t head = static_cast<int64_t>(b) * p.H + (kKeys ? h * group + pass : h);
       const List list = list_of(kKeys ? p.column_lists : p.row_lists, head, own0 + r);
-      uint32_t* bits = selected + (r * passes() + pass) * words;
-#pragma unroll 8
-      for (int e = threadIdx.x % 2; e < list.count; e += 2) {
-        const unsigned o = list.entries[e];
-        if (o < static_cast<unsigned>(others)) atomicOr(bits + o / 32, 1u << o % 32);
-      }
+      mark_list<2, 8>(selected + (r * passes() + pass) * words, list, threadIdx.x % 2, others);
     }
     group_sync();
   }
@@ -245,7 +226,7 @@ __device__ __forceinline__ void attend_others(const CoarseTile<kKeys>& at,
     own_shift[half] = kKeys ? log2_approx(static_cast<float>(count_of(r)))
                             : -log2_of_lse(there ? p.lse[at.own_at + r] : INFINITY);
     own_delta[half] = there && !kKeys ? p.delta[at.own_at + r] : 0.f;
-    limit[half] = kKeys ? at.start_of(i) : min(at.others, at.end_of(i));
+    limit[half] = kKeys ? start_of(p, i) : min(at.others, end_of(p, i));
   }
   at.mark_selected(s.selected);
 
