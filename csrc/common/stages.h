@@ -248,10 +248,11 @@ struct FineBackward {
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
   // Order1Grads.moment_grads, and the means that they are of; beside and held of these.
+  // fine_backward drops held once nothing that it launches can run beside the reader any more.
   Tensor moment_grads{};
   const PooledInputs* means = nullptr;
   bool beside = false;
-  Tensor held{};
+  mutable Tensor held{};
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc
   // With weighted means, for what Stages.centred_grads would do where it is null.

@@ -226,6 +226,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   Tensor pooled_delta = levels && !cells ? back.delta : back.coarse_delta;
   if (pooled_delta.dim() == 4) pooled_delta = pooled_delta.select(0, -1);
   const RowSums sums(p, back, pooled_delta, keys.row_bias, columns, levels, launch);
+  back.held.reset();
 
   // Gradients that come from elsewhere lie as these do: the rest is added.
   const Grads g{back.query_extra.defined() ? back.query_extra : empty_query_grad(in),
