@@ -11,11 +11,14 @@
 namespace mra::cuda::sm90 {
 
 // Measured choices (docs/kernels.md): places for rows and for keys, blocks of threads a
-// multiprocessor.
+// multiprocessor, warpgroups of each that attend tiles of rows of their own, and the registers of
+// their threads and of those that fetch.
 template <int DP>
 struct BackwardRowsTraits {
-  static constexpr int kPlaces = DP == 64 ? 2 : 1, kStages = DP == 64 ? 4 : 2;
-  static constexpr int kBlocks = 2, kThreads = 256;
+  static constexpr int kPlaces = DP == 64 ? 2 : 1, kStages = 2;
+  static constexpr int kBlocks = DP == 64 ? 1 : 2, kGroups = DP == 64 ? 3 : 1;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kTaken = DP == 64 ? 144 : 200, kGiven = DP == 64 ? 80 : 56;
 };
 
 template <int DP>
@@ -28,27 +31,32 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardRowsShared<DP>;
   constexpr int kKeys = 64, kStages = BackwardRowsTraits<DP>::kStages,
-                kPlaces = BackwardRowsTraits<DP>::kPlaces;
+                kPlaces = BackwardRowsTraits<DP>::kPlaces,
+                kGroups = BackwardRowsTraits<DP>::kGroups;
   extern __shared__ char raw[];
-  Shared& s = aligned<Shared>(raw);
+  // A warpgroup and the warp that fetches for it.
+  const int fetching = warp_index() - 4 * kGroups;
+  const int group = kGroups == 1 ? 0 : fetching >= 0 ? fetching % kGroups : warp_index() / 4;
+  Shared& s = aligned<Shared>(raw + group * static_cast<int>(shared_pitch<Shared>(p)));
   auto& ring = s.ring;
 
   // The only place for rows is given back with the last scores; their gradient then leaves through
   // the place of the last values.
   constexpr bool kEarly = kPlaces == 1;
-  if (threadIdx.x == 0) s.init();
+  const bool first_thread = threadIdx.x % 128 == 0;
+  if (first_thread && fetching < 0) s.init();
   __syncthreads();
-  if (warp_index() >= 4) {
-    give_registers<DP == 64 ? 72 : 56>();
-    if (warp_index() == 4) {
-      s.fetch_ahead(p);
+  if (fetching >= 0) {
+    give_registers<BackwardRowsTraits<DP>::kGiven>();
+    if (fetching < kGroups) {
+      s.template fetch_ahead<kGroups>(p, group);
       let_next_start();
     }
     return;
   }
 
-  take_registers<DP == 64 ? 184 : 200>();
-  const int warp_row = 16 * warp_index(), g = threadIdx.x % 32 / 4;
+  take_registers<BackwardRowsTraits<DP>::kTaken>();
+  const int warp_row = 16 * (warp_index() % 4), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of keys before this tile of rows; tiles of rows
   bool owes = false;         // the place of the last values
 #pragma unroll 1
@@ -160,11 +168,11 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     // Out through the place of the queries (of the last values), once every warp is done with them.
     owes = kEarly && tiles > 0;
     auto& way_out = owes ? ring.v[(before - 1) % kStages] : s.q[place];
-    group_sync();
+    group_sync(group);
     place_rows<T>(way_out, acc);
     fence_for_copies();
-    group_sync();
-    if (threadIdx.x == 0) {
+    group_sync(group);
+    if (first_thread) {
       for (int i = 0; i < DP / 64; ++i) {
         give_panel(p.add, p.grad_q_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
@@ -172,7 +180,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     }
     if (kEarly && !owes) arrive_behind_stores(&s.rows_empty[0]);
   }
-  if (threadIdx.x == 0) store_wait();
+  if (first_thread) store_wait();
 #endif
 }
 
@@ -185,8 +193,9 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   BackwardRowsMaps p{params};
   const cudaError_t error = p.set_tiles(kDtype<T>, 64, 64);
   if (error != cudaSuccess) return error;
-  return launch_tiles<BackwardRowsShared<DP>, BackwardRowsTraits<DP>>(backward_rows_kernel<T, DP>,
-                                                                      p, device, stream);
+  using Traits = BackwardRowsTraits<DP>;
+  return launch_tiles<BackwardRowsShared<DP>, Traits, Traits::kGroups>(backward_rows_kernel<T, DP>,
+                                                                       p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

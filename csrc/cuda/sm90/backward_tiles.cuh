@@ -4,7 +4,7 @@
 #pragma once
 
 #include "backward.h"
-#include "keys.cuh"
+#include "key_producer.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -80,9 +80,10 @@ struct BackwardRowsTiles {
                 p.coarse_sum + head * p.rows + at.first_row + row, at.rows - row);
   }
 
-  // By one warp.
-  __device__ void fetch_ahead(const BackwardRowsMaps& p) {
-    KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
+  // By one warp, of kParties in a block of threads.
+  template <int kParties = 1>
+  __device__ void fetch_ahead(const BackwardRowsMaps& p, int party = 0) {
+    KeyProducer<DP, decltype(ring), kParties> producer(p, p, ring, bitmap, party);
     const auto fetch_rows = [&](const auto& at, int turn) {
       const int place = turn % kPlaces;
       uint64_t* full = &rows_full[place];

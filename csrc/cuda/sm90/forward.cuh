@@ -90,30 +90,34 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
                   p.D);
     float c[kKeys / 8][4];
     uint32_t weights[kKeys / 16][4];
-    auto start_scores = [&](int tile, auto& c) {
-      const int stage = (before + tile) % kStages;
-      barrier_wait(&ring.k_full[stage], (before + tile) / kStages & 1);
+    using Place = RingPlace<kStages>;
+    const auto place_of = [&](int tile) { return Place(before + tile); };
+    auto start_scores = [&](const Place& at, auto& c, bool there = false) {
+      const int stage = at.stage;
+      barrier_wait(&ring.k_full[stage], at.phase, there);
       pin(c);
       wgmma_fence();
       multiply_nt<T>(c, q[slot], ring.k[stage]);
       wgmma_commit();
     };
-    auto start_values = [&](int tile, const auto& weights) {
-      const int stage = (before + tile) % kStages;
-      barrier_wait(&ring.v_full[stage], (before + tile) / kStages & 1);
+    auto start_values = [&](const Place& at, const auto& weights, bool there = false) {
+      const int stage = at.stage;
+      barrier_wait(&ring.v_full[stage], at.phase, there);
       pin(softmax.acc);
       wgmma_fence();
       multiply_pn<T>(softmax.acc, weights, ring.v[stage]);
       wgmma_commit();
     };
+    const auto none = [] {};
     // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh.
-    auto weigh = [&](int tile, auto& c, float(&factor)[2]) {
-      const int stage = (before + tile) % kStages;
+    auto weigh = [&](int tile, int stage, int plain, auto& c, float(&factor)[2],
+                     const auto& ask) {
       float scale = p.scale * kLog2e;
-      if (!ring.plain[stage]) {
+      if (!plain) {
         ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
+      ask();
       barrier_arrive(&ring.k_empty[stage]);
       const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles)
@@ -130,13 +134,13 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
       // Half of a tile, before the others.
       float few[kKeys / 16][4], factor[2];
       uint32_t weights[kKeys / 32][4];
-      start_scores(0, few);
+      start_scores(place_of(0), few);
       give_back();
       wgmma_wait<0>();
       pin(few);
-      if (weigh(0, few, factor)) softmax.rescale(factor);
+      if (weigh(0, before % kStages, ring.plain[before % kStages], few, factor, none)) softmax.rescale(factor);
       pack<T>(weights, few);
-      start_values(0, weights);
+      start_values(place_of(0), weights);
       wgmma_wait<0>();
       pin(softmax.acc);
       barrier_arrive(&ring.v_empty[before % kStages]);
@@ -149,45 +153,57 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
       for (int tile = 0; tile < tiles; ++tile) {
         const bool last = tile + 1 == tiles;
         float factor[2];
-        start_scores(tile, c);
+        start_scores(place_of(tile), c);
         if (tile == 0) give_back();
         wgmma_wait<0>();
         pin(c);
-        const bool grown = weigh(tile, c, factor);
+        const bool grown = weigh(tile, (before + tile) % kStages, ring.plain[(before + tile) % kStages], c, factor, none);
         if (last) barrier_arrive(&s.q_empty[slot]);
         if (grown) softmax.rescale(factor);
         pack<T>(weights, c);
-        start_values(tile, weights);
+        start_values(place_of(tile), weights);
         wgmma_wait<0>();
         pin(softmax.acc);
         if (!last) barrier_arrive(&ring.v_empty[(before + tile) % kStages]);
       }
     } else if (tiles > first) {
       float factor[2];
-      start_scores(first, c);
+      Place values = place_of(first);
+      start_scores(values, c);
       if (first == 0) give_back();
       wgmma_wait<0>();
       pin(c);
-      if (weigh(first, c, factor)) softmax.rescale(factor);
+      if (weigh(first, values.stage, ring.plain[values.stage], c, factor, none)) softmax.rescale(factor);
       pack<T>(weights, c);
+      Place keys = place_of(first + 1);
+      bool keys_there = false, values_there = false;
       // The softmax of a tile runs beside the values of the one before.
 #pragma unroll 1
       for (int tile = first + 1; tile < tiles; ++tile) {
-        start_scores(tile, c);
-        start_values(tile - 1, weights);
+        start_scores(keys, c, keys_there);
+        const int plain = ring.plain[keys.stage];  // on its way beside the products
+        start_values(values, weights, values_there);
         wgmma_wait<1>();
         pin(c);
-        const bool grown = weigh(tile, c, factor);
+        Place next;
+        const bool grown = weigh(tile, keys.stage, plain, c, factor, [&] {
+          next = place_of(tile + 1);
+          asm volatile("" : "+r"(next.stage), "+r"(next.phase));
+          keys_there = barrier_passed(&ring.k_full[next.stage], next.phase);
+          values_there = barrier_passed(&ring.v_full[keys.stage], keys.phase);
+        });
         wgmma_wait<0>();
         pin(softmax.acc);
-        barrier_arrive(&ring.v_empty[(before + tile - 1) % kStages]);
+        barrier_arrive(&ring.v_empty[values.stage]);
         if (grown) softmax.rescale(factor);
         pack<T>(weights, c);
+        values = keys;
+        keys = next;
       }
-      start_values(tiles - 1, weights);
+      start_values(values, weights);
       wgmma_wait<0>();
       pin(softmax.acc);
-      barrier_arrive(&ring.v_empty[(before + tiles - 1) % kStages]);
+      barrier_arrive(&ring.v_empty[values.stage]);
     }
     before += tiles;
     float share[2];

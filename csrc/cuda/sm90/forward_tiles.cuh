@@ -3,7 +3,7 @@
 #pragma once
 
 #include "forward.h"
-#include "keys.cuh"
+#include "key_producer.cuh"
 
 namespace mra::cuda::sm90 {
 

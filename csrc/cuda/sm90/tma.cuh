@@ -73,6 +73,38 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
+// Whether it has come that far already: for barrier_wait, which then doesn't ask again. What is
+// asked early is not waited for.
+__device__ __forceinline__ bool barrier_passed(uint64_t* barrier, int parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(passed)
+      : "r"(smem_address(barrier)), "r"(parity)
+      : "memory");
+  return passed;
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity, bool passed) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p bra done;\nwait:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\nbra wait;\ndone:\n}" ::"r"(smem_address(barrier)),
+      "r"(parity), "r"(static_cast<int>(passed))
+      : "memory");
+}
+
+// One of a ring's kStages places, and how often the ring has gone round, as a parity: that of the
+// `count`th tile in it.
+template <int kStages>
+struct RingPlace {
+  int stage, phase;
+
+  RingPlace() = default;
+  __device__ __forceinline__ explicit RingPlace(int count)
+      : stage(count % kStages), phase(count / kStages & 1) {}
+};
+
 // What a map's copies take, from column d and row l on of head h of batch b; zeros outside of the
 // tensor.
 __device__ __forceinline__ void copy_panel(void* to, const CUtensorMap& map, uint64_t* barrier,

@@ -14,11 +14,14 @@ namespace mra::cuda::sm90 {
 // Matrix descriptor of a swizzled panel: `leading` is the distance in bytes between panels of
 // kColumns columns (read for operands stored with the product's inner dimension in rows only).
 template <int kColumns = 64>
-__device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 16) {
+__device__ __forceinline__ uint64_t descriptor(const void* panel, int leading = 16,
+                                               uint32_t more = 0) {
   constexpr uint64_t kSwizzle = (kColumns == 64 ? 1ull : 2ull) << 62;
   constexpr uint64_t kEightRows = 16 * kColumns >> 4;
-  return kSwizzle | kEightRows << 32 | static_cast<uint64_t>(leading >> 4) << 16 |
-         ((smem_address(panel) & 0x3ffff) >> 4);
+  // Put together from two words, so that what is added stays in the first.
+  const uint32_t low =
+      (smem_address(panel) >> 4) + (static_cast<uint32_t>(leading >> 4) << 16) + more;
+  return kSwizzle | kEightRows << 32 | low;
 }
 
 // The same value in every lane: tells the compiler so, which keeps what derives from it,
@@ -121,7 +124,7 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
     Wgmma<T, 8 * kTiles>::template multiply<false, false>(
-        c, descriptor(a[i / 4]) + 2 * (i % 4), descriptor(b[i / 4]) + 2 * (i % 4), add || i > 0);
+        c, descriptor(a[i / 4], 16, 2 * (i % 4)), descriptor(b[i / 4], 16, 2 * (i % 4)), add || i > 0);
   }
 }
 
@@ -138,7 +141,7 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
 #pragma unroll
     for (int i = 0; i < kPanels; i += kEach) {
       auto& part = *reinterpret_cast<float(*)[kTiles][4]>(&acc[8 * i]);
-      Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], kRows * 128) + 128 * j);
+      Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], kRows * 128, 128 * j));
     }
   }
 }
