@@ -44,6 +44,11 @@ struct BackwardColumnsMaps : BackwardParams {
     items = static_cast<int>(tiles);
     return cudaSuccess;
   }
+  // Of threads.
+  template <class Traits>
+  int blocks(const Device& device) const {
+    return std::min(items, Traits::kBlocks * device.sms);
+  }
 };
 
 // A tile of 64 keys of one block, and how many tiles of rows attend it; below zero: the end.
@@ -86,9 +91,9 @@ __device__ void fetch_tile(const BackwardColumnsMaps& p, BackwardColumnsShared<D
   copy_bytes(s.blocks[turn % 2][1], p.v_block + from, bytes, &s.keys_full[place]);
 }
 
-// Run by one warp: the rows of tiles of keys, head by head.
-template <class Maps, class Shared>
-__device__ void fetch_ahead(const Maps& p, Shared& s) {
+// Run by one warp, of kTeams in a block of threads: the rows of tiles of keys, head by head.
+template <int kTeams, class Maps, class Shared>
+__device__ void fetch_ahead(const Maps& p, Shared& s, int team) {
   constexpr int kStages = Shared::kStages, kPlaces = Shared::kPlaces;
   const int lane = threadIdx.x % 32;
   int fetched = 0;  // tiles of rows
@@ -100,7 +105,7 @@ __device__ void fetch_ahead(const Maps& p, Shared& s) {
     const int i = 64 * tile + p.run * lane >> p.log2_rows;
     return p.run * lane < 64 && i < list.count ? list.entries[i] : -1;
   };
-  ColumnTiles<BackwardColumnsMaps, KeyTile> keys(p, s.places);
+  ColumnTiles<BackwardColumnsMaps, KeyTile, kTeams> keys(p, s.places, team);
   List list = keys.first_of_first();
   int block = block_of(list, 0);  // of the next tile of rows
 #pragma unroll 1
@@ -154,28 +159,40 @@ __device__ void fetch_ahead(const Maps& p, Shared& s) {
   barrier_arrive(&s.keys_full[turn % kPlaces]);
 }
 
+// Measured choices (docs/kernels.md): blocks of threads a multiprocessor, warpgroups of each that
+// attend tiles of keys of their own, registers of their threads and of those that fetch.
+template <int DP>
+struct BackwardColumnsTraits {
+  static constexpr int kBlocks = DP == 64 ? 1 : 2, kTeams = DP == 64 ? 3 : 1;
+  static constexpr int kThreads = 128 * (kTeams + 1);
+  static constexpr int kTaken = DP == 64 ? 160 : 224, kGiven = 32;
+};
+
 template <typename T, int DP>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(BackwardColumnsTraits<DP>::kThreads,
+                                  BackwardColumnsTraits<DP>::kBlocks)
     backward_columns_kernel(const __grid_constant__ BackwardColumnsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardColumnsShared<DP>;
-  constexpr int kPlaces = Shared::kPlaces;
+  using Traits = BackwardColumnsTraits<DP>;
+  constexpr int kPlaces = Shared::kPlaces, kTeams = Traits::kTeams;
   extern __shared__ char raw[];
-  Shared& s = aligned<Shared>(raw);
+  const Team<kTeams> team;
+  Shared& s = aligned<Shared>(raw + team.index * team_pitch<Shared>());
 
-  if (threadIdx.x == 0) {
+  if (team.first_thread()) {
     s.init();
     barrier_init_done();
   }
   __syncthreads();
-  if (warp_index() >= 4) {
-    give_registers<DP == 64 ? 56 : 32>();
-    if (warp_index() == 4) fetch_ahead(p, s);
+  if (!team.attends()) {
+    give_registers<Traits::kGiven>();
+    if (team.fetches()) fetch_ahead<kTeams>(p, s, team.index);
     return;
   }
-  take_registers<DP == 64 ? 200 : 224>();
+  take_registers<Traits::kTaken>();
 
-  const int key = 16 * warp_index(), g = threadIdx.x % 32 / 4;
+  const int key = 16 * (warp_index() % 4), g = threadIdx.x % 32 / 4;
   int before = 0, turn = 0;  // tiles of rows before this tile of keys; tiles of keys
   bool owes = false;         // the place of the last rows
 #pragma unroll 1
@@ -213,12 +230,12 @@ __global__ void __launch_bounds__(256, 2)
     const int stage = (before - 1) % Shared::kStages;
     auto& k_out = owes ? s.q[stage] : s.k[place];
     auto& v_out = owes ? s.grad_out[stage] : s.v[place];
-    group_sync();
+    team.sync();
     place_rows_by_pairs<T>(k_out, dk);
     place_rows_by_pairs<T>(v_out, dv);
     fence_for_copies();
-    group_sync();
-    if (threadIdx.x == 0) {
+    team.sync();
+    if (team.first_thread()) {
       for (int i = 0; i < DP / 64; ++i) {
         give_panel(p.add, p.grad_k_map, k_out[i], 64 * i, at.first_key, at.hk, at.b);
         give_panel(p.add, p.grad_v_map, v_out[i], 64 * i, at.first_key, at.hk, at.b);
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(256, 2)
     }
     if (Shared::kEarly && !owes) arrive_behind_stores(&s.keys_empty[place]);
   }
-  if (threadIdx.x == 0) store_wait();
+  if (team.first_thread()) store_wait();
   if (blockIdx.x == 0) wait_for_previous();
 #endif
 }
@@ -238,11 +255,11 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   BackwardColumnsMaps p{params};
   const cudaError_t error = p.set(kDtype<T>);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, 2 * device.sms);
-  return launch_grid(backward_columns_kernel<T, DP>, blocks, 256, bytes, stream, Beside{p.beside},
-                     p);
+  using Traits = BackwardColumnsTraits<DP>;
+  constexpr size_t kBytes = team_bytes<BackwardColumnsShared<DP>, Traits::kTeams>();
+  if (kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  return launch_grid(backward_columns_kernel<T, DP>, p.blocks<Traits>(device), Traits::kThreads,
+                     kBytes, stream, Beside{p.beside}, p);
 }
 
 }  // namespace mra::cuda::sm90

@@ -82,6 +82,34 @@ __device__ void fetch_tile(const ColumnsOrder1Maps& p, ColumnsOrder1Shared<kWeig
   }
 }
 
+// The gradients `through` of log weights in those of a thread's keys, and what the centre gets.
+__device__ __forceinline__ void add_through(float (&dk)[8][4], const ColumnsOrder1Maps& p,
+                                            ColumnsOrder1Shared<true>& s, int place,
+                                            const float (&through)[2], const bool (&live)[2]) {
+  using T = __nv_bfloat16;
+  const int warp = warp_index() % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float of_centre[2][8];  // of the columns 8 n + 2 t and behind
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const bool there = 8 * n + 2 * t < p.D;
+    const float2 centre = there ? load_pair(s.centre[place] + 8 * n + 2 * t) : float2{};
+    of_centre[0][n] = of_centre[1][n] = 0.f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (live[half]) {
+        dk[n][2 * half] = fmaf(through[half], centre.x, dk[n][2 * half]);
+        dk[n][2 * half + 1] = fmaf(through[half], centre.y, dk[n][2 * half + 1]);
+      }
+      const int r = 16 * warp + g + 8 * half, at = (n ^ g) * 8 + 2 * t;
+      const float2 kappa = unpack2(*reinterpret_cast<const uint32_t*>(&s.k[place][0][r][at]), T{});
+      of_centre[0][n] = fmaf(through[half], kappa.x, of_centre[0][n]);
+      of_centre[1][n] = fmaf(through[half], kappa.y, of_centre[1][n]);
+    }
+  }
+  *reinterpret_cast<float2*>(&s.centre_parts[warp][8 * g + 2 * t]) =
+      make_float2(reduce_scatter(of_centre[0]), reduce_scatter(of_centre[1]));
+}
+
 // To what the keys at `place` have from their rows, dk less the factor p.scale and dv, adds order 1
 // and what their block shares. dC and dSigma lie at `stage`. With weights, where shares and
 // deviations count by these, also what comes through them; what the centre gets of each warp's keys
@@ -92,104 +120,109 @@ __device__ __forceinline__ void add_order1(float (&dk)[8][4], float (&dv)[8][4],
                                            ColumnsOrder1Shared<kWeighted>& s, int place, int stage,
                                            float mass_grad) {
   using T = __nv_bfloat16;
-  const int warp = warp_index(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  group_sync();  // every warp's scores are done
+  using Team = sm90::Team<BackwardColumnsTraits<64>::kTeams>;
+  const int warp = warp_index() % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  Team::sync();  // every warp's scores are done
   take_means<1, false>(s, place, warp, s.means[place], p.D);
   fence_for_copies();  // products read shared memory as copies do
-  group_sync();
-  float of_key[8][4], of_value[8][4];
-  pin(of_key);
-  pin(of_value);
-  wgmma_fence();
-  multiply_matrix<T, false>(of_value, s.k[place], s.q[stage], 0, false);
-  multiply_matrix<T, false>(of_key, s.k[place], s.grad_out[stage], 0, false);
-  multiply_matrix<T, true>(of_key, s.v[place], s.q[stage], 0, true);
-  wgmma_commit();
-  wgmma_wait<0>();
-  pin(of_key);
-  pin(of_value);
-  barrier_arrive(&s.empty[stage]);
-
+  Team::sync();
   const bool shares = p.k_block != nullptr;
   const float* const share = s.blocks[place][0] + 2 * t;
   const float* const value_share = s.blocks[place][1] + 2 * t;
-  const uint32_t valid[2] = {s.valid[place][0], s.valid[place][1]};
-  const int count = __popc(valid[0]) + __popc(valid[1]);
-  float through[2] = {};  // gradients of log weights
-  if constexpr (kWeighted) {
-    const WeightsBackward<1, 8, 1> weights{s.k[place], s.v[place], s.weight[place], s.totals,
-                                           count,      share,      value_share,     p.D};
-    weights.run(through, of_key, of_value, mass_grad, p.scale, [] { group_sync(); });
-  } else {
-    group_sync();  // and their products with dC and dSigma
-  }
+  const int count = __popc(s.valid[place][0]) + __popc(s.valid[place][1]);
   float weight[2], factor[2];
   bool live[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = 16 * warp + g + 8 * half;
-    live[half] = valid[warp / 2] >> r % 32 & 1;
+    live[half] = s.valid[place][warp / 2] >> r % 32 & 1;
     weight[half] = kWeighted ? s.weight[place][r] : 1.f;
     factor[half] = kWeighted ? weight[half] * static_cast<float>(count) : 1.f;
   }
-  float of_centre[2][8];  // of the columns 8 n + 2 t and behind
+  // To columns 8 n + 2 t and behind products with matrices, and shares u.
+  const auto add = [&](float(&to)[4], float scale, const float(&products)[4], const float2& u) {
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const bool there = shares && 8 * n + 2 * t < p.D;
-    const float2 u = there ? load_pair(share + 8 * n) : float2{};
-    const float2 w = there ? load_pair(value_share + 8 * n) : float2{};
-    float2 centre{};
-    if (kWeighted && 8 * n + 2 * t < p.D) centre = load_pair(s.centre[place] + 8 * n + 2 * t);
-    of_centre[0][n] = of_centre[1][n] = 0.f;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto add = [&](float& to, float scale, float product, float share, float rest) {
-        float sum = fmaf(to, scale, rest);
-        sum += kWeighted ? fmaf(factor[half], product, weight[half] * share) : product + share;
-        to = live[half] ? sum : 0.f;
-      };
-      const int e = 2 * half;
-      add(dk[n][e], p.scale, of_key[n][e], u.x, through[half] * centre.x);
-      add(dk[n][e + 1], p.scale, of_key[n][e + 1], u.y, through[half] * centre.y);
-      add(dv[n][e], 1.f, of_value[n][e], w.x, 0.f);
-      add(dv[n][e + 1], 1.f, of_value[n][e + 1], w.y, 0.f);
-      if constexpr (kWeighted) {
-        const int r = 16 * warp + g + 8 * half, at = (n ^ g) * 8 + 2 * t;
-        const float2 kappa =
-            unpack2(*reinterpret_cast<const uint32_t*>(&s.k[place][0][r][at]), T{});
-        of_centre[0][n] = fmaf(through[half], kappa.x, of_centre[0][n]);
-        of_centre[1][n] = fmaf(through[half], kappa.y, of_centre[1][n]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const float share = i % 2 ? u.y : u.x;
+      const float more =
+          kWeighted ? fmaf(factor[i / 2], products[i], weight[i / 2] * share) : products[i] + share;
+      to[i] = live[i / 2] ? fmaf(to[i], scale, more) : 0.f;
     }
-  }
-  if constexpr (kWeighted) {
-    *reinterpret_cast<float2*>(&s.centre_parts[warp][8 * g + 2 * t]) =
-        make_float2(reduce_scatter(of_centre[0]), reduce_scatter(of_centre[1]));
+  };
+  const auto start = [](float(&x)[8][4], const auto& multiply) {
+    pin(x);
+    wgmma_fence();
+    multiply(x);
+    wgmma_commit();
+  };
+  const auto of_keys = [&](float(&x)[8][4]) {
+    multiply_matrix<T, false>(x, s.k[place], s.grad_out[stage], 0, false);
+    multiply_matrix<T, true>(x, s.v[place], s.q[stage], 0, true);
+  };
+  const auto of_values = [&](float(&x)[8][4]) {
+    multiply_matrix<T, false>(x, s.k[place], s.q[stage], 0, false);
+  };
+  float x[8][4];
+  start(x, of_keys);
+  if constexpr (!kWeighted) {
+    float y[8][4];
+    start(y, of_values);
+    wgmma_wait<0>();
+    pin(x);
+    pin(y);
+    barrier_arrive(&s.empty[stage]);
+    Team::sync();  // and their products with dC and dSigma
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const bool there = shares && 8 * n + 2 * t < p.D;
+      add(dk[n], p.scale, x[n], there ? load_pair(share + 8 * n) : float2{});
+      add(dv[n], 1.f, y[n], there ? load_pair(value_share + 8 * n) : float2{});
+    }
+  } else {
+    // One after the other, in the same registers: others don't suffice for what is made of them.
+    WeightsBackward<1, 8, 1> weights{s.weight[place], s.totals, count, p.D};
+    wgmma_wait<0>();
+    pin(x);
+    weights.add(s.k[place], x, share,
+                [&](int n, const float2& u) { add(dk[n], p.scale, x[n], u); });
+    start(x, of_values);
+    wgmma_wait<0>();
+    pin(x);
+    barrier_arrive(&s.empty[stage]);
+    weights.add(s.v[place], x, value_share,
+                [&](int n, const float2& u) { add(dv[n], 1.f, x[n], u); });
+    float through[2];  // gradients of log weights
+    weights.finish(through, mass_grad, p.scale, [] { Team::sync(); });
+    add_through(dk, p, s, place, through, live);
   }
 }
 
 template <bool kWeighted>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(BackwardColumnsTraits<64>::kThreads,
+                                  BackwardColumnsTraits<64>::kBlocks)
     backward_columns_order1_kernel(const __grid_constant__ ColumnsOrder1Maps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
   using Shared = ColumnsOrder1Shared<kWeighted>;
-  constexpr int kPlaces = Shared::kPlaces, kStages = Shared::kStages;
+  using Traits = BackwardColumnsTraits<64>;
+  constexpr int kPlaces = Shared::kPlaces, kStages = Shared::kStages, kTeams = Traits::kTeams;
   static_assert(kPlaces == 2 && !Shared::kEarly);
   extern __shared__ char raw[];
-  Shared& s = aligned<Shared>(raw);
+  using Team = sm90::Team<kTeams>;
+  const Team team;
+  Shared& s = aligned<Shared>(raw + team.index * team_pitch<Shared>());
 
-  if (threadIdx.x == 0) {
+  if (team.first_thread()) {
     s.init();
     barrier_init_done();
   }
   __syncthreads();
-  if (warp_index() >= 4) {
-    give_registers<56>();
-    if (warp_index() == 4) fetch_ahead(p, s);
+  if (!team.attends()) {
+    give_registers<Traits::kGiven>();
+    if (team.fetches()) fetch_ahead<kTeams>(p, s, team.index);
     return;
   }
-  take_registers<200>();
+  take_registers<Traits::kTaken>();
 
   int before = 0, turn = 0;  // tiles of rows before this tile of keys; tiles of keys
 #pragma unroll 1
@@ -200,9 +233,10 @@ __global__ void __launch_bounds__(256, 2)
     const KeyTile& at = s.tile[place];
     const int tiles = uniform(at.tiles);
     if (tiles < 0) break;
-    const int64_t block = (static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.list(p);
-    float mass_grad = 0.f;
-    if constexpr (kWeighted) mass_grad = p.of.mass_grad[block];
+    // Of all heads; found again where it is needed again.
+    const auto block = [&] {
+      return (static_cast<int64_t>(at.b) * p.Hk + at.hk) * p.nk + at.list(p);
+    };
     // Once the gradients of the tile before have left, the place that they took.
     if (turn > 0) arrive_behind_stores(&s.keys_empty[(turn - 1) % kPlaces]);
     const float none[2] = {};
@@ -212,24 +246,25 @@ __global__ void __launch_bounds__(256, 2)
     const int stage = uniform(before % kStages);
     barrier_wait(&s.full[stage], before / kStages & 1);
     ++before;
-    add_order1<kWeighted>(dk, dv, p, s, place, stage, mass_grad);
+    add_order1<kWeighted>(dk, dv, p, s, place, stage, kWeighted ? p.of.mass_grad[block()] : 0.f);
     place_rows_by_pairs<T>(s.k[place], dk);
     place_rows_by_pairs<T>(s.v[place], dv);
     fence_for_copies();
-    group_sync();
-    if (threadIdx.x == 0) {
+    Team::sync();
+    const int thread = Team::thread();
+    if (thread == 0) {
       store_panel(p.grad_k_map, s.k[place][0], 0, at.first_key, at.hk, at.b);
       store_panel(p.grad_v_map, s.v[place][0], 0, at.first_key, at.hk, at.b);
       store_commit();
     }
-    if (kWeighted && threadIdx.x < p.D) {
+    if (kWeighted && thread < p.D) {
       float sum = 0.f;
 #pragma unroll
-      for (int warp = 0; warp < 4; ++warp) sum += s.centre_parts[warp][threadIdx.x];
-      p.of.centre_grads[block * p.D + threadIdx.x] = sum;
+      for (int warp = 0; warp < 4; ++warp) sum += s.centre_parts[warp][thread];
+      p.of.centre_grads[block() * p.D + thread] = sum;
     }
   }
-  if (threadIdx.x == 0) store_wait();
+  if (Team::thread() == 0) store_wait();
   if (blockIdx.x == 0) wait_for_previous();
 #endif
 }
@@ -247,12 +282,12 @@ cudaError_t launch_backward_columns_order1(const ColumnsOrder1& params, const De
     return cudaErrorNotSupported;
   }
   const auto launch = [&](auto weighted) {
-    const size_t bytes = sizeof(ColumnsOrder1Shared<weighted()>) + 1024;
-    static_assert(2 * (sizeof(ColumnsOrder1Shared<weighted()>) + 2048) <= 228 * 1024);
-    if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-    const int blocks = std::min(p.items, 2 * device.sms);
-    return launch_grid(backward_columns_order1_kernel<weighted()>, blocks, 256, bytes, stream,
-                       Beside{p.beside}, p);
+    using Traits = BackwardColumnsTraits<DP>;
+    constexpr size_t kBytes = team_bytes<ColumnsOrder1Shared<weighted()>, Traits::kTeams>();
+    static_assert(kBytes <= 227 * 1024);
+    if (kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+    return launch_grid(backward_columns_order1_kernel<weighted()>, p.blocks<Traits>(device),
+                       Traits::kThreads, kBytes, stream, Beside{p.beside}, p);
   };
   return p.of.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
   if (warp_index() >= 8) {
     give_registers<56>();
-    if (warp_index() == 8) fetch_ahead(p, s);
+    if (warp_index() == 8) fetch_ahead<1>(p, s, 0);
     return;
   }
   take_registers<224>();

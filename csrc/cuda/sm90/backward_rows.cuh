@@ -16,9 +16,9 @@ namespace mra::cuda::sm90 {
 template <int DP>
 struct BackwardRowsTraits {
   static constexpr int kPlaces = DP == 64 ? 2 : 1, kStages = 2;
-  static constexpr int kBlocks = DP == 64 ? 1 : 2, kGroups = DP == 64 ? 3 : 1;
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kTaken = DP == 64 ? 144 : 200, kGiven = DP == 64 ? 80 : 56;
+  static constexpr int kBlocks = DP == 64 ? 1 : 2, kTeams = DP == 64 ? 3 : 1;
+  static constexpr int kThreads = 128 * (kTeams + 1);
+  static constexpr int kTaken = DP == 64 ? 144 : 192, kGiven = DP == 64 ? 80 : 64;
 };
 
 template <int DP>
@@ -31,25 +31,21 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Shared = BackwardRowsShared<DP>;
   constexpr int kKeys = 64, kStages = BackwardRowsTraits<DP>::kStages,
-                kPlaces = BackwardRowsTraits<DP>::kPlaces,
-                kGroups = BackwardRowsTraits<DP>::kGroups;
+                kPlaces = BackwardRowsTraits<DP>::kPlaces, kTeams = BackwardRowsTraits<DP>::kTeams;
   extern __shared__ char raw[];
-  // A warpgroup and the warp that fetches for it.
-  const int fetching = warp_index() - 4 * kGroups;
-  const int group = kGroups == 1 ? 0 : fetching >= 0 ? fetching % kGroups : warp_index() / 4;
-  Shared& s = aligned<Shared>(raw + group * static_cast<int>(shared_pitch<Shared>(p)));
+  const Team<kTeams> team;
+  Shared& s = aligned<Shared>(raw + team.index * team_pitch<Shared>(bitmap_bytes(p)));
   auto& ring = s.ring;
 
   // The only place for rows is given back with the last scores; their gradient then leaves through
   // the place of the last values.
   constexpr bool kEarly = kPlaces == 1;
-  const bool first_thread = threadIdx.x % 128 == 0;
-  if (first_thread && fetching < 0) s.init();
+  if (team.first_thread()) s.init();
   __syncthreads();
-  if (fetching >= 0) {
+  if (!team.attends()) {
     give_registers<BackwardRowsTraits<DP>::kGiven>();
-    if (fetching < kGroups) {
-      s.template fetch_ahead<kGroups>(p, group);
+    if (team.fetches()) {
+      s.template fetch_ahead<kTeams>(p, team.index);
       let_next_start();
     }
     return;
@@ -168,11 +164,11 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     // Out through the place of the queries (of the last values), once every warp is done with them.
     owes = kEarly && tiles > 0;
     auto& way_out = owes ? ring.v[(before - 1) % kStages] : s.q[place];
-    group_sync(group);
+    team.sync();
     place_rows<T>(way_out, acc);
     fence_for_copies();
-    group_sync(group);
-    if (first_thread) {
+    team.sync();
+    if (team.first_thread()) {
       for (int i = 0; i < DP / 64; ++i) {
         give_panel(p.add, p.grad_q_map, way_out[i], 64 * i, at.first_row, at.h, at.b);
       }
@@ -180,7 +176,7 @@ __global__ void __launch_bounds__(BackwardRowsTraits<DP>::kThreads, BackwardRows
     }
     if (kEarly && !owes) arrive_behind_stores(&s.rows_empty[0]);
   }
-  if (first_thread) store_wait();
+  if (team.first_thread()) store_wait();
 #endif
 }
 
@@ -194,8 +190,8 @@ cudaError_t launch_backward_rows(const BackwardParams& params, const Device& dev
   const cudaError_t error = p.set_tiles(kDtype<T>, 64, 64);
   if (error != cudaSuccess) return error;
   using Traits = BackwardRowsTraits<DP>;
-  return launch_tiles<BackwardRowsShared<DP>, Traits, Traits::kGroups>(backward_rows_kernel<T, DP>,
-                                                                       p, device, stream);
+  return launch_tiles<BackwardRowsShared<DP>, Traits, Traits::kTeams>(backward_rows_kernel<T, DP>,
+                                                                      p, device, stream);
 }
 
 }  // namespace mra::cuda::sm90

@@ -80,10 +80,11 @@ struct BackwardRowsTiles {
                 p.coarse_sum + head * p.rows + at.first_row + row, at.rows - row);
   }
 
-  // By one warp, of kParties in a block of threads.
-  template <int kParties = 1>
-  __device__ void fetch_ahead(const BackwardRowsMaps& p, int party = 0) {
-    KeyProducer<DP, decltype(ring), kParties> producer(p, p, ring, bitmap, party);
+  // By one warp, of kTeams in a block of threads.
+  template <int kTeams = 1>
+  __device__ void fetch_ahead(const BackwardRowsMaps& p, int team = 0) {
+    const WorkQueue<BackwardRowsMaps, kTeams> queue(p, team);
+    KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap, queue.first());
     const auto fetch_rows = [&](const auto& at, int turn) {
       const int place = turn % kPlaces;
       uint64_t* full = &rows_full[place];
@@ -117,7 +118,7 @@ struct BackwardRowsTiles {
       barrier_arrive(&rows_full[place]);
     };
     const auto nothing = [] {};
-    producer.template run_all<kPlaces>(p, fetch_rows, nothing, nothing, end);
+    producer.template run_all<kPlaces>(queue, fetch_rows, nothing, nothing, end);
   }
 };
 

@@ -11,16 +11,16 @@ namespace mra::cuda::sm90 {
 
 // Tile: the keys of an item, made from it; `tiles` of rows attend them. Items are taken in the
 // order p.order, or as they come where that is null.
-template <class Maps, class Tile>
+template <class Maps, class Tile, int kTeams = 1>
 struct ColumnTiles {
   const Maps& p;
   ListPlace (&places)[2][32];  // of the lists of this tile of keys and of the next
-  WorkQueue<Maps> queue;
+  WorkQueue<Maps, kTeams> queue;
   int turn = 0;
 
-  __device__ ColumnTiles(const Maps& p, ListPlace (&places)[2][32])
-      : p(p), places(places), queue(p) {
-    ask(tile_of(queue.item), 0);
+  __device__ ColumnTiles(const Maps& p, ListPlace (&places)[2][32], int team = 0)
+      : p(p), places(places), queue(p, team) {
+    ask(first(), 0);
     answered();
   }
 
@@ -45,9 +45,7 @@ struct ColumnTiles {
   __device__ __forceinline__ List list_of(const Tile& at, int i) const {
     return list_of(at, turn, i);
   }
-  __device__ __forceinline__ List first_of_first() const {
-    return list_of(tile_of(queue.item), 0, 0);
-  }
+  __device__ __forceinline__ List first_of_first() const { return list_of(first(), 0, 0); }
   __device__ __forceinline__ List first_of_next() const {
     answered();
     return list_of(next(), turn + 1, 0);
@@ -62,6 +60,8 @@ struct ColumnTiles {
                  : "l"(p.order), "l"(p.order + i));
     return Tile(p, item);
   }
+  // Of a team that comes too late, some tile.
+  __device__ __forceinline__ Tile first() const { return tile_of(queue.first()); }
   __device__ __forceinline__ Tile next() const {
     return tile_of(queue.has_next() ? queue.next : 0);
   }

@@ -6,6 +6,7 @@
 
 #include "../sm80/tile.cuh"
 #include "backward.h"
+#include "team.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
@@ -25,7 +26,7 @@ struct ColumnsShared {
   static constexpr bool kWide = DP > 128;
   static constexpr int kWarps = kWide ? 8 : 4;  // that multiply
   static constexpr int kPlaces = kKeyPlaces, kPanels = DP / 64;
-  static constexpr int kStages = DP == 192 ? 3 : DP > 64 ? 2 : kPlaces > 1 ? 4 : 3;
+  static constexpr int kStages = DP == 192 ? 3 : DP > 64 || kPlaces > 1 ? 2 : 3;
   // The only place for keys is given back with the last scores; their gradients then leave through
   // the place of the last rows.
   static constexpr bool kEarly = kPlaces == 1;
@@ -164,7 +165,7 @@ __device__ __forceinline__ void attend_rows(float (&dk)[DP / 8][4], float (&dv)[
                                             const OfRows& of_rows = {}) {
   constexpr int kStages = ColumnsShared<DP, kPlaces>::kStages;
   constexpr bool kEarly = !kPooled && ColumnsShared<DP, kPlaces>::kEarly;
-  const int key = 16 * warp_index() + threadIdx.x % 32 / 4;
+  const int key = 16 * (warp_index() % 4) + threadIdx.x % 32 / 4;
 #pragma unroll 1
   for (int tile = before; tile < before + tiles; ++tile) {
     const bool last = kEarly && tile + 1 == before + tiles;
@@ -238,8 +239,7 @@ __device__ __forceinline__ void attend_rows_wide(float (&sums)[DP / 8][4],
     barrier_wait(&s.full[stage], tile / kStages & 1);
     pin(c);
     wgmma_fence();
-    multiply_nt<T>(c, kValues ? s.k[place] : s.v[place],
-                       kValues ? s.q[stage] : s.grad_out[stage]);
+    multiply_nt<T>(c, kValues ? s.k[place] : s.v[place], kValues ? s.q[stage] : s.grad_out[stage]);
     wgmma_commit();
     if constexpr (kValues) {
       bias_towards<kPooled>(b, s, stage, key, bias);

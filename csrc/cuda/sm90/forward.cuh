@@ -92,33 +92,32 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
     uint32_t weights[kKeys / 16][4];
     using Place = RingPlace<kStages>;
     const auto place_of = [&](int tile) { return Place(before + tile); };
-    auto start_scores = [&](const Place& at, auto& c, bool there = false) {
-      const int stage = at.stage;
-      barrier_wait(&ring.k_full[stage], at.phase, there);
+    // there: what barrier_passed has said of the keys, or the values.
+    auto start_scores = [&](const Place& place, auto& c, bool there = false) {
+      barrier_wait(&ring.k_full[place.stage], place.phase, there);
       pin(c);
       wgmma_fence();
-      multiply_nt<T>(c, q[slot], ring.k[stage]);
+      multiply_nt<T>(c, q[slot], ring.k[place.stage]);
       wgmma_commit();
     };
-    auto start_values = [&](const Place& at, const auto& weights, bool there = false) {
-      const int stage = at.stage;
-      barrier_wait(&ring.v_full[stage], at.phase, there);
+    auto start_values = [&](const Place& place, const auto& weights, bool there = false) {
+      barrier_wait(&ring.v_full[place.stage], place.phase, there);
       pin(softmax.acc);
       wgmma_fence();
-      multiply_pn<T>(softmax.acc, weights, ring.v[stage]);
+      multiply_pn<T>(softmax.acc, weights, ring.v[place.stage]);
       wgmma_commit();
     };
-    const auto none = [] {};
-    // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh.
-    auto weigh = [&](int tile, int stage, int plain, auto& c, float(&factor)[2],
+    // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh. Calls ask() on the way.
+    const auto nothing = [] {};
+    auto weigh = [&](int tile, const Place& place, bool plain, auto& c, float(&factor)[2],
                      const auto& ask) {
       float scale = p.scale * kLog2e;
       if (!plain) {
-        ring.to_logits(c, stage, scale, p.causal, at.first_row + warp_row + g);
+        ring.to_logits(c, place.stage, scale, p.causal, at.first_row + warp_row + g);
         scale = 1.f;
       }
       ask();
-      barrier_arrive(&ring.k_empty[stage]);
+      barrier_arrive(&ring.k_empty[place.stage]);
       const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles)
         end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, warp_row);
@@ -134,16 +133,17 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
       // Half of a tile, before the others.
       float few[kKeys / 16][4], factor[2];
       uint32_t weights[kKeys / 32][4];
-      start_scores(place_of(0), few);
+      const Place place = place_of(0);
+      start_scores(place, few);
       give_back();
       wgmma_wait<0>();
       pin(few);
-      if (weigh(0, before % kStages, ring.plain[before % kStages], few, factor, none)) softmax.rescale(factor);
+      if (weigh(0, place, ring.plain[place.stage], few, factor, nothing)) softmax.rescale(factor);
       pack<T>(weights, few);
-      start_values(place_of(0), weights);
+      start_values(place, weights);
       wgmma_wait<0>();
       pin(softmax.acc);
-      barrier_arrive(&ring.v_empty[before % kStages]);
+      barrier_arrive(&ring.v_empty[place.stage]);
       first = 1;
     }
     if (tiles == 0) give_back();
@@ -152,19 +152,20 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         const bool last = tile + 1 == tiles;
+        const Place place = place_of(tile);
         float factor[2];
-        start_scores(place_of(tile), c);
+        start_scores(place, c);
         if (tile == 0) give_back();
         wgmma_wait<0>();
         pin(c);
-        const bool grown = weigh(tile, (before + tile) % kStages, ring.plain[(before + tile) % kStages], c, factor, none);
+        const bool grown = weigh(tile, place, ring.plain[place.stage], c, factor, nothing);
         if (last) barrier_arrive(&s.q_empty[slot]);
         if (grown) softmax.rescale(factor);
         pack<T>(weights, c);
-        start_values(place_of(tile), weights);
+        start_values(place, weights);
         wgmma_wait<0>();
         pin(softmax.acc);
-        if (!last) barrier_arrive(&ring.v_empty[(before + tile) % kStages]);
+        if (!last) barrier_arrive(&ring.v_empty[place.stage]);
       }
     } else if (tiles > first) {
       float factor[2];
@@ -173,7 +174,8 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
       if (first == 0) give_back();
       wgmma_wait<0>();
       pin(c);
-      if (weigh(first, values.stage, ring.plain[values.stage], c, factor, none)) softmax.rescale(factor);
+      if (weigh(first, values, ring.plain[values.stage], c, factor, nothing))
+        softmax.rescale(factor);
       pack<T>(weights, c);
       Place keys = place_of(first + 1);
       bool keys_there = false, values_there = false;
@@ -181,14 +183,14 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
 #pragma unroll 1
       for (int tile = first + 1; tile < tiles; ++tile) {
         start_scores(keys, c, keys_there);
-        const int plain = ring.plain[keys.stage];  // on its way beside the products
+        const bool plain = ring.plain[keys.stage];  // on its way beside the products
         start_values(values, weights, values_there);
         wgmma_wait<1>();
         pin(c);
         Place next;
-        const bool grown = weigh(tile, keys.stage, plain, c, factor, [&] {
+        const bool grown = weigh(tile, keys, plain, c, factor, [&] {
           next = place_of(tile + 1);
-          asm volatile("" : "+r"(next.stage), "+r"(next.phase));
+          next.settle();  // beside the softmax, not when the next turn needs it
           keys_there = barrier_passed(&ring.k_full[next.stage], next.phase);
           values_there = barrier_passed(&ring.v_full[keys.stage], keys.phase);
         });

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(ForwardShortTraits<DP>::kThreads, ForwardShort
   for (;; ++turn) {
     const int slot = turn % 2;
     barrier_wait(&s.q_full[slot], turn / 2 & 1);
-    const ForwardWork at = s.work[slot];
+    const ForwardWork& at = s.work[slot];  // read again, as registers are full
     if (at.rows == 0) break;
     typename Mma<T>::A q[kColumns / 16];
     load_rows<T>(q, s.q[0][slot], row, lane);

@@ -106,7 +106,8 @@ struct ForwardTiles {
   // By one warp.
   __device__ void fetch_ahead(const ForwardMaps& p) {
     const bool centred = kOrder1<DP> && p.centre != nullptr;
-    KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap);
+    const WorkQueue<ForwardMaps> queue(p);
+    KeyProducer<DP, decltype(ring)> producer(p, p, ring, bitmap, queue.first());
     const auto fetch_first = [&] {
       if (p.centre != nullptr) producer.fetch_sigma(p.moments_map);
     };
@@ -160,7 +161,7 @@ struct ForwardTiles {
       if (producer.lane == 0) work[slot].rows = 0;
       barrier_arrive(&q_full[slot]);
     };
-    producer.template run_all<kPlaces>(p, fetch_rows, fetch_first, fetch_last, end);
+    producer.template run_all<kPlaces>(queue, fetch_rows, fetch_first, fetch_last, end);
   }
 };
 

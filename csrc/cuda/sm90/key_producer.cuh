@@ -7,7 +7,7 @@
 namespace mra::cuda::sm90 {
 
 // Run by one warp.
-template <int DP, class Ring, int kParties = 1>
+template <int DP, class Ring>
 struct KeyProducer {
   static constexpr int kKeys = Ring::kKeys, kStages = Ring::kStages, kPanels = Ring::kPanels;
   using Rows = typename Ring::Rows;
@@ -16,7 +16,6 @@ struct KeyProducer {
   const KeyMaps& maps;
   Ring& s;
   uint32_t* bitmaps;  // [2][ceil(nk / 32)]: selected key blocks, with pooled keys only
-  const int party;    // of the kParties of a block of threads
   Rows at;
   // Its exact keys, in copies of run() of them, 32 copies a window. A lane has one of each window:
   // where its keys start (p.M: none, zeros from beyond the end), and its block in the window
@@ -24,19 +23,17 @@ struct KeyProducer {
   // masked.
   int first, behind;
   uint32_t whole;
-  int windows = 0;                 // before this one
   int turn = 0;                    // tiles of rows before this one
   int stage = 0, empty_phase = 1;  // the next place; at first every place is empty
   const int lane, log2_run;        // of the keys of one copy
 
   __device__ KeyProducer(const Problem& p, const KeyMaps& maps, Ring& s, uint32_t* bitmaps,
-                         int party = 0)
+                         unsigned item)
       : p(p),
         maps(maps),
         s(s),
         bitmaps(bitmaps),
-        party(party),
-        at(p, maps, WorkQueue<Problem, kParties>::first(party)),
+        at(p, maps, item),
         lane(threadIdx.x % 32),
         log2_run(min(p.log2_block_k, 6)) {}
 
@@ -50,21 +47,19 @@ struct KeyProducer {
     const int i = 32 * w + lane << log2_run >> p.log2_block_k;
     return i < list.count ? list.entries[i] : -1;
   }
-  // On to the window whose blocks are `block`.
-  __device__ void open_window(int block) {
+  // On to window `w`, whose blocks are `block`.
+  __device__ void open_window(int w, int block) {
     const bool valid = static_cast<unsigned>(block) < static_cast<unsigned>(p.nk);
     const int within = (lane << log2_run) & (p.block_k - 1);
     first = valid ? (block << p.log2_block_k) + within : p.M;
     const int last = first + run() - 1;
     whole = __ballot_sync(0xffffffffu,
                           last < p.M && (!p.causal || last <= at.first_row) && p.scale > 0.f);
-    behind = block_of(at.list, windows + 1);
+    behind = block_of(at.list, w + 1);
   }
   // Before what is asked of tile `tile`.
   __device__ void move_window(int tile) {
-    if (copy_of(tile) != 0) return;
-    ++windows;
-    open_window(behind);
+    if (copy_of(tile) == 0) open_window(tile * runs() / 32, behind);
   }
 
   __device__ uint32_t* bitmap(int turn) const { return bitmaps + turn % 2 * ((p.nk + 31) / 32); }
@@ -208,10 +203,9 @@ struct KeyProducer {
   // fetch_rows(tile, turn) fetches what belongs to a tile of rows alone into one of kPlaces places,
   // fetch_first() what comes before its keys in the ring, fetch_last() what comes behind them;
   // end(turn) tells the consumers that no tile follows.
-  template <int kPlaces, class Items, class FetchRows, class FetchFirst, class FetchLast, class End>
-  __device__ void run_all(const Items& items, FetchRows fetch_rows, FetchFirst fetch_first,
+  template <int kPlaces, class Queue, class FetchRows, class FetchFirst, class FetchLast, class End>
+  __device__ void run_all(Queue queue, FetchRows fetch_rows, FetchFirst fetch_first,
                           FetchLast fetch_last, End end) {
-    WorkQueue<Items, kParties> queue(items, party);
     if (!queue.has_item()) return end(0);
     at.settle(p);
     int block = block_of(at.list, 0);  // of the next tile of rows
@@ -221,8 +215,7 @@ struct KeyProducer {
     for (; queue.has_item(); queue.advance(), ++turn) {
       // On their way: counts of the next pooled tile, the mask of the next exact one.
       int counts[kKeys / 32], mask[kKeys / 32] = {1, 1};
-      windows = 0;
-      open_window(block);
+      open_window(0, block);
       look_up_counts(0, counts);
       if (p.key_mask != nullptr) look_up_mask(0, mask);
       const bool more = queue.has_next();

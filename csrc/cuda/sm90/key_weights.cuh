@@ -6,37 +6,42 @@
 namespace mra::cuda::sm90 {
 
 // Gradients of the log weights of two keys of this thread, `half` 0 and 1: pi_j (x_j - what the
-// block has of it), x_j in docs/algorithm.md, from their deviations, the products dk and dv of
-// these with dC and dSigma, and the block's shares. Of a product of two deviations each has a half.
+// block has of it), x_j in docs/algorithm.md, from their deviations, the products of these with dC
+// and dSigma, and the block's shares. Of a product of two deviations each has a half.
 template <int kBlocks, int kTiles, int kPanels>
 struct WeightsBackward {
-  const uint16_t (&kappa)[kPanels][64][64], (&nu)[kPanels][64][64];  // deviations
-  const float* weights;                                              // of the tile's keys
+  const float* weights;  // of the tile's keys
   float (&totals)[4];
-  int count;                       // keys of the block
-  const float *of_key, *of_value;  // shares of the block, from column 2 t on
+  int count;  // keys of the block
   int D;
+  float of_products[2] = {}, of_shares[2] = {};
 
-  template <class Sync>
-  __device__ __forceinline__ void run(float (&grad)[2], const float (&dk)[8 * kPanels][4],
-                                      const float (&dv)[8 * kPanels][4], float mass_grad,
-                                      float scale, const Sync& group_sync) const {
+  // Of keys, then of values, or the other way round: deviations x, their products with the
+  // matrices, and the block's shares, from column 2 t on. Calls read(n, shares) behind the last
+  // reading of products[n].
+  template <class Read>
+  __device__ __forceinline__ void add(const uint16_t (&x)[kPanels][64][64],
+                                      const float (&products)[8 * kPanels][4], const float* shares,
+                                      const Read& read) {
     const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float of_products[2] = {}, of_shares[2] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      const bool there = 8 * n + 2 * t < D;
-      const float2 u = there ? load_pair(of_key + 8 * n) : float2{};
-      const float2 w = there ? load_pair(of_value + 8 * n) : float2{};
+      const float2 u = 8 * n + 2 * t < D ? load_pair(shares + 8 * n) : float2{};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = 16 * warp + g + 8 * half, at = (n % 8 ^ g) * 8 + 2 * t;
-        const float2 k = pair_of(&kappa[n / 8][r][at]), v = pair_of(&nu[n / 8][r][at]);
-        of_products[half] += k.x * dk[n][2 * half] + k.y * dk[n][2 * half + 1] +
-                             v.x * dv[n][2 * half] + v.y * dv[n][2 * half + 1];
-        of_shares[half] += k.x * u.x + k.y * u.y + v.x * w.x + v.y * w.y;
+        const float2 k = pair_of(&x[n / 8][r][at]);
+        of_products[half] += k.x * products[n][2 * half] + k.y * products[n][2 * half + 1];
+        of_shares[half] += k.x * u.x + k.y * u.y;
       }
+      read(n, u);
     }
+  }
+  // Then.
+  template <class Sync>
+  __device__ __forceinline__ void finish(float (&grad)[2], float mass_grad, float scale,
+                                         const Sync& sync) const {
+    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4;
     const float half_count = 0.5f * static_cast<float>(count);
     float weight[2];
 #pragma unroll
@@ -50,7 +55,7 @@ struct WeightsBackward {
     for (int step = 4; step < 32; step *= 2) total += __shfl_xor_sync(kFullWarp, total, step);
     if constexpr (kBlocks < 4) {
       if (threadIdx.x % 32 == 0) totals[warp] = total;
-      group_sync();
+      sync();
       total = kBlocks == 1 ? totals[0] + totals[1] + totals[2] + totals[3]
                            : totals[warp / 2 * 2] + totals[warp / 2 * 2 + 1];
     }

@@ -11,7 +11,7 @@
 
 #include "../sm80/tile.cuh"
 #include "divisor.h"
-#include "tma.cuh"
+#include "team.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -38,23 +38,17 @@ struct KeyMaps {
 };
 
 // Bytes behind the shared memory of a kernel that reads pooled keys: see KeyProducer::bitmap.
-__host__ __device__ inline size_t bitmap_bytes(const Problem& p) {
-  return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * sizeof(uint32_t) : 0;
-}
-// From one Shared of a block of threads, with the bitmap behind it, to the next.
-template <class Shared>
-__host__ __device__ inline size_t shared_pitch(const Problem& p) {
-  return (sizeof(Shared) + bitmap_bytes(p) + 1023) & ~size_t{1023};
+__host__ __device__ inline int bitmap_bytes(const Problem& p) {
+  return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * 4 : 0;
 }
 
-// Launches persistent blocks of threads over the items of `p`, each with a Shared or with kParties.
-template <class Shared, class Traits, int kParties = 1, class Maps>
+// Launches persistent blocks of threads over the items of `p`, with a Shared for each of kTeams.
+template <class Shared, class Traits, int kTeams = 1, class Maps>
 cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& device,
                          cudaStream_t stream) {
-  const size_t bytes = 1024 + (kParties == 1 ? sizeof(Shared) + bitmap_bytes(p)
-                                             : kParties * shared_pitch<Shared>(p));
+  const size_t bytes = team_bytes<Shared, kTeams>(bitmap_bytes(p));
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min((p.items + kParties - 1) / kParties, Traits::kBlocks * device.sms);
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, p);
 }
 

@@ -172,9 +172,12 @@ __global__ void __launch_bounds__(Order1KeysTraits<DP, kBlocks, kWeighted>::kThr
       const int at = (y - (first + tile) * kBlocks) * p.D + 2 * t;
       share = s.shares[stage][0] + at;
       value_share = s.shares[stage][1] + at;
-      const WeightsBackward<kBlocks, kTiles, kPanels> weights{
-          x[0], x[1], keys.weight[stage], s.totals[group], count, share, value_share, p.D};
-      weights.run(through, dk, dv, mass_grad, p.scale, group_sync);
+      WeightsBackward<kBlocks, kTiles, kPanels> weights{keys.weight[stage], s.totals[group], count,
+                                                        p.D};
+      const auto nothing = [](int, const float2&) {};
+      weights.add(x[0], dk, share, nothing);
+      weights.add(x[1], dv, value_share, nothing);
+      weights.finish(through, mass_grad, p.scale, group_sync);
     }
     float weight[2], factor[2];
     bool live[2];

@@ -8,17 +8,19 @@ namespace mra::cuda::sm90 {
 // Two items for a start; the next ones go in order to whoever asks first. Asked for two items
 // ahead, so that no block of threads waits for an answer: of each item ask(), behind what else is
 // read for it, then advance(). By one warp. `p.queue` is a counter, at zero when the kernel starts,
-// `p.items` the number of items. kParties warps of a block of threads take items each for itself.
-template <class Params, int kParties = 1>
+// `p.items` the number of items. kTeams warps of a block of threads take items each for itself: few
+// items are spread over all blocks.
+template <class Params, int kTeams = 1>
 struct WorkQueue {
   const Params& p;
   unsigned item, next;
 
-  static __device__ __forceinline__ unsigned first(int party) {
-    return blockIdx.x * kParties + party;
+  __device__ __forceinline__ explicit WorkQueue(const Params& p, int team = 0)
+      : p(p), item(blockIdx.x + gridDim.x * team), next(item + gridDim.x * kTeams) {}
+  // The first item; another for a team that comes too late for one.
+  __device__ __forceinline__ unsigned first() const {
+    return kTeams == 1 ? item : min(item, p.items - 1u);
   }
-  __device__ __forceinline__ explicit WorkQueue(const Params& p, int party = 0)
-      : p(p), item(first(party)), next(first(party) + gridDim.x * kParties) {}
   __device__ __forceinline__ bool has_item() const { return item < p.items; }
   __device__ __forceinline__ bool has_next() const { return next < p.items; }
   // One lane asks. Not by atomicAdd: the compiler would make it one of all lanes, which share the
@@ -32,7 +34,7 @@ struct WorkQueue {
     unsigned blocks;  // read again each time: no register keeps it
     asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
     // By a reduction, whose result the compiler knows to be the same for all lanes.
-    next = 2 * kParties * blocks + __reduce_max_sync(0xffffffffu, answer);
+    next = 2 * kTeams * blocks + __reduce_max_sync(0xffffffffu, answer);
   }
 
  private:

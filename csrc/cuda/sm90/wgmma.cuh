@@ -123,8 +123,9 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kTiles][4],
   static_assert(8 * kTiles <= kRows);
 #pragma unroll
   for (int i = 0; i < 4 * kPanels; ++i) {
-    Wgmma<T, 8 * kTiles>::template multiply<false, false>(
-        c, descriptor(a[i / 4], 16, 2 * (i % 4)), descriptor(b[i / 4], 16, 2 * (i % 4)), add || i > 0);
+    Wgmma<T, 8 * kTiles>::template multiply<false, false>(c, descriptor(a[i / 4], 16, 2 * (i % 4)),
+                                                          descriptor(b[i / 4], 16, 2 * (i % 4)),
+                                                          add || i > 0);
   }
 }
 
