@@ -184,13 +184,13 @@ __global__ void __launch_bounds__(BackwardPooledTraits<DP>::kThreads,
   const PooledTile at(p);
   constexpr int kWarps = BackwardPooledTraits<DP>::kWarps;
   if (warp_index() >= kWarps) {
-    give_registers<32>();
+    give_registers<DP == 128 ? 24 : 32>();
     if (warp_index() == kWarps) fetch_rows<DP>(p, s, at);
     if (warp_index() == kWarps + 1) look_up_unseen<DP>(p, s, at);
     if (warp_index() == kWarps + 2 && p.coarse_sum != nullptr) store_row_sums<DP>(p, s, at);
     return;
   }
-  take_registers<224>();
+  take_registers<DP == 128 ? 232 : 224>();
 
   const int key = 16 * (warp_index() % 4), g = threadIdx.x % 32 / 4;
   float bias[2];
