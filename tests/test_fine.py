@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     BEST,
+    CPU_DTYPES,
     CUDA_DTYPES,
     DEVICE_DTYPES,
     DEVICES,
@@ -211,6 +212,26 @@ def test_huge_logits(device, dtype, coarse, order, selection, size):
     result = case.ours()
     for name, t in result.items():
         assert t.isfinite().all(), (name, seed)
+
+
+@pytest.mark.parametrize("step", [6.0, 45.0, 300.0, -45.0])
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("coarse, order", [("none", 0), ("row", 1)])
+@pytest.mark.parametrize("device, dtype", CPU_DTYPES + CUDA_DTYPES[1:])
+def test_logits_that_grow(device, dtype, coarse, order, block, step):
+    """Of some query heads each key block's logits lie above those of the block before (or below
+    them), by what the shift of a softmax passes over or has to follow, then by little again. Not in
+    float32 on CUDA, whose limit leaves no room for the rounding of such logits."""
+    case = Case(
+        device, dtype, N=6 * block, M=9 * block + 5, D=64, coarse=coarse, order=order,
+        density=0.8, block_size=block, scale=0.25, spread=0.5,
+    )  # fmt: skip
+    with torch.no_grad():
+        y = torch.arange(case.k.shape[2], device=device) // block
+        heads = torch.where(y < 6, y, 6).to(dtype) * (step / 2)
+        case.k[..., 0] = heads
+        case.q[..., 0], case.q[:, 1::2, :, 0] = 8.0, 0.0
+    case.check()
 
 
 @pytest.mark.parametrize("coarse, order", FORMS)
