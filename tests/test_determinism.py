@@ -5,6 +5,7 @@ And nothing in forward or backward waits for the device.
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
@@ -59,6 +60,21 @@ def test_same_bits_twice(device, dtype, mode):
         # Other addresses for what is allocated inside, and other contents of reused memory.
         held.append([torch.full((1 + 4099 * n + i,), 7.0, device=device) for i in range(50)])
         assert_same_bits(first, case.ours())
+
+
+@pytest.mark.parametrize("device, dtype", [CPU_DTYPES[1], *CUDA_DTYPES[1:]])
+def test_calls_in_turn(device, dtype):
+    """Calls of all forms one behind the other, in any order, with no wait between: each takes the
+    memory that others have left, and may begin beside their last kernels. As each alone."""
+    head_dims, rounds = ((64, 128), 4) if device == "cuda" else ((32,), 1)
+    cases = [make(device, dtype, mode.values[0], D=D) for mode in MODES for D in head_dims]
+    alone = [case.ours() for case in cases]
+    random = Random(cases[0].seed)
+    for _ in range(rounds):
+        turns = random.sample(range(len(cases)), len(cases))
+        results = [cases[i].ours() for i in turns]
+        for i, result in zip(turns, results, strict=True):
+            assert_same_bits(alone[i], result)
 
 
 @pytest.mark.parametrize("mode", MODES)
