@@ -234,7 +234,6 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     grads.key_block = first.key_block;
     grads.value_block = first.value_block;
     grads.moment_grads = first.moment_grads;
-    grads.beside = first.beside;
     grads.held = first.held;
     grads.means = &pooled;
   }

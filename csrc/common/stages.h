@@ -222,9 +222,8 @@ struct Order1Grads {
   // CUDA, where fine_backward is to make key and value from it, which are undefined then: dC and
   // dSigma, as moments are kept.
   Tensor moment_grads{};
-  // CUDA: what was launched last makes nothing of coarse_delta, and reads `held`: fine_backward may
-  // start beside it.
-  bool beside = false;
+  // CUDA, where what was launched last makes nothing of coarse_delta, so that fine_backward may
+  // start beside it: what it reads.
   Tensor held{};
 };
 
@@ -247,11 +246,10 @@ struct FineBackward {
   Tensor key_block, value_block;  // [B, Hk, nk, D] acc: added to every valid row of the block
   Tensor query_extra;             // [B, H, N, D] T
   Tensor key_extra, value_extra;  // [B, Hk, M, D] T
-  // Order1Grads.moment_grads, and the means that they are of; beside and held of these.
-  // fine_backward drops held once nothing that it launches can run beside the reader any more.
+  // Order1Grads.moment_grads, and the means that they are of; Order1Grads.held, which fine_backward
+  // drops once nothing that it launches can run beside the reader any more.
   Tensor moment_grads{};
   const PooledInputs* means = nullptr;
-  bool beside = false;
   mutable Tensor held{};
   // Where defined, set to the sum of each row's gradients of its coarse logits.
   Tensor coarse_sum{};  // [B, H, N] acc

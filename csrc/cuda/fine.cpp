@@ -103,7 +103,8 @@ struct RowSums {
     if (!same) r.pooled_sums = data_of<float>(pooled_sums);
     // What comes before it, under coarse = block, is coarse_backward; else order 1, and perhaps the
     // rounding of pooled keys.
-    r.beside = launch.device.major == 9 && !levels && (back.query_block.defined() || back.beside);
+    r.beside =
+        launch.device.major == 9 && !levels && (back.query_block.defined() || back.held.defined());
     if (bulk) order = order_columns(p, r.columns, columns, launch.device);
     launch.check(row_sums(r, launch.stream));
   }
@@ -213,7 +214,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                     const Options& o) {
   const Launch launch(in.query);
   const Dtype dtype = dtype_of(in.query);
-  const PooledKeys keys(pooled, in, o, launch, launch.device.major == 9 && back.beside);
+  const PooledKeys keys(pooled, in, o, launch, launch.device.major == 9 && back.held.defined());
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   const bool levels = !o.levels.empty(), cells = levels && pooled;
   const BlockList exact = levels ? rows_of(rows, o.resolutions[0]) : rows;

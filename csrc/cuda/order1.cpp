@@ -279,11 +279,9 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   const Launch launch(in.query);
   Order1Grads grads{allocate_like(delta), empty_query_grad(in)};
   if (order1_in_columns(in.key, o, launch)) {
-    Tensor sums;  // what comes last adds them up, if there are any
+    // What comes last adds up sums, if there are any.
     grads.moment_grads =
-        order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false, &sums);
-    grads.beside = sums.defined();
-    grads.held = sums;
+        order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false, &grads.held);
     return grads;
   }
   grads.key = empty_key_grad(in);
@@ -291,7 +289,6 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
   if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
   const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
   order1_grad_keys(moment_grads, in, pooled, o, grads, false);
-  grads.beside = true;
   grads.held = moment_grads;
   return grads;
 }

@@ -250,20 +250,8 @@ cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* wor
   if (config.stream) return plan_stream(p, stream);
   if (config.in_workspace) return run(launch_row<Wide32, 0, true>);
   if (config.rows == 8) return run(launch_row<Wide8, 0>);
-  const int steps = held_steps(p.nk);
-  if (config.rows == 32) {  // rows of more than 128 key blocks
-    switch (steps) {
-      case 8:
-        return run(launch_row<Wide32, 8>);
-      case 16:
-        return run(launch_row<Wide32, 16>);
-      case 32:
-        return run(launch_row<Wide32, 32>);
-      default:
-        return run(launch_row<Wide32, 0>);
-    }
-  }
-  switch (steps) {
+  const bool rows_32 = config.rows == 32;  // of more than 128 key blocks
+  switch (held_steps(p.nk)) {
     case 1:
       return run(launch_row<ShortScoreTile, 1>);
     case 2:
@@ -271,13 +259,13 @@ cudaError_t plan_row(const PlanParams& p, const PlanRowConfig& config, void* wor
     case 4:
       return run(launch_row<ScoreTile<1, 2, 1, 8>, 4>);
     case 8:
-      return run(launch_row<Wide16, 8>);
+      return run(rows_32 ? launch_row<Wide32, 8> : launch_row<Wide16, 8>);
     case 16:
-      return run(launch_row<Wide16, 16>);
+      return run(rows_32 ? launch_row<Wide32, 16> : launch_row<Wide16, 16>);
     case 32:
-      return run(launch_row<Wide16, 32>);
+      return run(rows_32 ? launch_row<Wide32, 32> : launch_row<Wide16, 32>);
     default:
-      return run(launch_row<Wide16, 0>);
+      return run(rows_32 ? launch_row<Wide32, 0> : launch_row<Wide16, 0>);
   }
 }
 

@@ -44,11 +44,6 @@ struct BackwardColumnsMaps : BackwardParams {
     items = static_cast<int>(tiles);
     return cudaSuccess;
   }
-  // Of threads.
-  template <class Traits>
-  int blocks(const Device& device) const {
-    return std::min(items, Traits::kBlocks * device.sms);
-  }
 };
 
 // A tile of 64 keys of one block, and how many tiles of rows attend it; below zero: the end.
@@ -256,10 +251,8 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   const cudaError_t error = p.set(kDtype<T>);
   if (error != cudaSuccess) return error;
   using Traits = BackwardColumnsTraits<DP>;
-  constexpr size_t kBytes = team_bytes<BackwardColumnsShared<DP>, Traits::kTeams>();
-  if (kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  return launch_grid(backward_columns_kernel<T, DP>, p.blocks<Traits>(device), Traits::kThreads,
-                     kBytes, stream, Beside{p.beside}, p);
+  return launch_teams<BackwardColumnsShared<DP>, Traits, Traits::kTeams>(
+      backward_columns_kernel<T, DP>, p, device, stream, Beside{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

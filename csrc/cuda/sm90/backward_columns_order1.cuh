@@ -283,11 +283,10 @@ cudaError_t launch_backward_columns_order1(const ColumnsOrder1& params, const De
   }
   const auto launch = [&](auto weighted) {
     using Traits = BackwardColumnsTraits<DP>;
-    constexpr size_t kBytes = team_bytes<ColumnsOrder1Shared<weighted()>, Traits::kTeams>();
-    static_assert(kBytes <= 227 * 1024);
-    if (kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-    return launch_grid(backward_columns_order1_kernel<weighted()>, p.blocks<Traits>(device),
-                       Traits::kThreads, kBytes, stream, Beside{p.beside}, p);
+    using Shared = ColumnsOrder1Shared<weighted()>;
+    static_assert(Traits::kTeams * team_pitch<Shared>() <= 226 * 1024);
+    return launch_teams<Shared, Traits, Traits::kTeams>(backward_columns_order1_kernel<weighted()>,
+                                                        p, device, stream, Beside{p.beside});
   };
   return p.of.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }

@@ -3,13 +3,12 @@
 // rows.
 #pragma once
 
-#include <algorithm>
-
 #include "../sm80/tile.cuh"
 #include "backward.h"
 #include "column_lists.cuh"
 #include "divisor.h"
 #include "queue.cuh"
+#include "team.cuh"
 #include "tma.cuh"
 #include "warp_products.cuh"
 
@@ -263,8 +262,7 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
                     of_keys(&p.v_map, p.v, p.v_strides, 32) &&
                     of_keys(&p.grad_k_map, p.grad_k, p.grad_k_strides, 16) &&
                     of_keys(&p.grad_v_map, p.grad_v, p.grad_v_strides, 16);
-  constexpr size_t kBytes = sizeof(BackwardColumnsShortShared<DP>) + 1024;
-  if (!maps || kBytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  if (!maps) return cudaErrorNotSupported;
   const int64_t items = static_cast<int64_t>(p.nk) * p.B * p.Hk;
   if (items > INT_MAX / 2) return cudaErrorInvalidConfiguration;
   p.items = static_cast<int>(items);
@@ -272,10 +270,10 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   for (p.log2_rows = 5; 1 << p.log2_rows < p.list_rows;) ++p.log2_rows;
   p.blocks = Divisor(p.nk);
   p.heads = Divisor(p.Hk);
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
   const auto kernel = p.D <= 32   ? backward_columns_short_kernel < T, DP,
              DP == 64 ? 32 : DP > : backward_columns_short_kernel<T, DP, DP>;
-  return launch_grid(kernel, blocks, Traits::kThreads, kBytes, stream, Beside{p.beside}, p);
+  return launch_teams<BackwardColumnsShortShared<DP>, Traits>(kernel, p, device, stream,
+                                                              Beside{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

@@ -60,8 +60,13 @@ __device__ __forceinline__ void attend_columns(const BackwardColumnsMaps& p,
   if (threadIdx.x % 128 == 0) store_wait();
 }
 
+struct BackwardColumnsWideTraits {
+  static constexpr int kThreads = 384, kBlocks = 1;
+};
+
 template <typename T, int DP>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(BackwardColumnsWideTraits::kThreads,
+                                  BackwardColumnsWideTraits::kBlocks)
     backward_columns_wide_kernel(const __grid_constant__ BackwardColumnsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char raw[];
@@ -92,10 +97,8 @@ cudaError_t launch_backward_columns_wide(const BackwardParams& params, const Dev
   BackwardColumnsMaps p{params};
   const cudaError_t error = p.set(kDtype<T>);
   if (error != cudaSuccess) return error;
-  const size_t bytes = sizeof(BackwardColumnsShared<DP>) + 1024;
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  return launch_grid(backward_columns_wide_kernel<T, DP>, std::min(p.items, device.sms), 384, bytes,
-                     stream, Beside{p.beside}, p);
+  return launch_teams<BackwardColumnsShared<DP>, BackwardColumnsWideTraits>(
+      backward_columns_wide_kernel<T, DP>, p, device, stream, Beside{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

@@ -42,14 +42,11 @@ __host__ __device__ inline int bitmap_bytes(const Problem& p) {
   return p.pooled_k != nullptr ? 2 * ((p.nk + 31) / 32) * 4 : 0;
 }
 
-// Launches persistent blocks of threads over the items of `p`, with a Shared for each of kTeams.
+// launch_teams for tiles of rows.
 template <class Shared, class Traits, int kTeams = 1, class Maps>
 cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& device,
                          cudaStream_t stream) {
-  const size_t bytes = team_bytes<Shared, kTeams>(bitmap_bytes(p));
-  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
-  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, p);
+  return launch_teams<Shared, Traits, kTeams>(kernel, p, device, stream, Beside{}, bitmap_bytes(p));
 }
 
 // A tile of kRows rows, which share list x, and the keys that it attends, 64 a tile. kByHead: heads

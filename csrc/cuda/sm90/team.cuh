@@ -4,6 +4,8 @@
 // these leave to warps that don't fetch goes to the third.
 #pragma once
 
+#include <algorithm>
+
 #include "../sm80/tile.cuh"
 #include "tma.cuh"
 
@@ -43,10 +45,17 @@ template <class Shared>
 __host__ __device__ constexpr int team_pitch(int more = 0) {
   return (static_cast<int>(sizeof(Shared)) + more + 1023) / 1024 * 1024;
 }
-// Of all of a block of threads: panels start on multiples of 1024 bytes.
-template <class Shared, int kTeams>
-constexpr size_t team_bytes(int more = 0) {
-  return 1024 + (kTeams - 1) * team_pitch<Shared>(more) + sizeof(Shared) + more;
+
+// Launches persistent blocks of threads, of kTeams each, over the items of `p`. `more`: bytes
+// behind the Shared of each team.
+template <class Shared, class Traits, int kTeams = 1, class Maps>
+cudaError_t launch_teams(void (*kernel)(Maps), const Maps& p, const Device& device,
+                         cudaStream_t stream, Beside beside = {}, int more = 0) {
+  // Panels start on multiples of 1024 bytes.
+  const size_t bytes = 1024 + (kTeams - 1) * team_pitch<Shared>(more) + sizeof(Shared) + more;
+  if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
+  const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
+  return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, beside, p);
 }
 
 }  // namespace mra::cuda::sm90
