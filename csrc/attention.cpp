@@ -182,7 +182,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   if (o.coarse == Coarse::block && !has_order1(o) && o.levels.empty()) {
     std::tie(grads.delta, block_rows) =
         stages.delta_and_block_rows(grad_out, out, grad_lse, lse, o.block_q);
-  } else if (!has_order1(o) || o.pool == Pool::even) {  // else centred_delta makes both
+  } else if (!has_order1(o)) {  // else made along with coarse_delta
     grads.delta = stages.delta(grad_out, out, grad_lse);
   }
   grads.coarse_delta = grads.delta;
@@ -201,7 +201,7 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     pooled.weights = contiguous(means.weights);
     pooled.mass = contiguous(means.mass);
     pooled.centre = contiguous(means.centre);
-    // What a centred_delta reads was there before the kernel launched last.
+    // What centred_delta and order1_backward read was there before the kernel launched last.
     pooled.beside = pooled.moments.defined() && !copied;
   } else if (o.coarse != Coarse::none) {
     const bool queries = o.coarse == Coarse::block || o.pool != Pool::even;
@@ -226,7 +226,8 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
     stages.centred_delta(grads, out, grad_lse, in, *centred, o);
     grads.coarse_sum = allocate_beside(grads.delta, grads.delta.sizes());
   } else if (has_order1(o)) {
-    const Order1Grads first = stages.order1_backward(grad_out, share, grads.delta, in, pooled, o);
+    const Order1Grads first = stages.order1_backward(grad_out, share, out, grad_lse, in, pooled, o);
+    grads.delta = first.delta;
     grads.coarse_delta = first.coarse_delta;
     grads.query_extra = first.query;
     grads.key_extra = first.key;

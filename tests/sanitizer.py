@@ -5,7 +5,8 @@
 
 racecheck needs a build of its own on Hopper (MRA_RACECHECK=1, docs/kernels.md): `make sanitize`. It
 compares nothing (the tests do); it prints how many calls ran. Options named behind it (`levels
-pool D=256`) leave only the calls that have one of them. Not collected by pytest.
+pool D=256`) leave only the calls that have one of them, a share (`3/12`: the third of twelve) of
+those every twelfth, so that twelve can run side by side. Not collected by pytest.
 """
 
 import itertools
@@ -105,11 +106,15 @@ def cases():
 def main():
     if not torch.cuda.is_available():
         sys.exit("sanitizer.py: needs a CUDA device")
-    calls, wanted = 0, set(sys.argv[1:])
-    for dtype, options in cases():
-        names = set(options) | {f"{name}={value}" for name, value in options.items()}
-        if wanted and not wanted & names:
-            continue
+    shares = [word for word in sys.argv[1:] if "/" in word]
+    turn, of = map(int, shares[0].split("/")) if shares else (1, 1)
+    wanted, calls = set(sys.argv[1:]) - set(shares), 0
+
+    def called(case):
+        names = set(case[1]) | {f"{name}={value}" for name, value in case[1].items()}
+        return not wanted or wanted & names
+
+    for dtype, options in itertools.islice(filter(called, cases()), turn - 1, None, of):
         case = Case("cuda", dtype, **options)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         out, lse = mra.mra_attention(

@@ -38,16 +38,16 @@ void order1_of_each(Stage order1, FineResult& result, const Inputs& in, PooledIn
     if (r == 0) pooled.moments = means.moments;
   }
 }
-template <class Stage>
-Order1Grads order1_grads_of_each(Stage order1_backward, const Tensor& grad_out, const Tensor& share,
-                                 const Tensor& delta, const Inputs& in, const PooledInputs& pooled,
-                                 const Options& o) {
+// of_one(share, means, options): the gradients of one.
+template <class OfOne>
+Order1Grads order1_grads_of_each(const OfOne& of_one, const Tensor& share,
+                                 const PooledInputs& pooled, const Options& o) {
   Order1Grads sum;
   std::vector<Tensor> deltas;
   for (size_t r = 0; r < o.resolutions.size(); ++r) {
     const Order1Grads one =
-        order1_backward(grad_out, share.select(2, r).contiguous(), delta, in,
-                        means_of(pooled, o.resolutions[r]), options_of(o, o.resolutions[r]));
+        of_one(share.select(2, r).contiguous(), means_of(pooled, o.resolutions[r]),
+               options_of(o, o.resolutions[r]));
     deltas.push_back(one.coarse_delta);
     if (r == 0) {
       sum = one;

@@ -225,6 +225,7 @@ struct Order1Grads {
   // CUDA, where what was launched last makes nothing of coarse_delta, so that fine_backward may
   // start beside it: what it reads.
   Tensor held{};
+  Tensor delta{};  // as Stages.delta
 };
 
 // Gradient state of the rows of one query block under the block-coarse form (docs/algorithm.md):
@@ -316,8 +317,10 @@ struct Stages {
   // own.
   // Leaves the moments in PooledInputs where they are kept.
   void (*order1)(FineResult& result, const Inputs&, PooledInputs&, const Options&);
-  Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                                 const Inputs&, const PooledInputs&, const Options&);
+  // Makes delta, too.
+  Order1Grads (*order1_backward)(const Tensor& grad_out, const Tensor& share, const Tensor& out,
+                                 const Tensor& grad_lse, const Inputs&, const PooledInputs&,
+                                 const Options&);
 
   // pool, plan, coarse and fine in one, for heads short enough to be held whole; nullopt for what
   // it doesn't serve. May be null.

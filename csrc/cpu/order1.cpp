@@ -323,15 +323,20 @@ void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Op
                                   });
 }
 
-Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                            const Inputs& in, const PooledInputs& pooled, const Options& o) {
-  if (!o.levels.empty()) {
-    return order1_grads_of_each(order1_backward, grad_out, share, delta, in, pooled, o);
-  }
-  Order1Grads grads;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_order1_backward",
-      [&] { grads = Order1<scalar_t>(in, pooled, share, o).backward(grad_out, delta, in); });
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& out,
+                            const Tensor& grad_lse, const Inputs& in, const PooledInputs& pooled,
+                            const Options& o) {
+  const Tensor delta = cpu::delta(grad_out, out, grad_lse);
+  const auto of_one = [&](const Tensor& share, const PooledInputs& pooled, const Options& o) {
+    Order1Grads grads;
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kBFloat16, at::kHalf, in.query.scalar_type(), "mra_order1_backward",
+        [&] { grads = Order1<scalar_t>(in, pooled, share, o).backward(grad_out, delta, in); });
+    return grads;
+  };
+  Order1Grads grads =
+      o.levels.empty() ? of_one(share, pooled, o) : order1_grads_of_each(of_one, share, pooled, o);
+  grads.delta = delta;
   return grads;
 }
 

@@ -40,8 +40,9 @@ std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const 
                                                   int64_t block_q);
 
 void order1(FineResult& result, const Inputs&, PooledInputs&, const Options&);
-Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                            const Inputs&, const PooledInputs&, const Options&);
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& out,
+                            const Tensor& grad_lse, const Inputs&, const PooledInputs&,
+                            const Options&);
 
 Centred weigh_keys(const Inputs&, PooledInputs& plain, bool bias, const Options&);
 void centre(Centred&, const Inputs&, bool backward, const Options&);

@@ -31,6 +31,7 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
                           const FineBackward& back, const Inputs& in, const Options& o, bool add,
                           const ColumnsWithOrder1& columns);
 
+Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
 // As delta, for x and y that the launch before may write, or where memory of its inputs may have
 // been given back: it runs behind that launch.
 Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse = {});

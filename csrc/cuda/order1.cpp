@@ -3,6 +3,8 @@
 
 #include <vector>
 
+#include "centred_grads.h"
+#include "delta.h"
 #include "order1_levels.h"
 #include "order1_term.h"
 #include "order1_walk.h"
@@ -50,14 +52,14 @@ namespace {
 // Rows of the backward on the generic kernels: fills grads.query and grads.coarse_delta, returns dC
 // and dSigma.
 Tensor backward_rows(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                     const Tensor& share, const Tensor& delta, const Order1Grads& grads, bool add) {
+                     const GradRows& rows, const Order1Grads& grads, bool add) {
   const int64_t B = term.B, H = term.H, N = term.N;
   const Tensor weights = allocate({2, B, H, N}, term.acc());
   float* weight = weights.mutable_data_ptr<float>();
-  Order1Rows p = term.rows(moments, share, RowsStep::backward);
+  Order1Rows p = term.rows(moments, rows.share, RowsStep::backward);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
-  p.delta = delta.const_data_ptr<float>();
+  p.delta = rows.delta.const_data_ptr<float>();
   p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   p.weight_c = weight;
   p.weight_s = weight + B * H * N;
@@ -144,17 +146,30 @@ bool keys_on_hopper(const Term& term, const Tensor& moment_grads, WeightGrads* t
 #endif
 }
 
-// backward_rows in one reading of the rows, or undefined where no kernel does it.
+// backward_rows, and delta, in one reading of the rows, or undefined where no kernel does it.
 Tensor backward_rows_at_once(const Term& term, const Tensor& moments, const Tensor& grad_out,
-                             const Tensor& share, const Tensor& delta, const Order1Grads& grads,
-                             bool add, Tensor* held) {
+                             GradRows& rows, const Order1Grads& grads, bool add, Tensor* held) {
+  const Tensor delta = rows.delta.defined() ? rows.delta : allocate_like(grads.coarse_delta);
   sm90::Order1Rows p{};
-  p.share = share.const_data_ptr<float>();
-  p.delta = delta.const_data_ptr<float>();
+  p.share = rows.share.const_data_ptr<float>();
+  p.delta = delta.mutable_data_ptr<float>();
   p.scale = static_cast<float>(term.o.scale);
   p.coarse_delta = grads.coarse_delta.mutable_data_ptr<float>();
   p.add = add;
-  return order1_rows_on_hopper(term, moments, grad_out, grads.query, p, nullptr, held);
+  Tensor out;
+  if (!rows.delta.defined()) {
+    out = with_aligned_rows(rows.out);
+    p.out = out.const_data_ptr();
+    p.out_strides = strides_of(out);
+    p.grad_lse = data_of<float>(rows.grad_lse);
+    if (rows.grad_lse.defined()) p.lse_strides = strides_of(rows.grad_lse);
+    // What comes before it is the plan's transpose, unless moments were made or rows copied.
+    p.beside = term.pooled.beside && out.is_same(rows.out) && grad_out.is_same(rows.grad_out);
+  }
+  const Tensor result =
+      order1_rows_on_hopper(term, moments, grad_out, grads.query, p, nullptr, held);
+  if (result.defined()) rows.delta = delta;
+  return result;
 }
 
 }  // namespace
@@ -244,16 +259,16 @@ void order1_key_grads(const Term& term, const Tensor& moment_grads, WeightGrads*
   launch.check(order1_keys(p, launch.stream));
 }
 
-Tensor order1_grad_rows(const Tensor& grad_out_in, const Tensor& share, const Tensor& delta,
-                        const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads, bool add, Tensor* held) {
+Tensor order1_grad_rows(GradRows& rows, const Inputs& in, const PooledInputs& pooled,
+                        const Options& o, const Order1Grads& grads, bool add, Tensor* held) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  const Tensor grad_out = with_aligned_rows(grad_out_in), moments = term.moments();
+  const Tensor grad_out = with_aligned_rows(rows.grad_out), moments = term.moments();
   const Tensor moment_grads =
-      backward_rows_at_once(term, moments, grad_out, share, delta, grads, add, held);
+      backward_rows_at_once(term, moments, grad_out, rows, grads, add, held);
   if (moment_grads.defined()) return moment_grads;
-  return backward_rows(term, moments, grad_out, share, delta, grads, add);
+  if (!rows.delta.defined()) rows.delta = row_dots(grad_out, rows.out, rows.grad_lse);
+  return backward_rows(term, moments, grad_out, rows, grads, add);
 }
 
 void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const PooledInputs& pooled,
@@ -263,33 +278,44 @@ void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const Pooled
   order1_key_grads(term, moment_grads, nullptr, {grads.query, grads.key, grads.value}, add);
 }
 
-bool order1_grad_walk(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                      const Inputs& in, const PooledInputs& pooled, const Options& o,
-                      const Order1Grads& grads) {
+bool order1_grad_walk(const GradRows& rows, const Inputs& in, const PooledInputs& pooled,
+                      const Options& o, const Order1Grads& grads) {
   const Launch launch(in.query);
   const Term term(launch, in, pooled, o);
-  return order1_walk_backward(with_aligned_rows(grad_out), share, delta, term, grads);
+  return order1_walk_backward(with_aligned_rows(rows.grad_out), rows.share, rows.delta, term,
+                              grads);
 }
 
-Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                            const Inputs& in, const PooledInputs& pooled, const Options& o) {
-  if (!o.levels.empty()) {
-    return order1_levels_backward(grad_out, share, delta, in, pooled, o);
-  }
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& out,
+                            const Tensor& grad_lse, const Inputs& in, const PooledInputs& pooled,
+                            const Options& o) {
   const Launch launch(in.query);
-  Order1Grads grads{allocate_like(delta), empty_query_grad(in)};
-  if (order1_in_columns(in.key, o, launch)) {
-    // What comes last adds up sums, if there are any.
-    grads.moment_grads =
-        order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false, &grads.held);
-    return grads;
+  GradRows rows{grad_out, share, {}, out, grad_lse};
+  // Else the rows' kernel makes it.
+  if (!o.levels.empty() || !order1_on_hopper(in.key, o, launch)) {
+    rows.delta = delta(grad_out, out, grad_lse);
   }
-  grads.key = empty_key_grad(in);
-  grads.value = empty_value_grad(in);
-  if (order1_grad_walk(grad_out, share, delta, in, pooled, o, grads)) return grads;
-  const Tensor moment_grads = order1_grad_rows(grad_out, share, delta, in, pooled, o, grads, false);
-  order1_grad_keys(moment_grads, in, pooled, o, grads, false);
-  grads.held = moment_grads;
+  Order1Grads grads;
+  if (!o.levels.empty()) {
+    grads = order1_levels_backward(grad_out, share, rows.delta, in, pooled, o);
+  } else {
+    grads.coarse_delta =
+        allocate(grad_out.sizes().slice(0, 3), in.query.options().dtype(at::kFloat));
+    grads.query = empty_query_grad(in);
+    // What comes last there adds up sums, if there are any.
+    const bool in_columns = order1_in_columns(in.key, o, launch);
+    if (!in_columns) {
+      grads.key = empty_key_grad(in);
+      grads.value = empty_value_grad(in);
+    }
+    if (in_columns) {
+      grads.moment_grads = order1_grad_rows(rows, in, pooled, o, grads, false, &grads.held);
+    } else if (!order1_grad_walk(rows, in, pooled, o, grads)) {
+      grads.held = order1_grad_rows(rows, in, pooled, o, grads, false);
+      order1_grad_keys(grads.held, in, pooled, o, grads, false);
+    }
+  }
+  grads.delta = rows.delta;
   return grads;
 }
 

@@ -131,10 +131,9 @@ Order1Grads order1_levels_backward(const Tensor& grad_out, const Tensor& share, 
     const PooledInputs means = means_and_moments(pooled, finest, o, r);
     Order1Grads own = grads;
     own.coarse_delta = grads.coarse_delta.select(0, r);
-    const Tensor own_share = share.select(2, r).contiguous();
-    if (r == 0 && order1_grad_walk(grad_out, own_share, delta, in, means, one, own)) continue;
-    const Tensor moment_grads =
-        order1_grad_rows(grad_out, own_share, delta, in, means, one, own, r > 0);
+    GradRows rows{grad_out, share.select(2, r).contiguous(), delta};
+    if (r == 0 && order1_grad_walk(rows, in, means, one, own)) continue;
+    const Tensor moment_grads = order1_grad_rows(rows, in, means, one, own, r > 0);
     if (o.causal) {
       order1_grad_keys(moment_grads, in, means, one, own, r > 0);
       continue;

@@ -16,19 +16,22 @@ Tensor order1_moments(const Inputs& in, const PooledInputs& pooled, const Option
 bool order1_at_once(FineResult& result, const Inputs& in, const PooledInputs& pooled,
                     const std::vector<Tensor>& moments, const Options& o);
 
-// Rows of the backward pass: fills grads.query, or adds to it, and grads.coarse_delta; returns dC
-// and dSigma.
-Tensor order1_grad_rows(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                        const Inputs& in, const PooledInputs& pooled, const Options& o,
-                        const Order1Grads& grads, bool add, Tensor* held = nullptr);
+// What the backward pass has of the rows; delta is made from `out` and grad_lse where it isn't
+// there.
+struct GradRows {
+  Tensor grad_out, share, delta, out{}, grad_lse{};
+};
+// Fills grads.query, or adds to it, and grads.coarse_delta; returns dC and dSigma.
+Tensor order1_grad_rows(GradRows& rows, const Inputs& in, const PooledInputs& pooled,
+                        const Options& o, const Order1Grads& grads, bool add,
+                        Tensor* held = nullptr);
 // From them grads.key and grads.value.
 void order1_grad_keys(const Tensor& moment_grads, const Inputs& in, const PooledInputs& pooled,
                       const Options& o, const Order1Grads& grads, bool add);
 
 // Both at once under causal where Hopper's kernels serve the call; else false.
-bool order1_grad_walk(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                      const Inputs& in, const PooledInputs& pooled, const Options& o,
-                      const Order1Grads& grads);
+bool order1_grad_walk(const GradRows& rows, const Inputs& in, const PooledInputs& pooled,
+                      const Options& o, const Order1Grads& grads);
 
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
 void order1_levels(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);

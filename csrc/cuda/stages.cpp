@@ -17,8 +17,9 @@ std::pair<Tensor, BlockRows> delta_and_block_rows(const Tensor& grad_out, const 
                                                   const Tensor& grad_lse, const Tensor& lse,
                                                   int64_t block_q);
 void order1(FineResult& result, const Inputs& in, PooledInputs& pooled, const Options& o);
-Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& delta,
-                            const Inputs& in, const PooledInputs& pooled, const Options& o);
+Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const Tensor& out,
+                            const Tensor& grad_lse, const Inputs& in, const PooledInputs& pooled,
+                            const Options& o);
 std::optional<HeadResult> forward_head(const Inputs& in, const Options& o);
 std::optional<Prepared> prepare(const Inputs& in, bool plan, const Options& o);
 Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Options& o);

@@ -116,6 +116,32 @@ struct OnlineSoftmax {
     return grown;
   }
 
+  // Whether all rows of the warp have a maximum: then weigh_on will do.
+  __device__ __forceinline__ bool settled() const {
+    return __all_sync(0xffffffffu, max[0] != -INFINITY && max[1] != -INFINITY);
+  }
+  // The same by the shift as it is, which costs no look at the maximum: weights may be large, as
+  // long as T holds them and no sum overflows. False where they are too large for that (scores that
+  // have grown by some 60 since the shift was found, in float16 by 14, in log2 units): nothing has
+  // come of it then, and the scores are lost.
+  template <int kScores>
+  __device__ __forceinline__ bool weigh_on(float (&s)[kScores][4], float scale) {
+    constexpr float kLargest = std::is_same_v<T, __half> ? 0x1p14f : 0x1p60f;
+    float part[2] = {};
+#pragma unroll
+    for (int n = 0; n < kScores; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -max[i / 2]));
+        part[i / 2] += s[n][i];
+      }
+    }
+    if (__any_sync(0xffffffffu, part[0] > kLargest || part[1] > kLargest)) return false;
+    sum[0] += part[0];
+    sum[1] += part[1];
+    return true;
+  }
+
   template <int kScores>
   __device__ __forceinline__ void update(float (&s)[kScores][4], float scale) {
     float factor[2];

@@ -109,16 +109,30 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
     };
     // Scores of a tile, complete -> weights; as OnlineSoftmax::weigh. Calls ask() on the way.
     const auto nothing = [] {};
+    bool settled = false;
     auto weigh = [&](int tile, const Place& place, bool plain, auto& c, float(&factor)[2],
                      const auto& ask) {
       float scale = p.scale * kLog2e;
-      if (!plain) {
+      const auto to_logits = [&](auto& c) {
+        if (plain) return;
         ring.to_logits(c, place.stage, scale, p.causal, at.first_row + warp_row + g);
-        scale = 1.f;
-      }
+      };
+      to_logits(c);
+      const float rest = plain ? scale : 1.f;
       ask();
+      bool grown = false, weighed = false;
+      if (settled) {
+        weighed = softmax.weigh_on(c, rest);
+        if (!weighed) {
+          scores_again<T>(c, q[slot], ring.k[place.stage], warp_row);
+          to_logits(c);
+        }
+      }
+      if (!weighed) {
+        grown = softmax.weigh(c, rest, factor);
+        settled = softmax.settled();
+      }
       barrier_arrive(&ring.k_empty[place.stage]);
-      const bool grown = softmax.weigh(c, scale, factor);
       if (tile + 1 == at.pooled_tiles)
         end_pooled<T, DP>(softmax, s.gamma[threadIdx.x], p, at, warp_row);
       return grown;

@@ -174,6 +174,35 @@ __device__ __forceinline__ float2 query_pair(const uint16_t (&q)[kPanels][kRows]
   return unpack2(*reinterpret_cast<const uint32_t*>(at), T{});
 }
 
+// Scores of a warp's 16 rows, from `row` on of the queries, with a tile of keys, without a product
+// of the warpgroup: slow, for what hardly ever happens.
+template <typename T, int kTiles, int kPanels, int kRows>
+__device__ __forceinline__ void scores_again(float (&c)[kTiles][4],
+                                             const uint16_t (&q)[kPanels][kRows][64],
+                                             const uint16_t (&k)[kPanels][64][64], int row) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.f;
+  const auto pair = [](const auto& panel, int row, int d) {
+    return unpack2(*reinterpret_cast<const uint32_t*>(&panel[row][(d / 8 ^ row % 8) * 8 + d % 8]),
+                   T{});
+  };
+#pragma unroll 1
+  for (int d = 0; d < 64 * kPanels; d += 2) {
+    const auto& q_panel = q[d / 64];
+    const auto& k_panel = k[d / 64];
+    const float2 u[2] = {pair(q_panel, row + g, d % 64), pair(q_panel, row + g + 8, d % 64)};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 w = pair(k_panel, 8 * n + 2 * t + i % 2, d % 64);
+        c[n][i] = fmaf(u[i / 2].x, w.x, fmaf(u[i / 2].y, w.y, c[n][i]));
+      }
+    }
+  }
+}
+
 // What products with C (0) or Sigma (1) are to be multiplied by.
 template <typename T>
 __device__ __forceinline__ float moment_scale(const ForwardParams& p, const ForwardWork& at,

@@ -4,8 +4,9 @@
 //   a = P gamma s,  b = -P gamma^2 u s^2 / 4      P: the row's coarse share
 //   dq = a x + 2 b w,   sums over rows of  q^T (a dO)  and  q^T (b q)
 //
-// in one reading. C and Sigma stay in shared memory; a block of threads walks a chunk of a head's
-// tiles. Warpgroup w makes columns 64 w to 64 w + 63 of dq and those rows of both sums.
+// in one reading, and delta = dO.o - dlse where it isn't there yet. C and Sigma stay in shared
+// memory; a block of threads walks a chunk of a head's tiles. Warpgroup w makes columns 64 w to 64
+// w + 63 of dq and those rows of both sums.
 //
 // With weighted means q is q - centre but in dO C^T, a and b are made of what the rows had before,
 // and dq but for what comes through the centre is summed up for its gradient.
@@ -22,7 +23,7 @@
 namespace mra::cuda::sm90 {
 
 struct Order1RowsMaps : Order1Rows {
-  CUtensorMap q_map, grad_out_map, moments_map, grad_q_map;
+  CUtensorMap q_map, grad_out_map, out_map, moments_map, grad_q_map;
   int tiles;  // of a chunk
 };
 
@@ -33,31 +34,47 @@ struct Order1RowsTraits {
   static constexpr int kThreads = DP == 64 ? 256 : 384;
 };
 
+// Places of o, even means only.
+template <int DP, bool kCentred>
+struct Order1RowsOut {
+  uint16_t out[2][DP / 64][64][64];
+};
 template <int DP>
-struct Order1RowsShared {
+struct Order1RowsOut<DP, true> {};
+
+template <int DP, bool kCentred>
+struct Order1RowsShared : Order1RowsOut<DP, kCentred> {
+  // Sets of what the sums read: with even means a tile's are made before the next is written.
+  static constexpr int kSets = kCentred ? 2 : 1;
   static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
   uint16_t moments[2][kPanels][DP][64];  // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
-  uint16_t weighted[2][2][kPanels][64][64];  // of even and odd tiles: a dO, b q
-  float vectors[2][DP];  // u and v of each panel's columns and row; or centre, and centre Sigma
-  uint64_t moments_full, full[kStages], empty[kStages];
+  uint16_t weighted[kSets][2][kPanels][64][64];  // a dO, b q
+  // u, v and dO.o of each panel's columns and row; or centre, and centre Sigma
+  float vectors[kCentred ? 2 : 3][DP];
+  uint64_t moments_full, full[kStages], empty[kStages], out_empty[2];
 };
 
-template <int DP, class Shared>
-__device__ void fetch_rows(const Order1RowsMaps& p, Shared& s, int b, int h, int first, int tiles) {
-  constexpr int kStages = Shared::kStages, kPanels = DP / 64;
-  const bool first_lane = threadIdx.x % 32 == 0;
+template <int DP, bool kCentred>
+__device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP, kCentred>& s, int b, int h,
+                           int first, int tiles) {
+  constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
+  const bool first_lane = threadIdx.x % 32 == 0, with_out = !kCentred && p.out != nullptr;
   barrier_expect(&s.moments_full, 2 * DP * DP * 2);
   if (first_lane) copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int stage = tile % kStages, row = first + 64 * tile;
     if (tile >= kStages) barrier_wait(&s.empty[stage], tile / kStages - 1 & 1);
-    barrier_expect(&s.full[stage], 2 * 64 * DP * 2);
+    if (with_out && tile > 1) barrier_wait(&s.out_empty[tile % 2], tile / 2 - 1 & 1);
+    barrier_expect(&s.full[stage], (with_out ? 3 : 2) * 64 * DP * 2);
     if (!first_lane) continue;
     for (int i = 0; i < kPanels; ++i) {
       copy_panel(s.q[stage][i], p.q_map, &s.full[stage], 64 * i, row, h, b);
       copy_panel(s.grad_out[stage][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, b);
+      if constexpr (!kCentred) {
+        if (with_out) copy_panel(s.out[tile % 2][i], p.out_map, &s.full[stage], 64 * i, row, h, b);
+      }
     }
   }
 }
@@ -68,14 +85,15 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
-  using Shared = Order1RowsShared<DP>;
-  constexpr int kStages = Shared::kStages, kPanels = DP / 64;
+  using Shared = Order1RowsShared<DP, kCentred>;
+  constexpr int kStages = Shared::kStages, kSets = Shared::kSets, kPanels = DP / 64;
   constexpr int kColumns = kNarrow ? 32 : 64, kTiles = kColumns / 8;  // of a panel that count
   extern __shared__ __align__(1024) char raw[];  // not a byte to round up: two blocks just fit
   Shared& s = *reinterpret_cast<Shared*>(raw);
   if (threadIdx.x == 0) {
     barrier_init(&s.moments_full, 1);
     barrier_init_ring(s.full, s.empty, 4 * kPanels);
+    for (auto& barrier : s.out_empty) barrier_init(&barrier, 4 * kPanels);
     barrier_init_done();
   }
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
@@ -92,7 +110,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
   if (warp_index() >= 4 * kPanels) {
     give_registers<24>();
-    if (warp_index() == 4 * kPanels) fetch_rows<DP>(p, s, b, h, first, tiles);
+    if (warp_index() == 4 * kPanels) fetch_rows(p, s, b, h, first, tiles);
     return;
   }
   take_registers<DP == 64 ? 232 : 240>();
@@ -106,13 +124,16 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   const auto add_sums = [&](int tile) {
     const auto& q = s.q[tile % kStages][panel];
     wgmma_fence();
-    multiply_tn<T>(dc, q, s.weighted[tile % 2][0], tile > 0);
-    multiply_tn<T>(ds, q, s.weighted[tile % 2][1], tile > 0);
+    multiply_tn<T>(dc, q, s.weighted[tile % kSets][0], tile > 0);
+    multiply_tn<T>(ds, q, s.weighted[tile % kSets][1], tile > 0);
     wgmma_commit();
   };
-  // Of this thread's rows of the next tile, asked for a tile early: share, and delta or, with
-  // weighted means, variance, slope and coarse_sum.
+  // Of this thread's rows of the next tile, asked for a tile early: share, and delta, -dlse or,
+  // with weighted means, variance, slope and coarse_sum.
   float next[kCentred ? 4 : 2][2];
+  [[maybe_unused]] const bool makes_delta = p.out != nullptr;
+  [[maybe_unused]] const float* const grad_lse =
+      p.grad_lse + b * p.lse_strides.b + h * p.lse_strides.h + first * p.lse_strides.l;
   const auto look_up = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -124,7 +145,12 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         next[2][half] = there ? p.slope[first_row + i] : 0.f;
         next[3][half] = there ? p.coarse_sum[first_row + i] : 0.f;
       } else {
-        next[1][half] = there && panel == 0 && t == 0 ? p.delta[first_row + i] : 0.f;
+        const bool read = there && panel == 0 && t == 0;
+        if (makes_delta) {
+          next[1][half] = read && p.grad_lse != nullptr ? -grad_lse[i * p.lse_strides.l] : 0.f;
+        } else {
+          next[1][half] = read ? p.delta[first_row + i] : 0.f;
+        }
       }
     }
   };
@@ -170,28 +196,46 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     }
     pin(x);
     pin(w);
-    if (tile > 1) {  // the sums of that tile are made, its gradient may still be on its way
-      arrive_behind_stores(&s.empty[(tile - 2) % kStages]);
-    }
+    // The sums of that tile are made, its gradient may still be on its way.
+    if (kCentred && tile > 1) arrive_behind_stores(&s.empty[(tile - 2) % kStages]);
 
     const auto place = [&](uint16_t(&to)[kPanels][64][64], int n, int half) {
       return reinterpret_cast<uint32_t*>(&to[panel][row + 8 * half][(n ^ g) * 8 + 2 * t]);
     };
-    float u[2] = {}, v[2] = {};
+    [[maybe_unused]] float u[2] = {}, v[2] = {}, dot[2] = {};  // dot: dO.o
+    if constexpr (!kCentred) {
 #pragma unroll
-    for (int half = 0; half < (kCentred ? 0 : 2); ++half) {
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 8 * half;
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const float2 q = unpack2(*place(s.q[stage], n, half), T{});
-        u[half] += q.x * x[n][2 * half] + q.y * x[n][2 * half + 1];
-        v[half] += q.x * w[n][2 * half] + q.y * w[n][2 * half + 1];
+        for (int j = 0; j < kTiles / 4; ++j) {  // eight columns each
+          const int chunk = (kTiles / 4 * t + j ^ g) * 8;
+          float x[8], y[8];
+          unpack16<T>(*reinterpret_cast<const uint4*>(&s.grad_out[stage][panel][r][chunk]), x);
+          unpack16<T>(*reinterpret_cast<const uint4*>(&s.out[tile % 2][panel][r][chunk]), y);
+#pragma unroll
+          for (int e = 0; e < 8; ++e) dot[half] += x[e] * y[e];
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float2 q = unpack2(*place(s.q[stage], n, half), T{});
+          u[half] += q.x * x[n][2 * half] + q.y * x[n][2 * half + 1];
+          v[half] += q.x * w[n][2 * half] + q.y * w[n][2 * half + 1];
+        }
+        u[half] = quad_sum(u[half]);
+        v[half] = quad_sum(v[half]);
+        dot[half] = quad_sum(dot[half]);
+        if (kPanels > 1 && t == 0) {
+          const float of_panel[3] = {u[half], v[half], dot[half]};
+#pragma unroll
+          for (int i = 0; i < 3; ++i) s.vectors[i][64 * panel + r] = of_panel[i];
+        }
       }
-      u[half] = quad_sum(u[half]);
-      v[half] = quad_sum(v[half]);
-      if (kPanels > 1 && t == 0) {
-        s.vectors[0][64 * panel + row + 8 * half] = u[half];
-        s.vectors[1][64 * panel + row + 8 * half] = v[half];
+      if constexpr (!first_tile) {
+        wgmma_wait<0>();  // the sums
+        arrive_behind_stores(&s.empty[(tile - 1) % kStages]);
       }
+      barrier_arrive(&s.out_empty[tile % 2]);
     }
     consumer_sync<DP>();  // no product reads this tile, or the weighted one before, any more
     if constexpr (kCentred) {
@@ -209,8 +253,9 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
           const float2 grad = unpack2(*grad_at, T{});
           q.x -= centre.x, q.y -= centre.y;
           // A row without weight may hold anything.
-          *place(s.weighted[tile % 2][0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
-          *place(s.weighted[tile % 2][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
+          *place(s.weighted[tile % kSets][0], n, half) =
+              any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
+          *place(s.weighted[tile % kSets][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
           *q_at = any ? Mma<T>::pack(q.x, q.y) : 0;
           float2 dq{};
           if (any) {
@@ -228,6 +273,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       if constexpr (kPanels > 1) {
         u[half] = s.vectors[0][r] + s.vectors[0][64 + r];
         v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
+        dot[half] = s.vectors[2][r] + s.vectors[2][64 + r];
       }
       const bool any = share[half] != 0.f;
       const float gamma = reciprocal_approx(1.f + p.scale * p.scale / 4 * v[half]);
@@ -236,6 +282,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
       const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;
       if (panel == 0 && t == 0 && first + 64 * tile + r < p.N) {
         const int64_t i = static_cast<int64_t>(head) * p.N + first + 64 * tile + r;
+        if (makes_delta) p.delta[i] = delta[half] += dot[half];
         p.coarse_delta[i] = delta[half] - (any ? gu : 0.f);
       }
 #pragma unroll
@@ -243,8 +290,9 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         uint32_t* const q_at = place(s.q[stage], n, half);
         uint32_t* const grad_at = place(s.grad_out[stage], n, half);
         const float2 q = unpack2(*q_at, T{}), grad = unpack2(*grad_at, T{});
-        *place(s.weighted[tile % 2][0], n, half) = any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
-        *place(s.weighted[tile % 2][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
+        *place(s.weighted[tile % kSets][0], n, half) =
+            any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
+        *place(s.weighted[tile % kSets][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
         // The gradient leaves through the place of dO. A row without weight may hold anything.
         *grad_at = any ? Mma<T>::pack(a * x[n][2 * half] + 2 * c * w[n][2 * half],
                                       a * x[n][2 * half + 1] + 2 * c * w[n][2 * half + 1])
@@ -279,6 +327,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   pin(dc);
   pin(ds);
   if (threadIdx.x == 0) store_wait();
+  if (blockIdx.x == 0) wait_for_previous();
 
   if constexpr (kCentred) {
     float* const to = p.row_sums +
@@ -330,16 +379,22 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
       tensor_map(&p.q_map, bf16, p.q, p.q_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_out_map, bf16, p.grad_out, p.grad_out_strides, p.B, p.H, p.N, p.D, 64) &&
       tensor_map(&p.grad_q_map, bf16, p.grad_q, p.grad_q_strides, p.B, p.H, p.N, p.D, 64) &&
+      (p.out == nullptr ||
+       tensor_map(&p.out_map, bf16, p.out, p.out_strides, p.B, p.H, p.N, p.D, 64)) &&
       matrices_map(&p.moments_map, p.moments, p.B, p.Hk, matrix_dim<DP>(p.D));
-  constexpr int kBytes = sizeof(Order1RowsShared<DP>);
-  static_assert(Order1RowsTraits<DP>::kBlocks * (kBytes + 1024) <= 228 * 1024);
   const int64_t blocks = static_cast<int64_t>(p.B) * p.H * p.chunks;
-  if (!maps || kBytes > device.max_smem || blocks > INT_MAX) return cudaErrorNotSupported;
+  if (!maps || blocks > INT_MAX) return cudaErrorNotSupported;
   p.tiles = chunk_tiles(p.N, p.chunks, 1);
+  const auto launch_form = [&](auto centred, auto narrow) {
+    constexpr int kBytes = sizeof(Order1RowsShared<DP, centred()>);
+    static_assert(Order1RowsTraits<DP>::kBlocks * (kBytes + 1024) <= 228 * 1024);
+    if (kBytes > device.max_smem) return cudaErrorNotSupported;
+    return launch_grid(order1_rows_kernel<DP, centred(), narrow()>, blocks,
+                       Order1RowsTraits<DP>::kThreads, kBytes, stream, Beside{p.beside}, p);
+  };
   const auto launch = [&](auto narrow) {
-    const auto kernel = p.centre != nullptr ? order1_rows_kernel<DP, true, narrow()>
-                                            : order1_rows_kernel<DP, false, narrow()>;
-    return launch_grid(kernel, blocks, Order1RowsTraits<DP>::kThreads, kBytes, stream, p);
+    return p.centre != nullptr ? launch_form(std::true_type{}, narrow)
+                               : launch_form(std::false_type{}, narrow);
   };
   constexpr bool kCanBeNarrow = DP == 64;
   return p.D <= 32 ? launch(std::bool_constant<kCanBeNarrow>{}) : launch(std::false_type{});

@@ -8,8 +8,8 @@ namespace mra::cuda::sm90 {
 struct Order1Rows {
   const void *q, *grad_out;  // [B, H, N, D] bfloat16
   Strides q_strides, grad_out_strides;
-  const void* moments;         // [B, Hk, 2, dim, dim] bfloat16: C and Sigma
-  const float *share, *delta;  // [B, H, N]
+  const void* moments;  // [B, Hk, 2, dim, dim] bfloat16: C and Sigma
+  const float* share;   // [B, H, N]
   int B, H, Hk, N, D, chunks;
   float scale;
 
@@ -19,8 +19,15 @@ struct Order1Rows {
   const float *variance, *slope, *coarse_sum, *centre, *centre_term;
   float* row_sums;
 
-  float* coarse_delta;  // [B, H, N]
-  void* grad_q;         // [B, H, N, D] bfloat16
+  // Even means. delta is made where out, [B, H, N, D] bfloat16 with rows aligned to 16 bytes, is
+  // given, else read. grad_lse: [B, H, N] with strides lse_strides, or null.
+  const void* out;
+  const float* grad_lse;
+  Strides out_strides, lse_strides;
+  float *delta, *coarse_delta;  // [B, H, N]
+  bool beside;                  // it may run beside the kernel launched before
+
+  void* grad_q;  // [B, H, N, D] bfloat16
   Strides grad_q_strides;
   bool add;  // grad_q holds a part already
   // [B, H, chunks, 2, dim, dim]: parts of dC and of dSigma / 2, times n. Null where one part is all
