@@ -14,78 +14,21 @@
 
 #include <climits>
 
-#include "../sm80/tile.cuh"
 #include "moments.h"
-#include "order1_rows.h"
-#include "tma.cuh"
+#include "order1_rows_tiles.cuh"
 #include "wgmma.cuh"
 
 namespace mra::cuda::sm90 {
 
-struct Order1RowsMaps : Order1Rows {
-  CUtensorMap q_map, grad_out_map, out_map, moments_map, grad_q_map;
-  int tiles;  // of a chunk
-};
-
-// Measured choices (docs/kernels.md).
-template <int DP>
-struct Order1RowsTraits {
-  static constexpr int kStages = DP == 64 ? 4 : 3, kBlocks = DP == 64 ? 2 : 1;
-  static constexpr int kThreads = DP == 64 ? 256 : 384;
-};
-
-// Places of o, even means only.
-template <int DP, bool kCentred>
-struct Order1RowsOut {
-  uint16_t out[2][DP / 64][64][64];
-};
-template <int DP>
-struct Order1RowsOut<DP, true> {};
-
-template <int DP, bool kCentred>
-struct Order1RowsShared : Order1RowsOut<DP, kCentred> {
-  // Sets of what the sums read: with even means a tile's are made before the next is written.
-  static constexpr int kSets = kCentred ? 2 : 1;
-  static constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
-  uint16_t moments[2][kPanels][DP][64];  // C, Sigma
-  uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
-  uint16_t weighted[kSets][2][kPanels][64][64];  // a dO, b q
-  // u, v and dO.o of each panel's columns and row; or centre, and centre Sigma
-  float vectors[kCentred ? 2 : 3][DP];
-  uint64_t moments_full, full[kStages], empty[kStages], out_empty[2];
-};
-
-template <int DP, bool kCentred>
-__device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP, kCentred>& s, int b, int h,
-                           int first, int tiles) {
-  constexpr int kStages = Order1RowsTraits<DP>::kStages, kPanels = DP / 64;
-  const bool first_lane = threadIdx.x % 32 == 0, with_out = !kCentred && p.out != nullptr;
-  barrier_expect(&s.moments_full, 2 * DP * DP * 2);
-  if (first_lane) copy_matrices<DP>(s.moments, p.moments_map, &s.moments_full, h / (p.H / p.Hk), b);
-#pragma unroll 1
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int stage = tile % kStages, row = first + 64 * tile;
-    if (tile >= kStages) barrier_wait(&s.empty[stage], tile / kStages - 1 & 1);
-    if (with_out && tile > 1) barrier_wait(&s.out_empty[tile % 2], tile / 2 - 1 & 1);
-    barrier_expect(&s.full[stage], (with_out ? 3 : 2) * 64 * DP * 2);
-    if (!first_lane) continue;
-    for (int i = 0; i < kPanels; ++i) {
-      copy_panel(s.q[stage][i], p.q_map, &s.full[stage], 64 * i, row, h, b);
-      copy_panel(s.grad_out[stage][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, b);
-      if constexpr (!kCentred) {
-        if (with_out) copy_panel(s.out[tile % 2][i], p.out_map, &s.full[stage], 64 * i, row, h, b);
-      }
-    }
-  }
-}
-
 // kNarrow: head dims up to 32.
 template <int DP, bool kCentred, bool kNarrow>
-__global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTraits<DP>::kBlocks)
+__global__ void __launch_bounds__(Order1RowsTraits<DP, kCentred>::kThreads,
+                                  Order1RowsTraits<DP, kCentred>::kBlocks)
     order1_rows_kernel(const __grid_constant__ Order1RowsMaps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using T = __nv_bfloat16;
   using Shared = Order1RowsShared<DP, kCentred>;
+  using Traits = Order1RowsTraits<DP, kCentred>;
   constexpr int kStages = Shared::kStages, kSets = Shared::kSets, kPanels = DP / 64;
   constexpr int kColumns = kNarrow ? 32 : 64, kTiles = kColumns / 8;  // of a panel that count
   extern __shared__ __align__(1024) char raw[];  // not a byte to round up: two blocks just fit
@@ -93,7 +36,7 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   if (threadIdx.x == 0) {
     barrier_init(&s.moments_full, 1);
     barrier_init_ring(s.full, s.empty, 4 * kPanels);
-    for (auto& barrier : s.out_empty) barrier_init(&barrier, 4 * kPanels);
+    if constexpr (!kCentred) s.dots.init();
     barrier_init_done();
   }
   const int head = blockIdx.x / p.chunks, chunk = blockIdx.x - head * p.chunks;
@@ -109,11 +52,16 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
   __syncthreads();
   const int tiles = uniform(min(p.tiles, (p.N - first + 63) / 64));
   if (warp_index() >= 4 * kPanels) {
-    give_registers<24>();
-    if (warp_index() == 4 * kPanels) fetch_rows(p, s, b, h, first, tiles);
+    give_registers<Traits::kFew>();
+    const int role = warp_index() - 4 * kPanels;
+    if (role == 0) {
+      fetch_rows(p, s, b, h, first, tiles);
+    } else if constexpr (!kCentred) {
+      if (p.out != nullptr) make_dots<DP, kNarrow>(s, role - 1, tiles);
+    }
     return;
   }
-  take_registers<DP == 64 ? 232 : 240>();
+  take_registers<Traits::kMany>();
 
   const int panel = uniform(threadIdx.x / 128), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = threadIdx.x / 32 % 4 * 16 + g;
@@ -202,20 +150,10 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
     const auto place = [&](uint16_t(&to)[kPanels][64][64], int n, int half) {
       return reinterpret_cast<uint32_t*>(&to[panel][row + 8 * half][(n ^ g) * 8 + 2 * t]);
     };
-    [[maybe_unused]] float u[2] = {}, v[2] = {}, dot[2] = {};  // dot: dO.o
+    [[maybe_unused]] float u[2] = {}, v[2] = {};
     if constexpr (!kCentred) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = row + 8 * half;
-#pragma unroll
-        for (int j = 0; j < kTiles / 4; ++j) {  // eight columns each
-          const int chunk = (kTiles / 4 * t + j ^ g) * 8;
-          float x[8], y[8];
-          unpack16<T>(*reinterpret_cast<const uint4*>(&s.grad_out[stage][panel][r][chunk]), x);
-          unpack16<T>(*reinterpret_cast<const uint4*>(&s.out[tile % 2][panel][r][chunk]), y);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) dot[half] += x[e] * y[e];
-        }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
           const float2 q = unpack2(*place(s.q[stage], n, half), T{});
@@ -224,18 +162,16 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
         }
         u[half] = quad_sum(u[half]);
         v[half] = quad_sum(v[half]);
-        dot[half] = quad_sum(dot[half]);
         if (kPanels > 1 && t == 0) {
-          const float of_panel[3] = {u[half], v[half], dot[half]};
-#pragma unroll
-          for (int i = 0; i < 3; ++i) s.vectors[i][64 * panel + r] = of_panel[i];
+          s.vectors[0][64 * panel + row + 8 * half] = u[half];
+          s.vectors[1][64 * panel + row + 8 * half] = v[half];
         }
       }
       if constexpr (!first_tile) {
         wgmma_wait<0>();  // the sums
         arrive_behind_stores(&s.empty[(tile - 1) % kStages]);
       }
-      barrier_arrive(&s.out_empty[tile % 2]);
+      if (makes_delta) barrier_wait(&s.dots.full[stage], tile / kStages & 1);
     }
     consumer_sync<DP>();  // no product reads this tile, or the weighted one before, any more
     if constexpr (kCentred) {
@@ -266,38 +202,41 @@ __global__ void __launch_bounds__(Order1RowsTraits<DP>::kThreads, Order1RowsTrai
           *grad_at = Mma<T>::pack(dq.x, dq.y);
         }
       }
-    }
+    } else {
 #pragma unroll
-    for (int half = 0; half < (kCentred ? 0 : 2); ++half) {
-      const int r = row + 8 * half;
-      if constexpr (kPanels > 1) {
-        u[half] = s.vectors[0][r] + s.vectors[0][64 + r];
-        v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
-        dot[half] = s.vectors[2][r] + s.vectors[2][64 + r];
-      }
-      const bool any = share[half] != 0.f;
-      const float gamma = reciprocal_approx(1.f + p.scale * p.scale / 4 * v[half]);
-      const float gu = gamma * p.scale * u[half];
-      const float a = any ? share[half] * gamma * p.scale : 0.f;
-      const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;
-      if (panel == 0 && t == 0 && first + 64 * tile + r < p.N) {
-        const int64_t i = static_cast<int64_t>(head) * p.N + first + 64 * tile + r;
-        if (makes_delta) p.delta[i] = delta[half] += dot[half];
-        p.coarse_delta[i] = delta[half] - (any ? gu : 0.f);
-      }
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 8 * half;
+        if constexpr (kPanels > 1) {
+          u[half] = s.vectors[0][r] + s.vectors[0][64 + r];
+          v[half] = s.vectors[1][r] + s.vectors[1][64 + r];
+        }
+        const bool any = share[half] != 0.f;
+        const float gamma = reciprocal_approx(1.f + p.scale * p.scale / 4 * v[half]);
+        const float gu = gamma * p.scale * u[half];
+        const float a = any ? share[half] * gamma * p.scale : 0.f;
+        const float c = any ? share[half] * gamma * gu * (-p.scale * p.scale / 4) : 0.f;
+        if (panel == 0 && t == 0 && first + 64 * tile + r < p.N) {
+          const int64_t i = static_cast<int64_t>(head) * p.N + first + 64 * tile + r;
+          if (makes_delta) p.delta[i] = delta[half] += s.dots.x[stage][r];
+          p.coarse_delta[i] = delta[half] - (any ? gu : 0.f);
+        }
+        if (!any) {  // it may hold anything
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        uint32_t* const q_at = place(s.q[stage], n, half);
-        uint32_t* const grad_at = place(s.grad_out[stage], n, half);
-        const float2 q = unpack2(*q_at, T{}), grad = unpack2(*grad_at, T{});
-        *place(s.weighted[tile % kSets][0], n, half) =
-            any ? Mma<T>::pack(a * grad.x, a * grad.y) : 0;
-        *place(s.weighted[tile % kSets][1], n, half) = any ? Mma<T>::pack(c * q.x, c * q.y) : 0;
-        // The gradient leaves through the place of dO. A row without weight may hold anything.
-        *grad_at = any ? Mma<T>::pack(a * x[n][2 * half] + 2 * c * w[n][2 * half],
-                                      a * x[n][2 * half + 1] + 2 * c * w[n][2 * half + 1])
-                       : 0;
-        if (!any) *q_at = 0;
+          for (int n = 0; n < kTiles; ++n) {
+            *place(s.q[stage], n, half) = *place(s.grad_out[stage], n, half) = 0;
+            x[n][2 * half] = x[n][2 * half + 1] = w[n][2 * half] = w[n][2 * half + 1] = 0.f;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          uint32_t* const grad_at = place(s.grad_out[stage], n, half);
+          const float2 q = unpack2(*place(s.q[stage], n, half), T{}), grad = unpack2(*grad_at, T{});
+          *place(s.weighted[tile % kSets][0], n, half) = Mma<T>::pack(a * grad.x, a * grad.y);
+          *place(s.weighted[tile % kSets][1], n, half) = Mma<T>::pack(c * q.x, c * q.y);
+          // The gradient leaves through the place of dO.
+          *grad_at = Mma<T>::pack(a * x[n][2 * half] + 2 * c * w[n][2 * half],
+                                  a * x[n][2 * half + 1] + 2 * c * w[n][2 * half + 1]);
+        }
       }
     }
     fence_for_copies();
@@ -387,10 +326,11 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
   p.tiles = chunk_tiles(p.N, p.chunks, 1);
   const auto launch_form = [&](auto centred, auto narrow) {
     constexpr int kBytes = sizeof(Order1RowsShared<DP, centred()>);
-    static_assert(Order1RowsTraits<DP>::kBlocks * (kBytes + 1024) <= 228 * 1024);
+    using Traits = Order1RowsTraits<DP, centred()>;
+    static_assert(Traits::kBlocks * (kBytes + 1024) <= 228 * 1024);
     if (kBytes > device.max_smem) return cudaErrorNotSupported;
-    return launch_grid(order1_rows_kernel<DP, centred(), narrow()>, blocks,
-                       Order1RowsTraits<DP>::kThreads, kBytes, stream, Beside{p.beside}, p);
+    return launch_grid(order1_rows_kernel<DP, centred(), narrow()>, blocks, Traits::kThreads,
+                       kBytes, stream, Beside{p.beside}, p);
   };
   const auto launch = [&](auto narrow) {
     return p.centre != nullptr ? launch_form(std::true_type{}, narrow)
