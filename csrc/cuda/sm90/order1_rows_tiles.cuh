@@ -26,10 +26,11 @@ struct Order1RowsTraits {
   static constexpr int kMany = kCentred ? (DP == 64 ? 232 : 240) : DP == 64 ? 216 : 232;
 };
 
-// dO.o of the rows of each tile, made by kWarps warps from o in two places.
+// dO.o of the rows of each tile, made by kWarps warps, and the places of o. Even means only.
 template <int DP>
-struct Order1Dots {
+struct alignas(1024) Order1Dots {
   static constexpr int kWarps = 3, kStages = Order1RowsTraits<DP, false>::kStages;
+  uint16_t out[2][DP / 64][64][64];
   float x[kStages][64];
   uint64_t full[kStages], out_empty[2];
 
@@ -38,28 +39,19 @@ struct Order1Dots {
     for (auto& barrier : out_empty) barrier_init(&barrier, kWarps);
   }
 };
-
 struct NoDots {};
 
-// Places of o, even means only.
 template <int DP, bool kCentred>
-struct Order1RowsOut {
-  uint16_t out[2][DP / 64][64][64];
-};
-template <int DP>
-struct Order1RowsOut<DP, true> {};
-
-template <int DP, bool kCentred>
-struct Order1RowsShared : Order1RowsOut<DP, kCentred> {
+struct Order1RowsShared {
   // Sets of what the sums read: with even means a tile's are made before the next is written.
   static constexpr int kSets = kCentred ? 2 : 1;
   static constexpr int kStages = Order1RowsTraits<DP, kCentred>::kStages, kPanels = DP / 64;
   uint16_t moments[2][kPanels][DP][64];  // C, Sigma
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   uint16_t weighted[kSets][2][kPanels][64][64];  // a dO, b q
+  std::conditional_t<kCentred, NoDots, Order1Dots<DP>> dots;
   float vectors[2][DP];  // u and v of each panel's columns and row; or centre, and centre Sigma
   uint64_t moments_full, full[kStages], empty[kStages];
-  std::conditional_t<kCentred, NoDots, Order1Dots<DP>> dots;
 };
 
 template <int DP, bool kCentred>
@@ -82,7 +74,8 @@ __device__ void fetch_rows(const Order1RowsMaps& p, Order1RowsShared<DP, kCentre
       copy_panel(s.q[stage][i], p.q_map, &s.full[stage], 64 * i, row, h, b);
       copy_panel(s.grad_out[stage][i], p.grad_out_map, &s.full[stage], 64 * i, row, h, b);
       if constexpr (!kCentred) {
-        if (with_out) copy_panel(s.out[tile % 2][i], p.out_map, &s.full[stage], 64 * i, row, h, b);
+        if (with_out)
+          copy_panel(s.dots.out[tile % 2][i], p.out_map, &s.full[stage], 64 * i, row, h, b);
       }
     }
   }
@@ -107,7 +100,7 @@ __device__ void make_dots(Order1RowsShared<DP, false>& s, int warp, int tiles) {
         const int panel = i / kChunks, chunk = (kChunks * t + i % kChunks ^ g) * 8;
         float x[8], y[8];
         unpack16<T>(*reinterpret_cast<const uint4*>(&s.grad_out[stage][panel][row][chunk]), x);
-        unpack16<T>(*reinterpret_cast<const uint4*>(&s.out[tile % 2][panel][row][chunk]), y);
+        unpack16<T>(*reinterpret_cast<const uint4*>(&s.dots.out[tile % 2][panel][row][chunk]), y);
 #pragma unroll
         for (int e = 0; e < 8; ++e) dot += x[e] * y[e];
       }
