@@ -214,24 +214,46 @@ def test_huge_logits(device, dtype, coarse, order, selection, size):
         assert t.isfinite().all(), (name, seed)
 
 
-@pytest.mark.parametrize("step", [6.0, 45.0, 300.0, -45.0])
-@pytest.mark.parametrize("block", [32, 64])
-@pytest.mark.parametrize("coarse, order", [("none", 0), ("row", 1)])
-@pytest.mark.parametrize("device, dtype", CPU_DTYPES + CUDA_DTYPES[1:])
-def test_logits_that_grow(device, dtype, coarse, order, block, step):
+def check_growth(device, dtype, step, block, **options):
     """Of some query heads each key block's logits lie above those of the block before (or below
     them), by what the shift of a softmax passes over or has to follow, then by little again. Not in
     float32 on CUDA, whose limit leaves no room for the rounding of such logits."""
-    case = Case(
-        device, dtype, N=6 * block, M=9 * block + 5, D=64, coarse=coarse, order=order,
-        density=0.8, block_size=block, scale=0.25, spread=0.5,
-    )  # fmt: skip
+    sizes = dict(N=6 * block, M=9 * block + 5, block_size=block, density=0.8)
+    case = Case(device, dtype, scale=0.25, spread=0.5, **sizes | options)
     with torch.no_grad():
         y = torch.arange(case.k.shape[2], device=device) // block
         heads = torch.where(y < 6, y, 6).to(dtype) * (step / 2)
         case.k[..., 0] = heads
         case.q[..., 0], case.q[:, 1::2, :, 0] = 8.0, 0.0
     case.check()
+
+
+GROWTH = pytest.mark.parametrize("step", [6.0, 45.0, 300.0, -45.0])
+
+
+@GROWTH
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("coarse, order", [("none", 0), ("row", 1)])
+@pytest.mark.parametrize("device, dtype", CPU_DTYPES + CUDA_DTYPES[1:])
+def test_logits_that_grow(device, dtype, coarse, order, block, step):
+    check_growth(device, dtype, step, block, D=64, coarse=coarse, order=order)
+
+
+@GROWTH
+@pytest.mark.parametrize(
+    "block, D, options",
+    [
+        (64, 64, dict(coarse="none", order=0, masks="both")),
+        (64, 64, dict(coarse="row", order=1, masks="both", pool="centred")),
+        (64, 64, dict(coarse="row", order=0, is_causal=True, N=581, M=581)),
+        (64, 128, dict(coarse="block", order=1, masks="both")),
+        (128, 128, dict(coarse="row", order=1, masks="both")),
+        (64, 192, dict(coarse="row", order=0, masks="both")),
+    ],
+)
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
+def test_logits_that_grow_in_every_kernel(device, dtype, block, D, options, step):
+    check_growth(device, dtype, step, block, D=D, **options)
 
 
 @pytest.mark.parametrize("coarse, order", FORMS)
