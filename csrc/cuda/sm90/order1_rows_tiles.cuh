@@ -50,7 +50,8 @@ struct Order1RowsShared {
   uint16_t q[kStages][kPanels][64][64], grad_out[kStages][kPanels][64][64];
   uint16_t weighted[kSets][2][kPanels][64][64];  // a dO, b q
   std::conditional_t<kCentred, NoDots, Order1Dots<DP>> dots;
-  float vectors[2][DP];  // u and v of each panel's columns and row; or centre, and centre Sigma
+  // u and v of each panel's columns and row; or centre, and centre Sigma
+  alignas(16) float vectors[2][DP];
   uint64_t moments_full, full[kStages], empty[kStages];
 };
 
