@@ -28,12 +28,14 @@ $(VENV)/extras: $(VENV)/installed
 demo: build $(VENV)/extras
 	$(PY) -m examples.demo
 
-# Needs a GPU.
+# Needs a GPU. SHARES processes side by side, each with its share of the calls.
+SHARES ?= 8
 sanitize: build
-	compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) tests/sanitizer.py
+	seq $(SHARES) | xargs -P $(SHARES) -I{} compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PY) tests/sanitizer.py {}/$(SHARES)
 	MRA_RACECHECK=1 $(PY) setup.py build --build-base build/racecheck --build-lib build/racecheck/lib
-	PYTHONPATH=build/racecheck/lib compute-sanitizer --tool racecheck --error-exitcode 1 \
-		$(PY) tests/sanitizer.py
+	seq $(SHARES) | PYTHONPATH=build/racecheck/lib xargs -P $(SHARES) -I{} compute-sanitizer \
+		--tool racecheck --error-exitcode 1 $(PY) tests/sanitizer.py {}/$(SHARES)
 
 clean:
 	rm -rf build mra_attention/*.so *.egg-info $(VENV)
