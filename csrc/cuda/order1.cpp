@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "centred_grads.h"
-#include "delta.h"
 #include "order1_levels.h"
 #include "order1_term.h"
 #include "order1_walk.h"
@@ -302,17 +301,16 @@ Order1Grads order1_backward(const Tensor& grad_out, const Tensor& share, const T
     grads.coarse_delta =
         allocate(grad_out.sizes().slice(0, 3), in.query.options().dtype(at::kFloat));
     grads.query = empty_query_grad(in);
-    // What comes last there adds up sums, if there are any.
-    const bool in_columns = order1_in_columns(in.key, o, launch);
-    if (!in_columns) {
+    if (order1_in_columns(in.key, o, launch)) {
+      // What comes last adds up sums, if there are any.
+      grads.moment_grads = order1_grad_rows(rows, in, pooled, o, grads, false, &grads.held);
+    } else {
       grads.key = empty_key_grad(in);
       grads.value = empty_value_grad(in);
-    }
-    if (in_columns) {
-      grads.moment_grads = order1_grad_rows(rows, in, pooled, o, grads, false, &grads.held);
-    } else if (!order1_grad_walk(rows, in, pooled, o, grads)) {
-      grads.held = order1_grad_rows(rows, in, pooled, o, grads, false);
-      order1_grad_keys(grads.held, in, pooled, o, grads, false);
+      if (!order1_grad_walk(rows, in, pooled, o, grads)) {
+        grads.held = order1_grad_rows(rows, in, pooled, o, grads, false);
+        order1_grad_keys(grads.held, in, pooled, o, grads, false);
+      }
     }
   }
   grads.delta = rows.delta;

@@ -78,6 +78,20 @@ struct OnlineSoftmax {
     }
   }
 
+  // Scores -> weights by a shift, which are added to the sums of this thread's rows.
+  template <int kScores>
+  static __device__ __forceinline__ void to_weights(float (&s)[kScores][4], float scale,
+                                                    const float (&shift)[2], float (&sum)[2]) {
+#pragma unroll
+    for (int n = 0; n < kScores; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
+        sum[i / 2] += s[n][i];
+      }
+    }
+  }
+
   // Logits (scores times `scale`) -> weights; factor: what the accumulators are due, true if that
   // is not 1 for some row of the warp. The shift follows the maximum only when that has grown by
   // more than 2^8: weights may exceed 1, which costs no accuracy, and most tiles rescale nothing.
@@ -105,14 +119,7 @@ struct OnlineSoftmax {
       sum[0] *= factor[0];
       sum[1] *= factor[1];
     }
-#pragma unroll
-    for (int n = 0; n < kScores; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -shift[i / 2]));
-        sum[i / 2] += s[n][i];
-      }
-    }
+    to_weights(s, scale, shift, sum);
     return grown;
   }
 
@@ -128,14 +135,7 @@ struct OnlineSoftmax {
   __device__ __forceinline__ bool weigh_on(float (&s)[kScores][4], float scale) {
     constexpr float kLargest = std::is_same_v<T, __half> ? 0x1p14f : 0x1p60f;
     float part[2] = {};
-#pragma unroll
-    for (int n = 0; n < kScores; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = exp2_approx(fmaf(s[n][i], scale, -max[i / 2]));
-        part[i / 2] += s[n][i];
-      }
-    }
+    to_weights(s, scale, max, part);
     if (__any_sync(0xffffffffu, part[0] > kLargest || part[1] > kLargest)) return false;
     sum[0] += part[0];
     sum[1] += part[1];

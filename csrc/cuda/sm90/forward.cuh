@@ -112,10 +112,9 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
     bool settled = false;
     auto weigh = [&](int tile, const Place& place, bool plain, auto& c, float(&factor)[2],
                      const auto& ask) {
-      float scale = p.scale * kLog2e;
+      const float scale = p.scale * kLog2e;
       const auto to_logits = [&](auto& c) {
-        if (plain) return;
-        ring.to_logits(c, place.stage, scale, p.causal, at.first_row + warp_row + g);
+        if (!plain) ring.to_logits(c, place.stage, scale, p.causal, at.first_row + warp_row + g);
       };
       to_logits(c);
       const float rest = plain ? scale : 1.f;
