@@ -223,8 +223,10 @@ BackwardResult run_backward(const Stages& stages, const Tensor& grad_out, const 
   // order 1
   if (centred) grads.centred = &*centred;
   if (has_order1(o) && centred) {
-    stages.centred_delta(grads, out, grad_lse, in, *centred, o);
-    grads.coarse_sum = allocate_beside(grads.delta, grads.delta.sizes());
+    stages.centred_delta(grads, out, grad_lse, in, *centred, rows, o);
+    if (!grads.coarse_rows.shares.defined()) {
+      grads.coarse_sum = allocate_beside(grads.delta, grads.delta.sizes());
+    }
   } else if (has_order1(o)) {
     const Order1Grads first = stages.order1_backward(grad_out, share, out, grad_lse, in, pooled, o);
     grads.delta = first.delta;

@@ -236,6 +236,16 @@ struct BlockRows {
   Tensor delta;  // [B, H, nq] acc: e_x = sum_i exp(M_x - lse_i) delta_i
 };
 
+// CUDA: what centred_delta made of the coarse part besides. Then coarse_delta is delta, and
+// query_extra has all that the coarse part and order 1 give to the queries but for what comes
+// through the centre.
+struct CoarseRows {
+  Tensor shares;        // [2, B, Hk, nk, D] acc: gradients of the pooled keys and values
+  Tensor mass_grad;     // [B, Hk, nk] acc: of the log mass of each block
+  Tensor moment_grads;  // dC and dSigma, as moments are kept
+  Tensor of_rows;       // parts of what the centre gets, [B, H, parts, D] acc
+};
+
 struct FineBackward {
   Tensor grad_out;      // [B, H, N, D] T, any strides with the last one 1
   Tensor lse;           // [B, H, N] acc
@@ -257,6 +267,7 @@ struct FineBackward {
   // With weighted means, for what Stages.centred_grads would do where it is null.
   Tensor share{};  // [B, H, N] acc, with order 1
   const Centred* centred = nullptr;
+  CoarseRows coarse_rows{};
   // Where defined, filled: gradients of the pooled keys and values, and of the log mass of each
   // block, summed over the heads of a group.
   Tensor pooled_grads{};  // [2, B, Hk, nk, D] acc
@@ -334,13 +345,13 @@ struct Stages {
   // means and counts of keys that `plain` lacks. `centre` adds means and moments and, unless the
   // call is of a backward pass and centred_delta makes them, variance and row_bias or what fine
   // makes them from. The others are order 1: the term, added to result.out in place; grads.delta
-  // and coarse_delta, from its grad_out and share; and the gradients but those through the logits,
-  // added in place. The last is null where fine_backward does it.
+  // and coarse_delta, from its grad_out and share, perhaps with coarse_rows; and the gradients but
+  // those through the logits, added in place. The last is null where fine_backward does it.
   Centred (*weigh_keys)(const Inputs&, PooledInputs& plain, bool bias, const Options&) = nullptr;
   void (*centre)(Centred&, const Inputs&, bool backward, const Options&) = nullptr;
   void (*centred_term)(FineResult& result, const Inputs&, const Centred&, const Options&) = nullptr;
   void (*centred_delta)(FineBackward& grads, const Tensor& out, const Tensor& grad_lse,
-                        const Inputs&, Centred&, const Options&) = nullptr;
+                        const Inputs&, Centred&, const BlockList& rows, const Options&) = nullptr;
   void (*centred_grads)(const Grads&, const FineBackward&, const Inputs&, const Options&) = nullptr;
 };
 

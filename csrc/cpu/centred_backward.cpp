@@ -4,7 +4,7 @@
 namespace mra::cpu {
 
 void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
-                   Centred& c, const Options& o) {
+                   Centred& c, const BlockList&, const Options& o) {
   grads.delta = delta(grads.grad_out, out, grad_lse);
   grads.coarse_delta = at::empty_like(grads.delta);
   for_heads(in, [&](int64_t item) {

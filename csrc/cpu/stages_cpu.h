@@ -48,7 +48,7 @@ Centred weigh_keys(const Inputs&, PooledInputs& plain, bool bias, const Options&
 void centre(Centred&, const Inputs&, bool backward, const Options&);
 void centred_term(FineResult& result, const Inputs&, const Centred&, const Options&);
 void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs&,
-                   Centred&, const Options&);
+                   Centred&, const BlockList& rows, const Options&);
 void centred_grads(const Grads&, const FineBackward&, const Inputs&, const Options&);
 
 }  // namespace mra::cpu

@@ -87,15 +87,6 @@ void empty_row_numbers(FineBackward& grads, Centred& c) {
   c.slope = allocate_like(grads.delta);
 }
 
-// The centre times C and Sigma, [B, Hk, 2, dim].
-Tensor centre_matrices(const Term& term, const Centred& c, bool beside = false) {
-  const Tensor result = allocate({term.B, term.Hk, 2, term.dim}, term.acc());
-  CentreProductsParams p = products_of(term, c, result);
-  p.beside = beside;
-  term.launch.check(centre_products(p, term.launch.stream));
-  return result;
-}
-
 // All of centred_delta in one reading; false where no kernel does it. Leaves the centre's products
 // in `c` for rows_at_once.
 bool delta_on_hopper(FineBackward& grads, const Tensor& out_in, const Tensor& grad_lse,
@@ -179,9 +170,13 @@ Tensor rows_and_gram(const Term& term, const Tensor& grad_out, const Centred& c,
 }  // namespace
 
 void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
-                   Centred& c, const Options& o) {
+                   Centred& c, const BlockList& rows, const Options& o) {
   const Launch launch(in.query);
-  if (!o.causal && delta_on_hopper(grads, out, grad_lse, Term(launch, in, c.pooled, o), c)) return;
+  if (!o.causal) {
+    const Term term(launch, in, c.pooled, o);
+    if (pooled_order1(grads, out, grad_lse, term, c, rows)) return;
+    if (delta_on_hopper(grads, out, grad_lse, term, c)) return;
+  }
   grads.delta = row_dots(grads.grad_out, out, grad_lse);
   empty_row_numbers(grads, c);
   if (o.causal && !c.queries.defined()) {
@@ -209,7 +204,11 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
   const Term term(launch, from, c.pooled, o);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   CentreGrads result;
-  Tensor moment_grads = rows_at_once(term, grad_out, back, grads, add, result.of_rows);
+  result.of_rows = back.coarse_rows.of_rows;
+  Tensor moment_grads = back.coarse_rows.moment_grads;
+  if (!moment_grads.defined()) {
+    moment_grads = rows_at_once(term, grad_out, back, grads, add, result.of_rows);
+  }
   if (!moment_grads.defined()) {
     const RowWeights rows(term, grad_out, back);
     if (o.causal && !c.queries.defined()) {

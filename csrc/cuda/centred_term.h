@@ -77,4 +77,18 @@ inline CentreProductsParams products_of(const Term& term, const Centred& c, cons
   return p;
 }
 
+// The centre times C and Sigma, [B, Hk, 2, dim].
+inline Tensor centre_matrices(const Term& term, const Centred& c, bool beside = false) {
+  const Tensor result = allocate({term.B, term.Hk, 2, term.dim}, term.acc());
+  CentreProductsParams p = products_of(term, c, result);
+  p.beside = beside;
+  term.launch.check(centre_products(p, term.launch.stream));
+  return result;
+}
+
+// All of centred_delta and, into grads.coarse_rows and query_extra, the coarse part and order 1 of
+// the rows; false where no kernel does it.
+bool pooled_order1(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Term& term,
+                   const Centred& c, const BlockList& rows);
+
 }  // namespace mra::cuda

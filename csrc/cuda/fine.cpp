@@ -11,43 +11,11 @@
 #include "delta.h"
 #include "level_stages.h"
 #include "moments.h"
-#include "pool.h"
+#include "pooled_keys.h"
 #include "problem.h"
 
 namespace mra::cuda {
 namespace {
-
-// Means of key blocks in the dtype that the kernel multiplies, rounded here unless they came so,
-// and for how many keys they stand.
-struct PooledKeys {
-  Tensor key, value, count, mass, row_bias;
-
-  // beside: rounding them may run beside the kernel launched before.
-  PooledKeys(const std::optional<PooledInputs>& pooled, const Inputs& in, const Options& o,
-             const Launch& launch, bool beside = false) {
-    if (!pooled) return;
-    count = pooled->key_count;
-    mass = pooled->mass;
-    row_bias = pooled->row_bias;
-    if (!rounds_pooled(in.key, o)) {
-      key = pooled->key;
-      value = pooled->value;
-    } else if (pooled->key_rounded.defined()) {
-      key = pooled->key_rounded;
-      value = pooled->value_rounded;
-    } else {
-      const Tensor k = with_aligned_rows(pooled->key), v = with_aligned_rows(pooled->value);
-      const Tensor both =
-          allocate({2, k.size(0), k.size(1), k.size(2), k.size(3)}, in.key.options());
-      launch.check(round_pooled(k.const_data_ptr<float>(), v.const_data_ptr<float>(),
-                                both.mutable_data_ptr(), k.numel(), dtype_of(in.key),
-                                beside && k.is_same(pooled->key) && v.is_same(pooled->value),
-                                launch.stream));
-      key = both[0];
-      value = both[1];
-    }
-  }
-};
 
 // For Hopper's columns; undefined where a block of threads gets so many items that order matters
 // little.
@@ -214,7 +182,11 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
                     const Options& o) {
   const Launch launch(in.query);
   const Dtype dtype = dtype_of(in.query);
-  const PooledKeys keys(pooled, in, o, launch, launch.device.major == 9 && back.held.defined());
+  // What pooled keys are to rows may be made already.
+  const CoarseRows& coarse_rows = back.coarse_rows;
+  const bool made_rows = coarse_rows.shares.defined();
+  const PooledKeys keys(pooled, in, o, launch, launch.device.major == 9 && back.held.defined(),
+                        !made_rows);
   const Tensor grad_out = with_aligned_rows(back.grad_out);
   const bool levels = !o.levels.empty(), cells = levels && pooled;
   const BlockList exact = levels ? rows_of(rows, o.resolutions[0]) : rows;
@@ -238,8 +210,11 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
   const bool weighted = back.centred != nullptr;
   const CoarseSums coarse_sums(p, back);
   bool add_keys = back.key_extra.defined();
-  Tensor key_block = back.key_block, value_block = back.value_block, shares, mass_grad;
-  if (pooled) {
+  Tensor key_block = back.key_block, value_block = back.value_block;
+  Tensor shares = coarse_rows.shares, mass_grad = coarse_rows.mass_grad;
+  if (made_rows) {
+    add_keys = true;
+  } else if (pooled) {
     shares = cells ? cells_columns(p, keys.key, keys.value, keys.count, back.coarse_delta, rows,
                                    columns, o, dtype, launch)
                    : pooled_shares(p, dtype, launch, in.query, weighted ? &mass_grad : nullptr);
@@ -274,7 +249,7 @@ Grads fine_backward(const Inputs& in, const BlockList& rows, const BlockList& co
     launch.check(error);
     return made_keys = true;
   };
-  const bool rows_last = weighted && (made || !has_order1(o));
+  const bool rows_last = weighted && (made || made_rows || !has_order1(o));
   // What every query gets. `add`: g.query holds a part already.
   const auto through_weights = [&](bool add) {
     CentreGrads of_centre;

@@ -44,7 +44,10 @@ SM90_ORDER1 = {
 # Of the coarse part, likewise.
 SM90_COARSE = {"coarse_backward": "CoarseBackwardParams"}
 # Of order 1, up to 64 columns.
-SM90_ORDER1_64 = {"backward_columns_order1": "ColumnsOrder1"}
+SM90_ORDER1_64 = {
+    "backward_columns_order1": "ColumnsOrder1",
+    "backward_pooled_order1": "PooledOrder1",
+}
 # Of which the dtype is the one argument.
 SM90_TYPES = {"order1_walk_wide": "WalkWide"}
 # Short heads: the dtypes of each form.

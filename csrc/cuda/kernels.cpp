@@ -120,6 +120,15 @@ cudaError_t backward_columns_order1(const sm90::ColumnsOrder1& p, const Device& 
 #endif
 }
 
+cudaError_t backward_pooled_order1(const sm90::PooledOrder1& p, const Device& device,
+                                   cudaStream_t stream) {
+#ifdef MRA_SM90A
+  return sm90::launch_backward_pooled_order1<64>(p, device, stream);
+#else
+  return cudaErrorNotSupported;
+#endif
+}
+
 cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& device,
                             cudaStream_t stream) {
 #ifdef MRA_SM90A
@@ -227,6 +236,8 @@ std::vector<KernelInfo> kernel_table() {
       {"order1", "keys", "csrc/cuda/sm90/order1_keys.cuh", "sm_90a", "bfloat16",
        "8..128 (64, 128)"},
       {"fine, order1", "backward_columns_order1", "csrc/cuda/sm90/backward_columns_order1.cuh",
+       "sm_90a", "bfloat16", "8..64 (64)"},
+      {"fine, order1", "backward_pooled_order1", "csrc/cuda/sm90/backward_pooled_order1.cuh",
        "sm_90a", "bfloat16", "8..64 (64)"},
       {"order1", "walk_rows", "csrc/cuda/sm90/order1_walk_rows.cuh", "sm_90a",
        "float16 (forward), bfloat16", "8..128 (64, 128)"},

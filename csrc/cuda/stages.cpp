@@ -26,7 +26,7 @@ Centred weigh_keys(const Inputs& in, PooledInputs& plain, bool bias, const Optio
 void centre(Centred& c, const Inputs& in, bool backward, const Options& o);
 void centred_term(FineResult& result, const Inputs& in, const Centred& c, const Options& o);
 void centred_delta(FineBackward& grads, const Tensor& out, const Tensor& grad_lse, const Inputs& in,
-                   Centred& c, const Options& o);
+                   Centred& c, const BlockList& rows, const Options& o);
 }  // namespace cuda
 
 const Stages& cuda_stages() {

@@ -21,6 +21,29 @@ struct ColumnsOrder1 : BackwardParams {
 };
 template <int DP>
 cudaError_t launch_backward_columns_order1(const ColumnsOrder1&, const Device&, cudaStream_t);
+// With weighted means, what is made of each row but fine's part, in one reading: delta, gradients
+// of pooled keys and values, order 1, and all that these give to grad_q. bfloat16, DP = 64, at most
+// kPooledOrder1Keys pooled keys, not causal. `splits` is H / Hk times chunks.
+constexpr int kPooledOrder1Keys = 32;
+struct PooledOrder1 : BackwardParams {
+  const void* out;  // [B, H, N, D] bfloat16
+  Strides out_strides;
+  const float *lse, *share;  // [B, H, N]
+  const float* grad_lse;     // [B, H, N] with strides lse_strides, or null
+  Strides lse_strides;
+  const void* moments;  // [B, Hk, 2, dim, dim] bfloat16: C and Sigma
+  // The centre, [B, Hk, D], and its products with C and Sigma, [B, Hk, 2, dim].
+  const float *centre, *centre_term;
+  int chunks;  // of a query head
+
+  float* made_delta;  // [B, H, N]
+  float* row_sums;    // [B, H, chunks, D]: parts of what the centre gets of rows
+  float*
+      sums_of_rows;    // [B, H, chunks, 2, dim, dim]: parts of dC and dSigma, or null for one chunk
+  void* moment_grads;  // and one query head a key head: then [B, Hk, 2, dim, dim] bfloat16
+};
+template <int DP>
+cudaError_t launch_backward_pooled_order1(const PooledOrder1&, const Device&, cudaStream_t);
 // The same for head dims beyond 128, DP = 192 or 256; rows without their coarse_sum.
 template <typename T, int DP>
 cudaError_t launch_backward_rows_wide(const BackwardParams&, const Device&, cudaStream_t);

@@ -6,6 +6,7 @@
 
 #include "columns.cuh"
 #include "key_tiles.cuh"
+#include "unseen.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -70,34 +71,6 @@ __device__ void fetch_rows(const BackwardPooledMaps& p, BackwardPooledShared<DP>
   }
 }
 
-// The keys of this tile in list x of a head and, under causal, those that don't lie wholly in its
-// past.
-__device__ __forceinline__ uint64_t unseen_by(const BackwardParams& p, const PooledTile& at,
-                                              int head, int x) {
-  uint64_t unseen = 0;
-  const List list = list_of(p.row_lists, static_cast<int64_t>(at.b) * p.H + head, x);
-  int from = 0, count = list.count;  // to the first entry not before this tile's keys
-  while (count > 0) {
-    const int half = count / 2;
-    if (list.entries[from + half] < at.first_key) {
-      from += half + 1;
-      count -= half + 1;
-    } else {
-      count = half;
-    }
-  }
-  for (; from < list.count; ++from) {
-    const unsigned y = list.entries[from] - at.first_key;
-    if (y >= 64) break;
-    unseen |= 1ull << y;
-  }
-  if (p.causal) {  // seen are y with (y + 1) block_k <= x block_q
-    const int64_t seen = (static_cast<int64_t>(x) * p.list_rows >> p.log2_block_k) - at.first_key;
-    if (seen < 64) unseen |= seen <= 0 ? ~0ull : ~0ull << seen;
-  }
-  return unseen;
-}
-
 // By one warp, a tile of rows each lane.
 template <int DP>
 __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>& s,
@@ -108,9 +81,12 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
     const int window = i0 / 32 % 2, i = i0 + lane;
     uint64_t unseen[2] = {0, 0};
     if (i < all) {
-      const int head = at.head(i), x = at.row_tile(i) * 64 / p.list_rows;
-      unseen[0] = unseen[1] = unseen_by(p, at, head, x);
-      if (p.list_rows == 32 && x + 1 < p.row_lists.lists) unseen[1] = unseen_by(p, at, head, x + 1);
+      const int64_t head = static_cast<int64_t>(at.b) * p.H + at.head(i);
+      const int x = at.row_tile(i) * 64 / p.list_rows;
+      unseen[0] = unseen[1] = unseen_by(p, head, x, at.first_key);
+      if (p.list_rows == 32 && x + 1 < p.row_lists.lists) {
+        unseen[1] = unseen_by(p, head, x + 1, at.first_key);
+      }
     }
     if (i0 >= 64) barrier_wait(&s.window_empty[window], i0 / 64 - 1 & 1);
     s.windows[window][lane] =

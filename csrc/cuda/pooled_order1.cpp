@@ -1,0 +1,116 @@
+// In the backward pass with weighted means, all that rows need or give beside fine's part in one
+// launch: allocates for sm90/backward_pooled_order1.cuh.
+#include "centred_term.h"
+#include "coarse_shares.h"
+#include "pooled_keys.h"
+#include "sm90/backward.h"
+#include "sm90/moments.h"
+
+namespace mra::cuda {
+
+#ifdef MRA_SM90A
+
+namespace {
+
+// Heads are cut into `chunks`; a key head has `parts` of them, which are summed up here.
+struct Parts {
+  const Term& term;
+  int chunks, parts;
+  Tensor shares, mass, matrices;
+
+  Parts(const Term& term, sm90::PooledOrder1& p)
+      : term(term),
+        chunks(sm90::tile_chunks(term.B * term.H, term.N, 1, term.launch.device)),
+        parts(term.H / term.Hk * chunks),
+        shares(allocate({2, parts, term.B, term.Hk, term.nk, term.D}, term.acc())),
+        mass(allocate({parts, term.B, term.Hk, term.nk}, term.acc())) {
+    p.chunks = chunks;
+    p.splits = parts;
+    p.pooled_grad_k = shares.mutable_data_ptr<float>();
+    p.pooled_grad_v = p.pooled_grad_k + shares.numel() / 2;
+    p.pooled_mass_grads = mass.mutable_data_ptr<float>();
+    if (parts > 1) {
+      matrices = allocate({term.B, term.H, chunks, 2, term.dim, term.dim}, term.acc());
+      p.sums_of_rows = matrices.mutable_data_ptr<float>();
+    } else {
+      matrices = term.empty_matrices(1);
+      p.moment_grads = matrices.mutable_data_ptr();
+    }
+  }
+
+  void add_up(CoarseRows& to) const {
+    if (parts == 1) {
+      to.shares = shares.select(1, 0);
+      to.mass_grad = mass[0];
+      to.moment_grads = matrices;
+      return;
+    }
+    to.shares = allocate({2, term.B, term.Hk, term.nk, term.D}, term.acc());
+    to.mass_grad = allocate({term.B, term.Hk, term.nk}, term.acc());
+    to.moment_grads = term.empty_matrices(1);
+    term.launch.check(
+        share_sums({shares.const_data_ptr<float>(), nullptr, to.shares.mutable_data_ptr<float>(),
+                    parts, term.B, term.Hk, term.nk, term.D, mass.const_data_ptr<float>(),
+                    to.mass_grad.mutable_data_ptr<float>()},
+                   term.launch.stream));
+    term.sum(matrices.mutable_data_ptr<float>(), parts, 1, true, to.moment_grads);
+  }
+};
+
+}  // namespace
+
+bool pooled_order1(FineBackward& grads, const Tensor& out_in, const Tensor& grad_lse,
+                   const Term& term, const Centred& c, const BlockList& rows) {
+  const Options& o = term.o;
+  if (!order1_on_hopper(term.in.key, o, term.launch) || o.coarse != Coarse::row ||
+      !o.levels.empty() || term.dim > 64 || term.nk > sm90::kPooledOrder1Keys ||
+      o.block_q % 32 != 0) {
+    return false;
+  }
+  const Tensor grad_out = with_aligned_rows(grads.grad_out), out = with_aligned_rows(out_in);
+  const PooledKeys keys(c.pooled, term.in, o, term.launch);
+  sm90::PooledOrder1 p{};
+  fill(p, term.in, rows, keys.key, keys.value, keys.count, o);
+  p.pooled_mass = data_of<float>(keys.mass);
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.out = out.const_data_ptr();
+  p.out_strides = strides_of(out);
+  p.lse = grads.lse.const_data_ptr<float>();
+  p.share = grads.share.const_data_ptr<float>();
+  p.grad_lse = data_of<float>(grad_lse);
+  if (grad_lse.defined()) p.lse_strides = strides_of(grad_lse);
+  p.moments = c.moments.const_data_ptr();
+  p.centre = c.centre.const_data_ptr<float>();
+  const Tensor products = centre_matrices(term, c, c.pooled.beside);
+  p.centre_term = products.const_data_ptr<float>();
+
+  const Tensor delta = allocate({term.B, term.H, term.N}, term.acc());
+  const Tensor query = empty_query_grad(term.in);
+  Parts parts(term, p);
+  CoarseRows made;
+  made.of_rows = allocate({term.B, term.H, parts.chunks, term.D}, term.acc());
+  p.made_delta = delta.mutable_data_ptr<float>();
+  p.grad_q = query.mutable_data_ptr();
+  p.grad_q_strides = strides_of(query);
+  p.row_sums = made.of_rows.mutable_data_ptr<float>();
+  const cudaError_t error = backward_pooled_order1(p, term.launch.device, term.launch.stream);
+  if (error == cudaErrorNotSupported) return false;
+  term.launch.check(error);
+  parts.add_up(made);
+  grads.delta = grads.coarse_delta = delta;
+  grads.query_extra = query;
+  grads.coarse_rows = made;
+  return true;
+}
+
+#else
+
+bool pooled_order1(FineBackward&, const Tensor&, const Tensor&, const Term&, const Centred&,
+                   const BlockList&) {
+  return false;
+}
+
+#endif
+
+}  // namespace mra::cuda
