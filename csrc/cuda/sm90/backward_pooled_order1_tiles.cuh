@@ -17,12 +17,10 @@ struct PooledOrder1Maps : PooledOrder1 {
 // Measured choices (docs/kernels.md): places for tiles of rows, and the registers of the threads of
 // the warpgroups that attend rows, of the one that adds up, and of the one that fetches: as many as
 // the launch has.
-template <int kKeys>
 struct PooledOrder1Traits {
-  static constexpr int kStages = kKeys == 32 ? 4 : 3, kTeams = 2;
+  static constexpr int kStages = 5, kTeams = 2;
   static constexpr int kThreads = 128 * (kTeams + 2);
-  static constexpr int kRowRegisters = 168;
-  static constexpr int kSumRegisters = 136, kFewRegisters = 40;
+  static constexpr int kRowRegisters = 176, kSumRegisters = 128, kFewRegisters = 32;
 };
 
 // A chunk of a query head.
@@ -39,44 +37,45 @@ struct PooledOrder1Item {
         tiles(min(p.tiles, (p.rows - first + 63) / 64)) {}
 };
 
-template <int kKeys>
 struct PooledOrder1Shared {
-  static constexpr int kStages = PooledOrder1Traits<kKeys>::kStages;
-  static constexpr int kTeams = PooledOrder1Traits<kKeys>::kTeams, kRowWarps = 4 * kTeams;
-  static constexpr int kWeighted = kKeys == 32 ? 3 : 4;
+  static constexpr int kKeys = kPooledOrder1Keys, kStages = PooledOrder1Traits::kStages;
+  static constexpr int kTeams = PooledOrder1Traits::kTeams, kRowWarps = 4 * kTeams;
   // Of every other item: C and Sigma, pooled keys and values.
   uint16_t moments[2][2][1][64][64], k[2][1][kKeys][64], v[2][1][kKeys][64];
   uint16_t rows[kStages][3][1][64][64];  // q, then q - centre; dO; o, then dq on its way to memory
-  // Of each team's last tile: a (q - centre), b (q - centre), and of the logits gradients and
-  // weights, side by side where there are few.
-  uint16_t weighted[kTeams][kWeighted][1][64][64];
+  // Of each team's last tile, side by side: gradients of the logits, weights. Of the last tile, a
+  // (q - centre) and b (q - centre).
+  uint16_t weights[kTeams][1][64][64], weighted[2][1][64][64];
   // Of every other item: the centre, its product with Sigma, log2 of the keys' masses.
   alignas(16) float centre[2][64], centre_sigma[2][64], bias[2][64];
   // ... sums of each warp's rows: order 1 of the queries, gradients of each logit.
   float row_sums[2][kRowWarps][64], mass_grads[2][kRowWarps][kKeys];
-  alignas(16) uint4 windows[2][32];  // of 32 tiles of rows: keys that either 32 rows don't see
-  alignas(16) uint32_t unseen[kStages][2][2];
+  float numbers[kStages][3][64];  // of each row: share, lse in log2 units, dlse
+  float mass_sums[kKeys];
+  float row_weights[kTeams][2][64];  // a, b
+  alignas(16) uint2 windows[2][32];  // of 32 tiles of rows: keys that either 32 rows don't see
+  uint2 unseen[kStages];
   uint64_t item_full[2], item_empty[2], summed[2], window_full[2], window_empty[2];
-  uint64_t full[kStages], empty[kStages], weighted_full[kTeams], weighted_empty[kTeams];
+  uint64_t full[kStages], empty[kStages], numbers_full[kStages];
+  uint64_t weights_full[kTeams], weights_empty[kTeams];
 
   // By one thread.
   __device__ void init() {
     barrier_init_ring(item_full, item_empty, kRowWarps + 4);
     barrier_init_ring(window_full, window_empty, 1);
     barrier_init_ring(full, empty, 8);  // a team, and the warps that add up
-    for (int i = 0; i < 2; ++i) barrier_init(&summed[i], kRowWarps);
-    for (int i = 0; i < kTeams; ++i) {
-      barrier_init(&weighted_full[i], 4);
-      barrier_init(&weighted_empty[i], 4);
-    }
+    for (auto& barrier : numbers_full) barrier_init(&barrier, 1);
+    for (auto& barrier : summed) barrier_init(&barrier, kRowWarps);
+    for (auto& barrier : weights_full) barrier_init(&barrier, 4);
+    for (auto& barrier : weights_empty) barrier_init(&barrier, 4);
     barrier_init_done();
   }
 };
 
 // By one warp.
-template <int kKeys>
-__device__ void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s,
-                           const PooledOrder1Item& at, int turn) {
+__device__ inline void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared& s,
+                                  const PooledOrder1Item& at, int turn) {
+  constexpr int kKeys = PooledOrder1Shared::kKeys;
   const int slot = turn % 2, lane = threadIdx.x % 32, dim = matrix_dim<64>(p.D);
   uint64_t* const full = &s.item_full[slot];
   if (turn >= 2) barrier_wait(&s.item_empty[slot], turn / 2 - 1 & 1);
@@ -97,9 +96,8 @@ __device__ void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>&
 }
 
 // By one warp: all items of this block of threads.
-template <int kKeys>
-__device__ void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s) {
-  constexpr int kStages = PooledOrder1Traits<kKeys>::kStages;
+__device__ inline void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
+  constexpr int kStages = PooledOrder1Traits::kStages;
   const int lane = threadIdx.x % 32;
   int before = 0, window = 0, turn = 0;
 #pragma unroll 1
@@ -111,13 +109,13 @@ __device__ void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>&
     for (int tile = 0; tile < at.tiles; ++tile) {
       const int stage = (before + tile) % kStages, round = (before + tile) / kStages;
       if (tile % 32 == 0) barrier_wait(&s.window_full[window % 2], window / 2 & 1);
-      const uint4 unseen = s.windows[window % 2][tile % 32];
+      const uint2 unseen = s.windows[window % 2][tile % 32];
       if (tile % 32 == 31 || tile + 1 == at.tiles) {
         barrier_arrive(&s.window_empty[window % 2]);
         ++window;
       }
       if (round > 0) barrier_wait(&s.empty[stage], round - 1 & 1);
-      if (lane == 0) *reinterpret_cast<uint4*>(s.unseen[stage]) = unseen;
+      if (lane == 0) s.unseen[stage] = unseen;
       uint64_t* const full = &s.full[stage];
       barrier_expect(full, 3 * 64 * 64 * 2);
       if (lane == 0) {
@@ -133,8 +131,7 @@ __device__ void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>&
 }
 
 // By one warp, a tile of rows each lane.
-template <int kKeys>
-__device__ void look_up_unseen(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s) {
+__device__ inline void look_up_unseen(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
   const int lane = threadIdx.x % 32;
   int window = 0;
 #pragma unroll 1
@@ -142,19 +139,53 @@ __device__ void look_up_unseen(const PooledOrder1Maps& p, PooledOrder1Shared<kKe
     const PooledOrder1Item at(p, item);
 #pragma unroll 1
     for (int tile0 = 0; tile0 < at.tiles; tile0 += 32, ++window) {
-      uint64_t unseen[2] = {0, 0};
+      uint2 unseen{};
       if (tile0 + lane < at.tiles) {
         const int x = (at.first + 64 * (tile0 + lane)) / p.list_rows;
-        unseen[0] = unseen[1] = unseen_by(p, at.head, x, 0);
+        unseen.x = unseen.y = static_cast<uint32_t>(unseen_by(p, at.head, x, 0));
         if (p.list_rows == 32 && x + 1 < p.row_lists.lists) {
-          unseen[1] = unseen_by(p, at.head, x + 1, 0);
+          unseen.y = static_cast<uint32_t>(unseen_by(p, at.head, x + 1, 0));
         }
       }
       if (window >= 2) barrier_wait(&s.window_empty[window % 2], window / 2 - 1 & 1);
-      s.windows[window % 2][lane] =
-          make_uint4(static_cast<uint32_t>(unseen[0]), static_cast<uint32_t>(unseen[0] >> 32),
-                     static_cast<uint32_t>(unseen[1]), static_cast<uint32_t>(unseen[1] >> 32));
+      s.windows[window % 2][lane] = unseen;
       barrier_arrive(&s.window_full[window % 2]);
+    }
+  }
+}
+
+// By one warp: what belongs to rows, two of each tile for a lane.
+__device__ inline void look_up_numbers(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
+  constexpr int kStages = PooledOrder1Traits::kStages;
+  const int lane = threadIdx.x % 32;
+  int count = 0;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < p.items; item += gridDim.x) {
+    const PooledOrder1Item at(p, item);
+    const int64_t head = static_cast<int64_t>(at.head) * p.rows;
+    const float* const grad_lse =
+        p.grad_lse + (p.grad_lse == nullptr ? 0 : at.b * p.lse_strides.b + at.h * p.lse_strides.h);
+#pragma unroll 1
+    for (int tile = 0; tile < at.tiles; ++tile, ++count) {
+      const int stage = count % kStages, round = count / kStages;
+      float x[2][3];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = at.first + 64 * tile + 32 * half + lane;
+        const bool there = i < p.rows;
+        x[half][0] = there ? p.share[head + i] : 0.f;
+        x[half][1] = there ? p.lse[head + i] : 0.f;
+        x[half][2] = there && p.grad_lse != nullptr ? grad_lse[i * p.lse_strides.l] : 0.f;
+      }
+      if (round > 0) barrier_wait(&s.empty[stage], round - 1 & 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const to = &s.numbers[stage][0][32 * half + lane];
+        to[0] = x[half][0];
+        to[64] = x[half][1] * kLog2e;
+        to[128] = x[half][2];
+      }
+      barrier_arrive(&s.numbers_full[stage]);
     }
   }
 }
