@@ -69,7 +69,7 @@ def test_kernels(device, dtype, pool, order, D):
              block_size=block_size).check()  # fmt: skip
 
 
-@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES)
 @forms
 def test_long_heads(device, dtype, pool, order, D):
@@ -83,6 +83,20 @@ def test_long_heads(device, dtype, pool, order, D):
             Case(
                 device, dtype, N=130, M=16500, block_size=block_size, density=0.02, **options
             ).check()
+
+
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("device, dtype", BEST)
+@forms
+def test_many_heads_and_parts_of_few(device, dtype, pool, order, D):
+    """Few pooled keys (sm90/backward_pooled_order1.cuh on Hopper): more heads than a GPU has
+    multiprocessors, of one tile of rows to four; few heads in many parts, alone or in groups."""
+    options = dict(D=D, pool=pool, order=order, masks="both")
+    for B, H, Hk, N, M in ((72, 4, 4, 50, 90), (45, 6, 6, 250, 300), (40, 8, 2, 130, 200),
+                           (1, 1, 1, 5000, 700), (1, 4, 2, 2500, 1000)):  # fmt: skip
+        Case(device, dtype, B=B, H=H, Hk=Hk, N=N, M=M, **options).check()
+    for block_size in (64, (128, 32), (64, 16)):
+        Case(device, dtype, N=470, M=500, block_size=block_size, **options).check()
 
 
 @pytest.mark.parametrize("block_size", [16, 64, (128, 16), (32, 128)])

@@ -25,7 +25,6 @@ struct Parts {
         shares(allocate({2, parts, term.B, term.Hk, term.nk, term.D}, term.acc())),
         mass(allocate({parts, term.B, term.Hk, term.nk}, term.acc())) {
     p.chunks = chunks;
-    p.splits = parts;
     p.pooled_grad_k = shares.mutable_data_ptr<float>();
     p.pooled_grad_v = p.pooled_grad_k + shares.numel() / 2;
     p.pooled_mass_grads = mass.mutable_data_ptr<float>();
@@ -68,6 +67,8 @@ bool pooled_order1(FineBackward& grads, const Tensor& out_in, const Tensor& grad
     return false;
   }
   const Tensor grad_out = with_aligned_rows(grads.grad_out), out = with_aligned_rows(out_in);
+  // Right behind the launch beside which it may run.
+  const Tensor products = centre_matrices(term, c, c.pooled.beside);
   const PooledKeys keys(c.pooled, term.in, o, term.launch);
   sm90::PooledOrder1 p{};
   fill(p, term.in, rows, keys.key, keys.value, keys.count, o);
@@ -82,7 +83,6 @@ bool pooled_order1(FineBackward& grads, const Tensor& out_in, const Tensor& grad
   if (grad_lse.defined()) p.lse_strides = strides_of(grad_lse);
   p.moments = c.moments.const_data_ptr();
   p.centre = c.centre.const_data_ptr<float>();
-  const Tensor products = centre_matrices(term, c, c.pooled.beside);
   p.centre_term = products.const_data_ptr<float>();
 
   const Tensor delta = allocate({term.B, term.H, term.N}, term.acc());

@@ -23,7 +23,8 @@ template <int DP>
 cudaError_t launch_backward_columns_order1(const ColumnsOrder1&, const Device&, cudaStream_t);
 // With weighted means, what is made of each row but fine's part, in one reading: delta, gradients
 // of pooled keys and values, order 1, and all that these give to grad_q. bfloat16, DP = 64, at most
-// kPooledOrder1Keys pooled keys, not causal. `splits` is H / Hk times chunks.
+// kPooledOrder1Keys pooled keys, not causal. Of each key head H / Hk times `chunks` parts are
+// summed.
 constexpr int kPooledOrder1Keys = 32;
 struct PooledOrder1 : BackwardParams {
   const void* out;  // [B, H, N, D] bfloat16
@@ -37,10 +38,11 @@ struct PooledOrder1 : BackwardParams {
   int chunks;  // of a query head
 
   float* made_delta;  // [B, H, N]
-  float* row_sums;    // [B, H, chunks, D]: parts of what the centre gets of rows
-  float*
-      sums_of_rows;    // [B, H, chunks, 2, dim, dim]: parts of dC and dSigma, or null for one chunk
-  void* moment_grads;  // and one query head a key head: then [B, Hk, 2, dim, dim] bfloat16
+  // Parts of what the centre gets of rows, [B, H, chunks, D], and of dC and dSigma,
+  // [B, H, chunks, 2, dim, dim]; these null where a key head is one part, then [B, Hk, 2, dim, dim]
+  // bfloat16.
+  float *row_sums, *sums_of_rows;
+  void* moment_grads;
 };
 template <int DP>
 cudaError_t launch_backward_pooled_order1(const PooledOrder1&, const Device&, cudaStream_t);

@@ -15,8 +15,8 @@ struct PooledOrder1Maps : PooledOrder1 {
 };
 
 // Measured choices (docs/kernels.md): places for tiles of rows, and the registers of the threads of
-// the warpgroups that attend rows, of the one that adds up, and of the one that fetches: as many as
-// the launch has.
+// the warpgroups that attend rows, of the one that adds up, and of the warps that fetch and look
+// up: as many as the launch has.
 struct PooledOrder1Traits {
   static constexpr int kStages = 5, kTeams = 2;
   static constexpr int kThreads = 128 * (kTeams + 2);
