@@ -10,6 +10,7 @@ from helpers import (
     DEVICE_DTYPES,
     DEVICES,
     Case,
+    assert_same_bits,
     compare,
     limit,
     new_seed,
@@ -254,6 +255,19 @@ def test_logits_that_grow(device, dtype, coarse, order, block, step):
 @pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
 def test_logits_that_grow_in_every_kernel(device, dtype, block, D, options, step):
     check_growth(device, dtype, step, block, D=D, **options)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, 1e4])
+@pytest.mark.parametrize("block, D", [(32, 64), (64, 64), (64, 128), (128, 128), (64, 192)])
+@pytest.mark.parametrize("coarse, order", [("none", 0), ("block", 0), ("row", 1)])
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), *CUDA_DTYPES])
+def test_rows_that_do_not_count_have_no_say(device, dtype, coarse, order, block, D, what):
+    """Whatever they hold, the others come out the same to the last bit."""
+    options = dict(coarse=coarse, order=order, block_size=block, D=D, N=600, M=600, density=0.4)
+    case = Case(device, dtype, masks="both", **options)
+    first = case.ours(backward=False)
+    case.q.masked_fill_(~case.query_mask[:, None, :, None], what)
+    assert_same_bits(first, case.ours(backward=False))
 
 
 @pytest.mark.parametrize("coarse, order", FORMS)

@@ -42,6 +42,17 @@ struct OnlineSoftmax {
     }
   }
 
+  // Behind start: rows that don't count [of this warp's 16, `mask`] get no weight, so that what
+  // they hold has no say in how the others of their warp are weighed.
+  __device__ __forceinline__ void leave_out(const uint8_t* mask, int present) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = g + 8 * half;
+      if (r < present && !mask[r]) max[half] = INFINITY;
+    }
+  }
+
   __device__ __forceinline__ void keep_pooled() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -88,6 +88,10 @@ __global__ void __launch_bounds__(ForwardTraits<DP, kRows>::kThreads,
     OnlineSoftmax<T, DP> softmax;
     softmax.start(p.state_mean != nullptr ? s.vectors[slot][0] : nullptr, &s.work[slot].state_lse,
                   p.D);
+    if (p.row_mask != nullptr) {
+      softmax.leave_out(p.row_mask + static_cast<int64_t>(at.b) * p.rows + at.first_row + warp_row,
+                        at.rows - warp_row);
+    }
     float c[kKeys / 8][4];
     uint32_t weights[kKeys / 16][4];
     using Place = RingPlace<kStages>;
