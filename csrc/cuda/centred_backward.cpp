@@ -3,6 +3,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "centred_term.h"
+#include "row_dots.h"
 #include "sm90/moments.h"
 #include "sm90/order1_delta.h"
 

@@ -31,11 +31,6 @@ CentreGrads centred_grads(const Grads& grads, const Tensor& shares, const Tensor
                           const FineBackward& back, const Inputs& in, const Options& o, bool add,
                           const ColumnsWithOrder1& columns);
 
-Tensor delta(const Tensor& grad_out, const Tensor& out, const Tensor& grad_lse);
-// As delta, for x and y that the launch before may write, or where memory of its inputs may have
-// been given back: it runs behind that launch.
-Tensor row_dots(const Tensor& x, const Tensor& y, const Tensor& grad_lse = {});
-
 // Behind that, and of order 0: fills grads.key and grads.value, unless of_centre.of_keys says that
 // they are. mass_grad: of pooled_shares. Returns what every query of a key head gets, [B, Hk, D]
 // float32, or under causal every query of a block, [B, Hk, nq, D].

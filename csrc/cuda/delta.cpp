@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "../common/budget.h"
-#include "centred_grads.h"
 #include "launch.h"
 #include "level_stages.h"
+#include "row_dots.h"
 
 namespace mra::cuda {
 namespace {

@@ -3,10 +3,10 @@
 
 #include <vector>
 
-#include "centred_grads.h"
 #include "order1_levels.h"
 #include "order1_term.h"
 #include "order1_walk.h"
+#include "row_dots.h"
 #include "sm90/moments.h"
 
 namespace mra::cuda {

@@ -30,7 +30,7 @@ struct Parts {
     p.pooled_mass_grads = mass.mutable_data_ptr<float>();
     if (parts > 1) {
       matrices = allocate({term.B, term.H, chunks, 2, term.dim, term.dim}, term.acc());
-      p.sums_of_rows = matrices.mutable_data_ptr<float>();
+      p.matrix_sums = matrices.mutable_data_ptr<float>();
     } else {
       matrices = term.empty_matrices(1);
       p.moment_grads = matrices.mutable_data_ptr();

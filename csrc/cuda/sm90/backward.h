@@ -41,7 +41,7 @@ struct PooledOrder1 : BackwardParams {
   // Parts of what the centre gets of rows, [B, H, chunks, D], and of dC and dSigma,
   // [B, H, chunks, 2, dim, dim]; these null where a key head is one part, then [B, Hk, 2, dim, dim]
   // bfloat16.
-  float *row_sums, *sums_of_rows;
+  float *row_sums, *matrix_sums;
   void* moment_grads;
 };
 template <int DP>

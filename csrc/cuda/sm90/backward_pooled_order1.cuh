@@ -107,7 +107,7 @@ struct PooledOrder1Sums {
     const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int thread = threadIdx.x % 128, dim = matrix_dim<64>(p.D), group = p.H / p.Hk;
     int keys = 0;
-    if (p.sums_of_rows == nullptr) {
+    if (p.matrix_sums == nullptr) {
       for (int y = threadIdx.x % 32; y < p.nk; y += 32) {
         keys += p.key_count[static_cast<int64_t>(at.b) * p.nk + y];
       }
@@ -144,9 +144,9 @@ struct PooledOrder1Sums {
         }
       }
     }
-    if (p.sums_of_rows != nullptr) {
+    if (p.matrix_sums != nullptr) {
       store_matrices(
-          p.sums_of_rows + static_cast<int64_t>(item) * 2 * dim * dim, row, t, dim,
+          p.matrix_sums + static_cast<int64_t>(item) * 2 * dim * dim, row, t, dim,
           [](float x, float) { return x; }, 1.f);
     } else {
       store_matrices(
