@@ -120,15 +120,6 @@ cudaError_t backward_columns_order1(const sm90::ColumnsOrder1& p, const Device& 
 #endif
 }
 
-cudaError_t backward_pooled_order1(const sm90::PooledOrder1& p, const Device& device,
-                                   cudaStream_t stream) {
-#ifdef MRA_SM90A
-  return sm90::launch_backward_pooled_order1<64>(p, device, stream);
-#else
-  return cudaErrorNotSupported;
-#endif
-}
-
 cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& device,
                             cudaStream_t stream) {
 #ifdef MRA_SM90A

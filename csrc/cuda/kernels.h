@@ -17,7 +17,6 @@ cudaError_t backward_rows(const BackwardParams&, Dtype, const Device&, cudaStrea
 cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 // With order 1 of the keys inside; cudaErrorNotSupported where no kernel makes both.
 cudaError_t backward_columns_order1(const sm90::ColumnsOrder1&, const Device&, cudaStream_t);
-cudaError_t backward_pooled_order1(const sm90::PooledOrder1&, const Device&, cudaStream_t);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
 // Coarse cells of calls with levels.
 cudaError_t cells_forward(const CellsForward&, Dtype, const Device&, cudaStream_t);

@@ -192,17 +192,11 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
   p.chunks = sm90::tile_chunks(p.B * p.H, p.N, term.dim <= 64 ? 2 : 1, device);
   p.grad_q = grad_query.mutable_data_ptr();
   p.grad_q_strides = strides_of(grad_query);
-  const Tensor result = term.empty_matrices(1);
-  const int parts = p.H / p.Hk * p.chunks;
-  Tensor sums;
-  if (parts > 1) {
-    sums = allocate({p.B, p.H, p.chunks, 2, term.dim, term.dim}, term.acc());
-    p.sums = sums.mutable_data_ptr<float>();
-  } else {
-    p.moment_grads = result.mutable_data_ptr();
-    p.key_count = term.pooled.key_count.const_data_ptr<int>();
-    p.nk = term.nk;
-  }
+  const RowMatrices matrices(term, p.chunks);
+  p.sums = data_of<float>(matrices.sums);
+  p.moment_grads = matrices.result.mutable_data_ptr();
+  p.key_count = term.pooled.key_count.const_data_ptr<int>();
+  p.nk = term.nk;
   if (row_sums != nullptr) {
     *row_sums = allocate({p.B, p.H, 4 * p.chunks, p.D}, term.acc());
     p.row_sums = row_sums->mutable_data_ptr<float>();
@@ -211,9 +205,9 @@ Tensor order1_rows_on_hopper(const Term& term, const Tensor& moments, const Tens
     return sm90::launch_order1_rows<dim()>(p, device, term.launch.stream);
   });
   if (!done) return {};
-  if (parts > 1) term.sum(p.sums, parts, 1, true, result);
-  if (held != nullptr) *held = sums;
-  return result;
+  matrices.add_up(term);
+  if (held != nullptr) *held = matrices.sums;
+  return matrices.result;
 #else
   return {};
 #endif

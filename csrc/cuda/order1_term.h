@@ -207,6 +207,21 @@ struct Term {
   }
 };
 
+// dC and dSigma from a kernel that cuts query heads into chunks: where a key head has several of
+// them, it leaves their sums, which are added up behind it.
+struct RowMatrices {
+  Tensor result, sums;  // sums: undefined for one
+  int parts;            // of a key head
+
+  RowMatrices(const Term& term, int chunks)
+      : result(term.empty_matrices(1)), parts(term.H / term.Hk * chunks) {
+    if (parts > 1) sums = allocate({term.B, term.H, chunks, 2, term.dim, term.dim}, term.acc());
+  }
+  void add_up(const Term& term) const {
+    if (parts > 1) term.sum(sums.mutable_data_ptr<float>(), parts, 1, true, result);
+  }
+};
+
 // Rows of the backward in one reading of them: writes grad_query, or adds to it, and returns dC and
 // dSigma; undefined where no kernel does it. `p` says what else the kernel reads and writes;
 // row_sums: with weighted means set to what the centre gets, in parts. held: set to what the kernel

@@ -12,47 +12,28 @@ namespace mra::cuda {
 
 namespace {
 
-// Heads are cut into `chunks`; a key head has `parts` of them, which are summed up here.
-struct Parts {
-  const Term& term;
-  int chunks, parts;
-  Tensor shares, mass, matrices;
+// Gradients of the pooled keys and values and of their masses, summed up where a key head has
+// several parts.
+struct PooledGrads {
+  Tensor shares, mass;
 
-  Parts(const Term& term, sm90::PooledOrder1& p)
-      : term(term),
-        chunks(sm90::tile_chunks(term.B * term.H, term.N, 1, term.launch.device)),
-        parts(term.H / term.Hk * chunks),
-        shares(allocate({2, parts, term.B, term.Hk, term.nk, term.D}, term.acc())),
-        mass(allocate({parts, term.B, term.Hk, term.nk}, term.acc())) {
-    p.chunks = chunks;
-    p.pooled_grad_k = shares.mutable_data_ptr<float>();
-    p.pooled_grad_v = p.pooled_grad_k + shares.numel() / 2;
-    p.pooled_mass_grads = mass.mutable_data_ptr<float>();
-    if (parts > 1) {
-      matrices = allocate({term.B, term.H, chunks, 2, term.dim, term.dim}, term.acc());
-      p.matrix_sums = matrices.mutable_data_ptr<float>();
-    } else {
-      matrices = term.empty_matrices(1);
-      p.moment_grads = matrices.mutable_data_ptr();
-    }
-  }
+  PooledGrads(const Term& term, int parts)
+      : shares(allocate({2, parts, term.B, term.Hk, term.nk, term.D}, term.acc())),
+        mass(allocate({parts, term.B, term.Hk, term.nk}, term.acc())) {}
 
-  void add_up(CoarseRows& to) const {
+  void add_up(const Term& term, int parts, CoarseRows& to) const {
     if (parts == 1) {
       to.shares = shares.select(1, 0);
       to.mass_grad = mass[0];
-      to.moment_grads = matrices;
       return;
     }
     to.shares = allocate({2, term.B, term.Hk, term.nk, term.D}, term.acc());
     to.mass_grad = allocate({term.B, term.Hk, term.nk}, term.acc());
-    to.moment_grads = term.empty_matrices(1);
     term.launch.check(
         share_sums({shares.const_data_ptr<float>(), nullptr, to.shares.mutable_data_ptr<float>(),
                     parts, term.B, term.Hk, term.nk, term.D, mass.const_data_ptr<float>(),
                     to.mass_grad.mutable_data_ptr<float>()},
                    term.launch.stream));
-    term.sum(matrices.mutable_data_ptr<float>(), parts, 1, true, to.moment_grads);
   }
 };
 
@@ -87,17 +68,27 @@ bool pooled_order1(FineBackward& grads, const Tensor& out_in, const Tensor& grad
 
   const Tensor delta = allocate({term.B, term.H, term.N}, term.acc());
   const Tensor query = empty_query_grad(term.in);
-  Parts parts(term, p);
+  const Device& device = term.launch.device;
+  p.chunks = sm90::tile_chunks(term.B * term.H, term.N, 1, device);
+  const RowMatrices matrices(term, p.chunks);
+  p.matrix_sums = data_of<float>(matrices.sums);
+  p.moment_grads = matrices.result.mutable_data_ptr();
+  const PooledGrads pooled(term, matrices.parts);
+  p.pooled_grad_k = pooled.shares.mutable_data_ptr<float>();
+  p.pooled_grad_v = p.pooled_grad_k + pooled.shares.numel() / 2;
+  p.pooled_mass_grads = pooled.mass.mutable_data_ptr<float>();
   CoarseRows made;
-  made.of_rows = allocate({term.B, term.H, parts.chunks, term.D}, term.acc());
+  made.of_rows = allocate({term.B, term.H, p.chunks, term.D}, term.acc());
   p.made_delta = delta.mutable_data_ptr<float>();
   p.grad_q = query.mutable_data_ptr();
   p.grad_q_strides = strides_of(query);
   p.row_sums = made.of_rows.mutable_data_ptr<float>();
-  const cudaError_t error = backward_pooled_order1(p, term.launch.device, term.launch.stream);
+  const cudaError_t error = sm90::launch_backward_pooled_order1<64>(p, device, term.launch.stream);
   if (error == cudaErrorNotSupported) return false;
   term.launch.check(error);
-  parts.add_up(made);
+  pooled.add_up(term, matrices.parts, made);
+  matrices.add_up(term);
+  made.moment_grads = matrices.result;
   grads.delta = grads.coarse_delta = delta;
   grads.query_extra = query;
   grads.coarse_rows = made;

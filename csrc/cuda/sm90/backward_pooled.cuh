@@ -82,11 +82,7 @@ __device__ void look_up_unseen(const BackwardParams& p, BackwardPooledShared<DP>
     uint64_t unseen[2] = {0, 0};
     if (i < all) {
       const int64_t head = static_cast<int64_t>(at.b) * p.H + at.head(i);
-      const int x = at.row_tile(i) * 64 / p.list_rows;
-      unseen[0] = unseen[1] = unseen_by(p, head, x, at.first_key);
-      if (p.list_rows == 32 && x + 1 < p.row_lists.lists) {
-        unseen[1] = unseen_by(p, head, x + 1, at.first_key);
-      }
+      unseen_by_tile(p, head, at.row_tile(i) * 64, at.first_key, unseen);
     }
     if (i0 >= 64) barrier_wait(&s.window_empty[window], i0 / 64 - 1 & 1);
     s.windows[window][lane] =

@@ -15,6 +15,7 @@
 #include <climits>
 
 #include "backward_pooled_order1_rows.cuh"
+#include "moments.h"
 
 namespace mra::cuda::sm90 {
 
@@ -253,8 +254,7 @@ cudaError_t launch_backward_pooled_order1(const PooledOrder1& params, const Devi
     return tensor_map(to, bf16, data, strides, p.B, p.H, p.rows, p.D, rows);
   };
   const auto keys_map = [&](CUtensorMap* to, const void* data) {
-    const int64_t head = int64_t{p.nk} * p.D;
-    return tensor_map(to, bf16, data, {p.Hk * head, head, p.D}, p.B, p.Hk, p.nk, p.D, kKeys);
+    return means_map(to, bf16, data, p.B, p.Hk, p.nk, p.D, kKeys);
   };
   const bool maps = map(&p.q_map, p.q, p.q_strides, 64) &&
                     map(&p.grad_out_map, p.grad_out, p.grad_out_strides, 64) &&
@@ -265,8 +265,7 @@ cudaError_t launch_backward_pooled_order1(const PooledOrder1& params, const Devi
   const int64_t items = static_cast<int64_t>(p.B) * p.H * p.chunks;
   if (!maps || items > INT_MAX) return cudaErrorNotSupported;
   p.items = static_cast<int>(items);
-  const int tiles = (p.rows + 63) / 64;
-  p.tiles = (tiles + p.chunks - 1) / p.chunks;
+  p.tiles = chunk_tiles(p.rows, p.chunks, 1);
   constexpr int kBytes = sizeof(PooledOrder1Shared) + 1024;
   if (kBytes > device.max_smem) return cudaErrorNotSupported;
   return launch_grid(backward_pooled_order1_kernel<DP>, std::min(p.items, device.sms),

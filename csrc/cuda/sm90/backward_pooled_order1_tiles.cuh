@@ -139,16 +139,12 @@ __device__ inline void look_up_unseen(const PooledOrder1Maps& p, PooledOrder1Sha
     const PooledOrder1Item at(p, item);
 #pragma unroll 1
     for (int tile0 = 0; tile0 < at.tiles; tile0 += 32, ++window) {
-      uint2 unseen{};
+      uint32_t unseen[2] = {};
       if (tile0 + lane < at.tiles) {
-        const int x = (at.first + 64 * (tile0 + lane)) / p.list_rows;
-        unseen.x = unseen.y = static_cast<uint32_t>(unseen_by(p, at.head, x, 0));
-        if (p.list_rows == 32 && x + 1 < p.row_lists.lists) {
-          unseen.y = static_cast<uint32_t>(unseen_by(p, at.head, x + 1, 0));
-        }
+        unseen_by_tile(p, at.head, at.first + 64 * (tile0 + lane), 0, unseen);
       }
       if (window >= 2) barrier_wait(&s.window_empty[window % 2], window / 2 - 1 & 1);
-      s.windows[window % 2][lane] = unseen;
+      s.windows[window % 2][lane] = make_uint2(unseen[0], unseen[1]);
       barrier_arrive(&s.window_full[window % 2]);
     }
   }
@@ -204,10 +200,7 @@ struct WarpRows {
   }
   __device__ __forceinline__ void store(uint16_t (&panel)[1][64][64], int column,
                                         const uint32_t (&x)[4]) const {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     smem_address(&panel[0][0][0]) + (at ^ column * 2)),
-                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
+    stmatrix_x4(smem_address(&panel[0][0][0]) + (at ^ column * 2), x[0], x[1], x[2], x[3]);
   }
 };
 

@@ -205,10 +205,11 @@ inline bool matrices_map(CUtensorMap* map, const void* data, int B, int H, int d
   const int64_t matrix = int64_t{dim} * dim;
   return tensor_map(map, Dtype::bf16, data, {2 * H * matrix, matrix, dim}, B, 2 * H, dim, dim, 64);
 }
-// Of means of blocks [B, H, n, D], contiguous.
-inline bool means_map(CUtensorMap* map, Dtype dtype, const void* data, int B, int H, int n, int D) {
+// Of means of blocks [B, H, n, D], contiguous, for copies of `rows`.
+inline bool means_map(CUtensorMap* map, Dtype dtype, const void* data, int B, int H, int n, int D,
+                      int rows = 64) {
   const int64_t head = int64_t{n} * D;
-  return tensor_map(map, dtype, data, {H * head, head, D}, B, H, n, D, 64);
+  return tensor_map(map, dtype, data, {H * head, head, D}, B, H, n, D, rows);
 }
 
 // A pair of matrices of head h of batch b, whole, by one thread that has announced its bytes.

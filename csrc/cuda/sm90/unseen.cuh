@@ -32,5 +32,15 @@ __device__ __forceinline__ uint64_t unseen_by(const BackwardParams& p, int64_t h
   }
   return unseen;
 }
+// Of a tile of 64 rows from `row` on: those that its first and its last 32 rows don't see.
+template <typename Bits>
+__device__ __forceinline__ void unseen_by_tile(const BackwardParams& p, int64_t head, int row,
+                                               int first_key, Bits (&unseen)[2]) {
+  const int x = row / p.list_rows;
+  unseen[0] = unseen[1] = static_cast<Bits>(unseen_by(p, head, x, first_key));
+  if (p.list_rows == 32 && x + 1 < p.row_lists.lists) {
+    unseen[1] = static_cast<Bits>(unseen_by(p, head, x + 1, first_key));
+  }
+}
 
 }  // namespace mra::cuda::sm90

@@ -198,6 +198,12 @@ __device__ __forceinline__ void pack(uint32_t (&a)[kTiles / 2][4], const float (
   }
 }
 
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                            uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 // ... and as 64 rows in panels, a warp's 16 of them.
 template <typename T, int kPanels>
 __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
@@ -207,12 +213,9 @@ __device__ __forceinline__ void place_rows(uint16_t (&to)[kPanels][64][64],
   const uint32_t at = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
 #pragma unroll
   for (int n = 0; n < 8 * kPanels; n += 2) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     base + n / 8 * 64 * 128 + (at ^ n % 8 * 16)),
-                 "r"(Mma<T>::pack(c[n][0], c[n][1])), "r"(Mma<T>::pack(c[n][2], c[n][3])),
-                 "r"(Mma<T>::pack(c[n + 1][0], c[n + 1][1])),
-                 "r"(Mma<T>::pack(c[n + 1][2], c[n + 1][3]))
-                 : "memory");
+    stmatrix_x4(base + n / 8 * 64 * 128 + (at ^ n % 8 * 16), Mma<T>::pack(c[n][0], c[n][1]),
+                Mma<T>::pack(c[n][2], c[n][3]), Mma<T>::pack(c[n + 1][0], c[n + 1][1]),
+                Mma<T>::pack(c[n + 1][2], c[n + 1][3]));
   }
 }
 // The same by pairs: backward_columns at D 64 would lose its uniform descriptors to stmatrix.
