@@ -89,14 +89,21 @@ def test_long_heads(device, dtype, pool, order, D):
 @pytest.mark.parametrize("device, dtype", BEST)
 @forms
 def test_many_heads_and_parts_of_few(device, dtype, pool, order, D):
-    """Few pooled keys (sm90/backward_pooled_order1.cuh on Hopper): more heads than a GPU has
-    multiprocessors, of one tile of rows to four; few heads in many parts, alone or in groups."""
+    """Up to 32 and up to 64 pooled keys (sm90/backward_pooled_order1.cuh on Hopper): more heads
+    than a GPU has multiprocessors, of one tile of rows to four; few heads in many parts."""
     options = dict(D=D, pool=pool, order=order, masks="both")
     for B, H, Hk, N, M in ((72, 4, 4, 50, 90), (45, 6, 6, 250, 300), (40, 8, 2, 130, 200),
-                           (1, 1, 1, 5000, 700), (1, 4, 2, 2500, 1000)):  # fmt: skip
+                           (1, 1, 1, 5000, 700), (1, 4, 2, 2500, 1000), (40, 4, 4, 200, 1100),
+                           (35, 4, 2, 50, 2048), (1, 4, 2, 2500, 1900)):  # fmt: skip
         Case(device, dtype, B=B, H=H, Hk=Hk, N=N, M=M, **options).check()
-    for block_size in (64, (128, 32), (64, 16)):
-        Case(device, dtype, N=470, M=500, block_size=block_size, **options).check()
+    for block_size, M in (
+        (64, 500),
+        ((128, 32), 500),
+        ((64, 16), 500),
+        (64, 2200),
+        ((128, 16), 1024),
+    ):
+        Case(device, dtype, N=470, M=M, block_size=block_size, **options).check()
 
 
 @pytest.mark.parametrize("block_size", [16, 64, (128, 16), (32, 128)])

@@ -25,7 +25,7 @@ cudaError_t launch_backward_columns_order1(const ColumnsOrder1&, const Device&, 
 // of pooled keys and values, order 1, and all that these give to grad_q. bfloat16, DP = 64, at most
 // kPooledOrder1Keys pooled keys, not causal. Of each key head H / Hk times `chunks` parts are
 // summed.
-constexpr int kPooledOrder1Keys = 32;
+constexpr int kPooledOrder1Keys = 64;
 struct PooledOrder1 : BackwardParams {
   const void* out;  // [B, H, N, D] bfloat16
   Strides out_strides;

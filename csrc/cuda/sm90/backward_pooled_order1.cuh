@@ -1,5 +1,5 @@
 // All that the backward pass with weighted means makes of a row but fine's part, from one reading
-// of q, dO and o, for up to 32 pooled keys y; kappa the query less the centre:
+// of q, dO and o, for up to 64 pooled keys y; kappa the query less the centre:
 //
 //   delta = dO.o - dlse     x = dO C^T,  w = kappa Sigma
 //   u = s x.kappa,  t = s^2 w.kappa,  gamma = 1 / (1 + t / 4)
@@ -8,8 +8,9 @@
 //   sums over rows of  q dl_y,  dO p_y,  dO^T (a kappa),  kappa^T (b kappa)
 //
 // Persistent blocks of threads walk chunks of heads. Two warpgroups attend tiles of 64 rows in
-// turns, the third adds up what they leave in shared memory, and of three warps one fetches, one
-// looks up which pooled keys a tile doesn't see, and one what is known of its rows.
+// turns, the third adds up what they leave in shared memory; of four warps one fetches, one looks
+// up which pooled keys a tile doesn't see and what is known of its rows, and two sum the columns of
+// dq and of the logits' gradients.
 #pragma once
 
 #include <climits>
@@ -20,10 +21,10 @@
 namespace mra::cuda::sm90 {
 
 // What the third warpgroup does: sums over the rows of an item.
+template <int kKeys>
 struct PooledOrder1Sums {
   using T = __nv_bfloat16;
-  using Shared = PooledOrder1Shared;
-  static constexpr int kKeys = Shared::kKeys;
+  using Shared = PooledOrder1Shared<kKeys>;
 
   const PooledOrder1Maps& p;
   Shared& s;
@@ -39,12 +40,13 @@ struct PooledOrder1Sums {
     const auto& grad_out = s.rows[stage][1];
     barrier_wait(&s.weights_full[team], count / 2 & 1);
     uint32_t kappa[2][4];  // sixteen columns, and the next
-    warp_rows.load(kappa[0], q, 0);
+    warp_rows.load(kappa[0], q[0], 0);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint64_t grads = descriptor(s.weights[team], 16, 128 * j);
-      const uint64_t weights = descriptor(s.weights[team], 16, 128 * j + 4);  // columns 32 on
+      const uint64_t grads = descriptor(s.weights[team][0], 16, 128 * j);
+      const uint64_t weights =  // in one panel from column 32 on, or in another
+          descriptor(s.weights[team][kKeys / 32 - 1], 16, 128 * j + (kKeys == 32 ? 4 : 0));
       Wgmma<T, kKeys>::template multiply<true, true>(dk, descriptor(q, 16, 128 * j), grads,
                                                      more || j > 0);
       Wgmma<T, kKeys>::template multiply<true, true>(dv, descriptor(grad_out, 16, 128 * j), weights,
@@ -63,15 +65,15 @@ struct PooledOrder1Sums {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t of_c[4], of_sigma[4];
-      if (k < 3) warp_rows.load(kappa[(k + 1) % 2], q, 16 * (k + 1));
+      if (k < 3) warp_rows.load(kappa[(k + 1) % 2], q[0], 16 * (k + 1));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float2 own = unpack2(kappa[k % 2][j], T{});
         of_c[j] = Mma<T>::pack(a[j % 2] * own.x, a[j % 2] * own.y);
         of_sigma[j] = Mma<T>::pack(b[j % 2] * own.x, b[j % 2] * own.y);
       }
-      warp_rows.store(s.weighted[0], 16 * k, of_c);
-      warp_rows.store(s.weighted[1], 16 * k, of_sigma);
+      warp_rows.store(s.weighted[0][0], 16 * k, of_c);
+      warp_rows.store(s.weighted[1][0], 16 * k, of_sigma);
     }
     fence_for_copies();
     group_sync(Shared::kTeams);
@@ -93,16 +95,6 @@ struct PooledOrder1Sums {
     give_back(count);
   }
 
-  // A column of the sums of the warps that attend rows.
-  template <int kColumns>
-  static __device__ __forceinline__ float sum_warps(
-      const float (&sums)[Shared::kRowWarps][kColumns], int column) {
-    float sum = 0.f;
-#pragma unroll
-    for (int warp = 0; warp < Shared::kRowWarps; ++warp) sum += sums[warp][column];
-    return sum;
-  }
-
   __device__ __forceinline__ void end_item(const PooledOrder1Item& at, int item, int slot,
                                            int turn) {
     const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -118,17 +110,18 @@ struct PooledOrder1Sums {
     const int64_t part = at.h % group * p.chunks + at.chunk;
     const int64_t share = (part * p.B * p.Hk + key_head) * p.nk;
     barrier_wait(&s.summed[slot], turn / 2 & 1);
+    const auto& mass_grads = s.mass_grads[slot];
     if (thread < p.D) {
-      p.row_sums[static_cast<int64_t>(item) * p.D + thread] = -sum_warps(s.row_sums[slot], thread);
+      // dq less what came of the logits.
+      float sum = s.dq_sums[slot][thread];
+      for (int y = 0; y < p.nk; ++y) {
+        const uint16_t key = s.k[slot][0][y][(thread / 8 ^ y % 8) * 8 + thread % 8];
+        sum -= p.scale * mass_grads[y] * __uint_as_float(static_cast<uint32_t>(key) << 16);
+      }
+      p.row_sums[static_cast<int64_t>(item) * p.D + thread] = -sum;
     }
-    if (thread < kKeys) {
-      const float mass = sum_warps(s.mass_grads[slot], thread);
-      if (thread < p.nk) p.pooled_mass_grads[share + thread] = mass;
-      s.mass_sums[thread] = p.scale * mass;
-    }
+    if (thread < p.nk) p.pooled_mass_grads[share + thread] = mass_grads[thread];
     const float centre[2] = {s.centre[slot][row], s.centre[slot][row + 8]};
-    group_sync(Shared::kTeams);
-    barrier_arrive(&s.item_empty[slot]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* const to_k = p.pooled_grad_k + share * p.D + row + 8 * half;
@@ -140,11 +133,12 @@ struct PooledOrder1Sums {
         for (int e = 0; e < 2; ++e) {
           const int y = 8 * n + 2 * t + e;
           if (y >= p.nk) continue;
-          to_k[y * p.D] = dk[n][2 * half + e] + s.mass_sums[y] * centre[half];
+          to_k[y * p.D] = p.scale * (dk[n][2 * half + e] + mass_grads[y] * centre[half]);
           to_v[y * p.D] = dv[n][2 * half + e];
         }
       }
     }
+    barrier_arrive(&s.item_empty[slot]);
     if (p.matrix_sums != nullptr) {
       store_matrices(
           p.matrix_sums + static_cast<int64_t>(item) * 2 * dim * dim, row, t, dim,
@@ -178,14 +172,14 @@ struct PooledOrder1Sums {
   }
 };
 
-template <int DP>
-__global__ void __launch_bounds__(PooledOrder1Traits::kThreads, 1)
+template <int kKeys>
+__global__ void __launch_bounds__(PooledOrder1Traits<kKeys>::kThreads, 1)
     backward_pooled_order1_kernel(const __grid_constant__ PooledOrder1Maps p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Traits = PooledOrder1Traits;
+  using Traits = PooledOrder1Traits<kKeys>;
   constexpr int kTeams = Traits::kTeams;
   extern __shared__ char raw[];
-  auto& s = aligned<PooledOrder1Shared>(raw);
+  auto& s = aligned<PooledOrder1Shared<kKeys>>(raw);
   if (threadIdx.x == 0) s.init();
   // Beyond the columns that there are.
   for (int d = threadIdx.x; d < 128; d += blockDim.x) {
@@ -200,16 +194,18 @@ __global__ void __launch_bounds__(PooledOrder1Traits::kThreads, 1)
     if (role == 0) {
       fetch_rows(p, s);
     } else if (role == 1) {
-      look_up_unseen(p, s);
+      look_up(p, s);
     } else if (role == 2) {
-      look_up_numbers(p, s);
+      sum_items<true>(p, s);
+    } else {
+      sum_items<false>(p, s);
     }
     return;
   }
   int before = 0, turn = 0;
   if (group == kTeams) {
     take_registers<Traits::kSumRegisters>();
-    PooledOrder1Sums sums{p, s};
+    PooledOrder1Sums<kKeys> sums{p, s};
 #pragma unroll 1
     for (int item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
       const PooledOrder1Item at(p, item);
@@ -224,18 +220,17 @@ __global__ void __launch_bounds__(PooledOrder1Traits::kThreads, 1)
     return;
   }
   take_registers<Traits::kRowRegisters>();
-  PooledOrder1Rows rows{p, s, group};
+  PooledOrder1Rows<kKeys> rows{p, s, group};
 #pragma unroll 1
   for (int item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
     const PooledOrder1Item at(p, item);
     const int tiles = uniform(at.tiles), slot = uniform(turn % 2);
     barrier_wait(&s.item_full[slot], turn / 2 & 1);
-    rows.start_item();
 #pragma unroll 1
     for (int tile = (group + before) % 2; tile < tiles; tile += 2) {
       rows.attend(at, slot, tile, uniform(before + tile));
     }
-    rows.end_item(slot);
+    barrier_arrive(&s.item_empty[slot]);
     before += tiles;
   }
   if (threadIdx.x % 32 == 0) store_wait();
@@ -245,16 +240,16 @@ __global__ void __launch_bounds__(PooledOrder1Traits::kThreads, 1)
 template <int DP>
 cudaError_t launch_backward_pooled_order1(const PooledOrder1& params, const Device& device,
                                           cudaStream_t stream) {
-  static_assert(DP == 64 && kPooledOrder1Keys == 32);
+  static_assert(DP == 64 && kPooledOrder1Keys == 64);
   if (params.nk > kPooledOrder1Keys || params.list_rows % 32 != 0) return cudaErrorNotSupported;
   PooledOrder1Maps p{params};
   constexpr Dtype bf16 = Dtype::bf16;
-  constexpr int kKeys = kPooledOrder1Keys;
+  const int keys = p.nk <= 32 ? 32 : 64;
   const auto map = [&](CUtensorMap* to, const void* data, const Strides& strides, int rows) {
     return tensor_map(to, bf16, data, strides, p.B, p.H, p.rows, p.D, rows);
   };
   const auto keys_map = [&](CUtensorMap* to, const void* data) {
-    return means_map(to, bf16, data, p.B, p.Hk, p.nk, p.D, kKeys);
+    return means_map(to, bf16, data, p.B, p.Hk, p.nk, p.D, keys);
   };
   const bool maps = map(&p.q_map, p.q, p.q_strides, 64) &&
                     map(&p.grad_out_map, p.grad_out, p.grad_out_strides, 64) &&
@@ -266,10 +261,14 @@ cudaError_t launch_backward_pooled_order1(const PooledOrder1& params, const Devi
   if (!maps || items > INT_MAX) return cudaErrorNotSupported;
   p.items = static_cast<int>(items);
   p.tiles = chunk_tiles(p.rows, p.chunks, 1);
-  constexpr int kBytes = sizeof(PooledOrder1Shared) + 1024;
-  if (kBytes > device.max_smem) return cudaErrorNotSupported;
-  return launch_grid(backward_pooled_order1_kernel<DP>, std::min(p.items, device.sms),
-                     PooledOrder1Traits::kThreads, kBytes, stream, p);
+  const auto launch = [&](auto count) {
+    constexpr int kKeys = count(), kBytes = sizeof(PooledOrder1Shared<kKeys>) + 1024;
+    if (kBytes > device.max_smem) return cudaErrorNotSupported;
+    return launch_grid(backward_pooled_order1_kernel<kKeys>, std::min(p.items, device.sms),
+                       PooledOrder1Traits<kKeys>::kThreads, kBytes, stream, p);
+  };
+  return keys == 32 ? launch(std::integral_constant<int, 32>{})
+                    : launch(std::integral_constant<int, 64>{});
 }
 
 }  // namespace mra::cuda::sm90

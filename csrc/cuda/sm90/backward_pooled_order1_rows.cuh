@@ -6,23 +6,17 @@
 namespace mra::cuda::sm90 {
 
 // What one warpgroup does with its tiles.
+template <int kKeys>
 struct PooledOrder1Rows {
   using T = __nv_bfloat16;
-  using Shared = PooledOrder1Shared;
+  using Shared = PooledOrder1Shared<kKeys>;
+  static constexpr int kParts = kKeys / 32;  // 32 pooled keys are attended at once
 
   const PooledOrder1Maps& p;
   Shared& s;
   const int team, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int first = threadIdx.x / 32 % 4 * 16, row = first + g;  // of this warp, of this thread
   const WarpRows warp_rows{};
-  float row_sum[8][2], mass_grad[4][2];  // of this thread's rows
-
-  __device__ __forceinline__ void start_item() {
-#pragma unroll
-    for (auto& x : row_sum) x[0] = x[1] = 0.f;
-#pragma unroll
-    for (auto& x : mass_grad) x[0] = x[1] = 0.f;
-  }
 
   // The `count`th tile of this block of threads, of the item at `slot`; before it this team had the
   // one two before, if there was one.
@@ -46,12 +40,16 @@ struct PooledOrder1Rows {
     multiply_matrix<T, true>(x, grad_out, s.moments[slot][0], 0, false);
     multiply_matrix<T, true>(w, q, s.moments[slot][1], 0, true);
     wgmma_commit();
-    pin(c);
-    pin(dl);
-    wgmma_fence();
-    multiply_nt<T>(c, q, s.k[slot]);
-    multiply_nt<T>(dl, grad_out, s.v[slot]);
-    wgmma_commit();
+    const auto start_logits = [&](int part) {
+      using Keys = const uint16_t(&)[1][32][64];
+      pin(c);
+      pin(dl);
+      wgmma_fence();
+      multiply_nt<T>(c, q, reinterpret_cast<Keys>(s.k[slot][0][32 * part]));
+      multiply_nt<T>(dl, grad_out, reinterpret_cast<Keys>(s.v[slot][0][32 * part]));
+      wgmma_commit();
+    };
+    start_logits(0);
     if (count >= 2) {  // the gradient of this team's tile before has left its place
       if (threadIdx.x % 32 == 0) store_wait();
       barrier_arrive(&s.empty[(count - 2) % Shared::kStages]);
@@ -62,14 +60,14 @@ struct PooledOrder1Rows {
     for (int k = 0; k < 64; k += 16) {
       Mma<T>::A grads;
       uint32_t outs[4];
-      warp_rows.load(grads.r, grad_out, k);
-      warp_rows.load(outs, out, k);
+      warp_rows.load(grads.r, grad_out[0], k);
+      warp_rows.load(outs, out[0], k);
       Mma<T>::product(dots[0], grads, outs[0], outs[2]);
       Mma<T>::product(dots[1], grads, outs[1], outs[3]);
     }
     uint32_t kappa[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) warp_rows.load(kappa[k], q, 16 * k);
+    for (int k = 0; k < 4; ++k) warp_rows.load(kappa[k], q[0], 16 * k);
     wgmma_wait<1>();
     pin(x);
     pin(w);
@@ -112,12 +110,9 @@ struct PooledOrder1Rows {
       b[half] = a[half] * slope * p.scale * -0.25f;
       b_of_sum[half] = scale2 * (0.75f * reciprocal_approx(1.f + 0.75f * variance) - gamma / 4);
     }
-    wgmma_wait<0>();
-    pin(c);
-    pin(dl);
-    group_sync(team);  // the other warps' products with this tile are made
-    if (!__all_sync(kFullWarp, any[0] && any[1])) {
-      // A row without weight may hold anything.
+    // A row without weight may hold anything.
+    const bool all = __all_sync(kFullWarp, any[0] && any[1]);
+    if (!all) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (any[half]) continue;
@@ -126,46 +121,80 @@ struct PooledOrder1Rows {
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
           kappa[n / 2][n % 2 * 2 + half] = 0;
-          *reinterpret_cast<uint32_t*>(&grad_out[0][row + 8 * half][(n ^ g) * 8 + 2 * t]) = 0;
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            x[n][e] = w[n][e] = 0.f;
-            if (n < 4) c[n][e] = dl[n][e] = 0.f;
-          }
+          x[n][2 * half] = x[n][2 * half + 1] = w[n][2 * half] = w[n][2 * half + 1] = 0.f;
         }
       }
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) warp_rows.store(q, 16 * k, kappa[k]);
 
-    const uint32_t both = row < 32 ? s.unseen[stage].x : s.unseen[stage].y;
-    const uint32_t unseen = both >> 2 * t;
+    if constexpr (kParts > 1) {  // no registers for them meanwhile
+#pragma unroll
+      for (int k = 0; k < 4; ++k) warp_rows.store(out[0], 16 * k, kappa[k]);
+    }
+    if (count >= 2) barrier_wait(&s.weights_empty[team], count / 2 - 1 & 1);
     const float log2_scale = p.scale * kLog2e;
     float coarse_sum[2] = {};
+    uint32_t scaled[2 * kParts][4];  // gradients of the logits times the scale
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const float2 bias = load_pair(&s.bias[slot][8 * n + 2 * t]);
-      const float l[2] = {unseen >> 8 * n & 1 ? -INFINITY : bias.x,
-                          unseen >> 8 * n & 2 ? -INFINITY : bias.y};
+    for (int part = 0; part < kParts; ++part) {
+      if (part > 0) start_logits(part);
+      wgmma_wait<0>();
+      pin(c);
+      pin(dl);
+      if (!all) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int half = i / 2, e = i % 2;
-        const float weight = exp2_approx(fmaf(c[n][i], log2_scale, l[e] - shift[half]));
-        const float grad = weight * (dl[n][i] - coarse_delta[half]);
-        mass_grad[n][e] += grad;
-        coarse_sum[half] += grad;
-        c[n][i] = weight;
-        dl[n][i] = grad * p.scale;
+        for (int half = 0; half < 2; ++half) {
+          if (any[half]) continue;
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            c[n][2 * half] = c[n][2 * half + 1] = dl[n][2 * half] = dl[n][2 * half + 1] = 0.f;
+          }
+        }
       }
-    }
-    uint32_t weights[2][4], grads[2][4];
-    pack<T>(weights, c);
-    pack<T>(grads, dl);
-    if (count >= 2) barrier_wait(&s.weights_empty[team], count / 2 - 1 & 1);
+      const uint32_t unseen = s.unseen[stage][row / 32][part] >> 2 * t;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      warp_rows.store(s.weights[team], 16 * j, grads[j]);
-      warp_rows.store(s.weights[team], 32 + 16 * j, weights[j]);
+      for (int n = 0; n < 4; ++n) {
+        const float2 bias = load_pair(&s.bias[slot][32 * part + 8 * n + 2 * t]);
+        const float l[2] = {unseen >> 8 * n & 1 ? -INFINITY : bias.x,
+                            unseen >> 8 * n & 2 ? -INFINITY : bias.y};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = i / 2;
+          c[n][i] = exp2_approx(fmaf(c[n][i], log2_scale, l[i % 2] - shift[half]));
+          dl[n][i] = c[n][i] * (dl[n][i] - coarse_delta[half]);
+          coarse_sum[half] += dl[n][i];
+        }
+      }
+      uint32_t weights[2][4], grads[2][4];
+      pack<T>(weights, c);
+      pack<T>(grads, dl);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        warp_rows.store(s.weights[team][0], 32 * part + 16 * j, grads[j]);
+        warp_rows.store(s.weights[team][kParts - 1], (kParts == 1 ? 32 : 32 * part) + 16 * j,
+                        weights[j]);
+      }
+#pragma unroll
+      for (auto& row_grads : dl) {
+#pragma unroll
+        for (float& grad : row_grads) grad *= p.scale;
+      }
+      pack<T>(reinterpret_cast<uint32_t(&)[2][4]>(scaled[2 * part]), dl);
+    }
+    group_sync(team);  // the other warps' products with this tile are made
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (kParts > 1) warp_rows.load(kappa[k], out[0], 16 * k);
+      warp_rows.store(q[0], 16 * k, kappa[k]);
+    }
+    if (!all) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (any[half]) continue;
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          *reinterpret_cast<uint32_t*>(&grad_out[0][row + 8 * half][(n ^ g) * 8 + 2 * t]) = 0;
+        }
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -174,52 +203,30 @@ struct PooledOrder1Rows {
       s.row_weights[team][0][row + 8 * half] = a[half];
       s.row_weights[team][1][row + 8 * half] = b[half];
     }
+    fence_for_copies();
+    barrier_arrive(&s.weights_full[team]);
+
     const float twice[2] = {2 * b[0], 2 * b[1]};
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[n][e] = a[e / 2] * x[n][e] + twice[e / 2] * w[n][e];
-      row_sum[n][0] += x[n][0] + x[n][2], row_sum[n][1] += x[n][1] + x[n][3];
     }
     pin(x);
     wgmma_fence();
-    multiply_pn<T>(x, grads, s.k[slot]);
+    multiply_pn<T>(x, scaled, s.k[slot]);
     wgmma_commit();
-
-    fence_for_copies();
-    barrier_arrive(&s.weights_full[team]);
 
     wgmma_wait<0>();
     pin(x);
     place_rows<T>(out, x);
     fence_for_copies();
-    __syncwarp();
+    barrier_arrive(&s.dq_full[stage]);
     if (threadIdx.x % 32 == 0) {
       store_panel(p.grad_q_map, out[0][first], 0, at.first + 64 * tile + first, at.h, at.b);
       store_commit();
     }
     __syncwarp();
-  }
-
-  // Leaves its sums for the third warpgroup.
-  __device__ __forceinline__ void end_item(int slot) {
-    const int warp = threadIdx.x / 32;
-    const auto leave = [&](auto& sums, float* to) {
-#pragma unroll
-      for (auto& pair : sums) {
-#pragma unroll
-        for (float& sum : pair) {
-#pragma unroll
-          for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-        }
-        if (g == 0) *reinterpret_cast<float2*>(to + 2 * t) = make_float2(pair[0], pair[1]);
-        to += 8;
-      }
-    };
-    leave(row_sum, s.row_sums[slot][warp]);
-    leave(mass_grad, s.mass_grads[slot][warp]);
-    barrier_arrive(&s.summed[slot]);
-    barrier_arrive(&s.item_empty[slot]);
   }
 };
 

@@ -15,12 +15,14 @@ struct PooledOrder1Maps : PooledOrder1 {
 };
 
 // Measured choices (docs/kernels.md): places for tiles of rows, and the registers of the threads of
-// the warpgroups that attend rows, of the one that adds up, and of the warps that fetch and look
-// up: as many as the launch has.
+// the warpgroups that attend rows, of the one that adds up, and of the warps that fetch, look up
+// and sum columns: as many as the launch has.
+template <int kKeys>
 struct PooledOrder1Traits {
-  static constexpr int kStages = 5, kTeams = 2;
+  static constexpr int kStages = kKeys == 32 ? 5 : 4, kTeams = 2;
   static constexpr int kThreads = 128 * (kTeams + 2);
-  static constexpr int kRowRegisters = 176, kSumRegisters = 128, kFewRegisters = 32;
+  static constexpr int kRowRegisters = kKeys == 32 ? 168 : 152;
+  static constexpr int kSumRegisters = kKeys == 32 ? 136 : 168, kFewRegisters = 40;
 };
 
 // A chunk of a query head.
@@ -37,45 +39,46 @@ struct PooledOrder1Item {
         tiles(min(p.tiles, (p.rows - first + 63) / 64)) {}
 };
 
+template <int kPooledKeys>
 struct PooledOrder1Shared {
-  static constexpr int kKeys = kPooledOrder1Keys, kStages = PooledOrder1Traits::kStages;
-  static constexpr int kTeams = PooledOrder1Traits::kTeams, kRowWarps = 4 * kTeams;
+  using Traits = PooledOrder1Traits<kPooledKeys>;
+  static constexpr int kKeys = kPooledKeys, kStages = Traits::kStages, kTeams = Traits::kTeams;
   // Of every other item: C and Sigma, pooled keys and values.
   uint16_t moments[2][2][1][64][64], k[2][1][kKeys][64], v[2][1][kKeys][64];
   uint16_t rows[kStages][3][1][64][64];  // q, then q - centre; dO; o, then dq on its way to memory
   // Of each team's last tile, side by side: gradients of the logits, weights. Of the last tile, a
   // (q - centre) and b (q - centre).
-  uint16_t weights[kTeams][1][64][64], weighted[2][1][64][64];
+  uint16_t weights[kTeams][kKeys / 32][64][64], weighted[2][1][64][64];
   // Of every other item: the centre, its product with Sigma, log2 of the keys' masses.
   alignas(16) float centre[2][64], centre_sigma[2][64], bias[2][64];
-  // ... sums of each warp's rows: order 1 of the queries, gradients of each logit.
-  float row_sums[2][kRowWarps][64], mass_grads[2][kRowWarps][kKeys];
-  float numbers[kStages][3][64];  // of each row: share, lse in log2 units, dlse
-  float mass_sums[kKeys];
+  // ... sums over its rows: of dq, of the gradients of each logit.
+  float dq_sums[2][64], mass_grads[2][kKeys];
+  float numbers[kStages][3][64];     // of each row: share, lse in log2 units, dlse
   float row_weights[kTeams][2][64];  // a, b
-  alignas(16) uint2 windows[2][32];  // of 32 tiles of rows: keys that either 32 rows don't see
-  uint2 unseen[kStages];
+  // Of 32 tiles of rows, and of each stage: keys that either 32 rows don't see.
+  uint32_t windows[2][32][2][kKeys / 32], unseen[kStages][2][kKeys / 32];
   uint64_t item_full[2], item_empty[2], summed[2], window_full[2], window_empty[2];
-  uint64_t full[kStages], empty[kStages], numbers_full[kStages];
+  uint64_t full[kStages], empty[kStages], numbers_full[kStages], dq_full[kStages];
   uint64_t weights_full[kTeams], weights_empty[kTeams];
 
   // By one thread.
   __device__ void init() {
-    barrier_init_ring(item_full, item_empty, kRowWarps + 4);
+    barrier_init_ring(item_full, item_empty, 4 * kTeams + 4);
     barrier_init_ring(window_full, window_empty, 1);
-    barrier_init_ring(full, empty, 8);  // a team, and the warps that add up
+    barrier_init_ring(full, empty, 9);  // a team, the warps that add up, one that sums columns
     for (auto& barrier : numbers_full) barrier_init(&barrier, 1);
-    for (auto& barrier : summed) barrier_init(&barrier, kRowWarps);
+    for (auto& barrier : dq_full) barrier_init(&barrier, 4);
+    for (auto& barrier : summed) barrier_init(&barrier, 2);
     for (auto& barrier : weights_full) barrier_init(&barrier, 4);
-    for (auto& barrier : weights_empty) barrier_init(&barrier, 4);
+    for (auto& barrier : weights_empty) barrier_init(&barrier, 5);
     barrier_init_done();
   }
 };
 
 // By one warp.
-__device__ inline void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared& s,
-                                  const PooledOrder1Item& at, int turn) {
-  constexpr int kKeys = PooledOrder1Shared::kKeys;
+template <int kKeys>
+__device__ void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s,
+                           const PooledOrder1Item& at, int turn) {
   const int slot = turn % 2, lane = threadIdx.x % 32, dim = matrix_dim<64>(p.D);
   uint64_t* const full = &s.item_full[slot];
   if (turn >= 2) barrier_wait(&s.item_empty[slot], turn / 2 - 1 & 1);
@@ -96,8 +99,9 @@ __device__ inline void fetch_item(const PooledOrder1Maps& p, PooledOrder1Shared&
 }
 
 // By one warp: all items of this block of threads.
-__device__ inline void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
-  constexpr int kStages = PooledOrder1Traits::kStages;
+template <int kKeys>
+__device__ void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s) {
+  constexpr int kStages = PooledOrder1Traits<kKeys>::kStages;
   const int lane = threadIdx.x % 32;
   int before = 0, window = 0, turn = 0;
 #pragma unroll 1
@@ -109,13 +113,15 @@ __device__ inline void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared&
     for (int tile = 0; tile < at.tiles; ++tile) {
       const int stage = (before + tile) % kStages, round = (before + tile) / kStages;
       if (tile % 32 == 0) barrier_wait(&s.window_full[window % 2], window / 2 & 1);
-      const uint2 unseen = s.windows[window % 2][tile % 32];
+      const auto& unseen = s.windows[window % 2][tile % 32];
+      uint32_t mine = 0;  // of the first lanes one word each
+      if (lane < kKeys / 16) mine = (&unseen[0][0])[lane];
       if (tile % 32 == 31 || tile + 1 == at.tiles) {
         barrier_arrive(&s.window_empty[window % 2]);
         ++window;
       }
       if (round > 0) barrier_wait(&s.empty[stage], round - 1 & 1);
-      if (lane == 0) s.unseen[stage] = unseen;
+      if (lane < kKeys / 16) (&s.unseen[stage][0][0])[lane] = mine;
       uint64_t* const full = &s.full[stage];
       barrier_expect(full, 3 * 64 * 64 * 2);
       if (lane == 0) {
@@ -130,30 +136,43 @@ __device__ inline void fetch_rows(const PooledOrder1Maps& p, PooledOrder1Shared&
   }
 }
 
-// By one warp, a tile of rows each lane.
-__device__ inline void look_up_unseen(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
-  const int lane = threadIdx.x % 32;
-  int window = 0;
-#pragma unroll 1
-  for (int item = blockIdx.x; item < p.items; item += gridDim.x) {
-    const PooledOrder1Item at(p, item);
-#pragma unroll 1
-    for (int tile0 = 0; tile0 < at.tiles; tile0 += 32, ++window) {
-      uint32_t unseen[2] = {};
-      if (tile0 + lane < at.tiles) {
-        unseen_by_tile(p, at.head, at.first + 64 * (tile0 + lane), 0, unseen);
-      }
-      if (window >= 2) barrier_wait(&s.window_empty[window % 2], window / 2 - 1 & 1);
-      s.windows[window % 2][lane] = make_uint2(unseen[0], unseen[1]);
-      barrier_arrive(&s.window_full[window % 2]);
-    }
-  }
-}
+// Which keys tiles of rows don't see, 32 of them at once, a tile a lane; by one warp.
+template <int kKeys>
+struct PooledOrder1Windows {
+  const PooledOrder1Maps& p;
+  PooledOrder1Shared<kKeys>& s;
+  int item = blockIdx.x, tile = 0, window = 0;  // the next
 
-// By one warp: what belongs to rows, two of each tile for a lane.
-__device__ inline void look_up_numbers(const PooledOrder1Maps& p, PooledOrder1Shared& s) {
-  constexpr int kStages = PooledOrder1Traits::kStages;
+  __device__ void look_up() {
+    if (item >= p.items) return;
+    const PooledOrder1Item at(p, item);
+    const int mine = tile + threadIdx.x % 32;
+    uint64_t unseen[2] = {0, 0};
+    if (mine < at.tiles) {
+      unseen_by_tile(p, at.head, at.first + 64 * mine, 0, unseen);
+    }
+    const int place = window % 2;
+    if (window >= 2) barrier_wait(&s.window_empty[place], window / 2 - 1 & 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      auto& to = s.windows[place][threadIdx.x % 32][i];
+      to[0] = static_cast<uint32_t>(unseen[i]);
+      if constexpr (kKeys > 32) to[1] = static_cast<uint32_t>(unseen[i] >> 32);
+    }
+    barrier_arrive(&s.window_full[place]);
+    ++window;
+    tile += 32;
+    if (tile >= at.tiles) item += gridDim.x, tile = 0;
+  }
+};
+
+// By one warp: what belongs to rows, two of each tile for a lane, and the windows, one ahead.
+template <int kKeys>
+__device__ void look_up(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s) {
+  constexpr int kStages = PooledOrder1Traits<kKeys>::kStages;
   const int lane = threadIdx.x % 32;
+  PooledOrder1Windows<kKeys> windows{p, s};
+  windows.look_up();
   int count = 0;
 #pragma unroll 1
   for (int item = blockIdx.x; item < p.items; item += gridDim.x) {
@@ -163,6 +182,7 @@ __device__ inline void look_up_numbers(const PooledOrder1Maps& p, PooledOrder1Sh
         p.grad_lse + (p.grad_lse == nullptr ? 0 : at.b * p.lse_strides.b + at.h * p.lse_strides.h);
 #pragma unroll 1
     for (int tile = 0; tile < at.tiles; ++tile, ++count) {
+      if (tile % 32 == 0) windows.look_up();
       const int stage = count % kStages, round = count / kStages;
       float x[2][3];
 #pragma unroll
@@ -186,6 +206,69 @@ __device__ inline void look_up_numbers(const PooledOrder1Maps& p, PooledOrder1Sh
   }
 }
 
+// Adds the sums of kColumns columns of a panel over its 64 rows, by one warp: of columns 16 i + g
+// and 16 i + g + 8 to sums[i][0] and sums[i][2].
+template <int kColumns>
+__device__ __forceinline__ void sum_columns(float (&sums)[kColumns / 16][4],
+                                            const uint16_t (&panel)[64][64]) {
+  using T = __nv_bfloat16;
+  const int lane = threadIdx.x % 32;
+  const uint32_t ones = 0x3f803f80;
+  // Row and first column of this lane's eight: of sixteen rows and columns, transposed.
+  const int row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
+#pragma unroll
+  for (int k = 0; k < 64; k += 16) {
+#pragma unroll
+    for (int i = 0; i < kColumns / 16; ++i) {
+      Mma<T>::A a;
+      ldmatrix_x4<true>(a.r, smem_address(&panel[k + row][(2 * i + chunk ^ lane % 8) * 8]));
+      Mma<T>::product(sums[i], a, ones, ones);
+    }
+  }
+}
+// ... to the item's sums.
+template <int kColumns>
+__device__ __forceinline__ void store_columns(const float (&sums)[kColumns / 16][4], float* to) {
+  const int lane = threadIdx.x % 32;
+  if (lane % 4 != 0) return;
+#pragma unroll
+  for (int i = 0; i < kColumns / 16; ++i) {
+    to[16 * i + lane / 4] = sums[i][0];
+    to[16 * i + 8 + lane / 4] = sums[i][2];
+  }
+}
+
+// By one warp: sums of dq (kOfRows), or of the gradients of the logits, over an item's rows.
+template <bool kOfRows, int kKeys>
+__device__ void sum_items(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s) {
+  using Traits = PooledOrder1Traits<kKeys>;
+  constexpr int kColumns = kOfRows ? 64 : kKeys;
+  int count = 0, turn = 0;
+#pragma unroll 1
+  for (int item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
+    const int tiles = PooledOrder1Item(p, item).tiles;
+    float sums[kColumns / 16][4] = {};
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile, ++count) {
+      if constexpr (kOfRows) {
+        const int stage = count % Traits::kStages;
+        barrier_wait(&s.dq_full[stage], count / Traits::kStages & 1);
+        sum_columns<kColumns>(sums, s.rows[stage][2][0]);
+        barrier_arrive(&s.empty[stage]);
+      } else {
+        const int team = count % Traits::kTeams;
+        barrier_wait(&s.weights_full[team], count / Traits::kTeams & 1);
+        sum_columns<kColumns>(sums, s.weights[team][0]);
+        barrier_arrive(&s.weights_empty[team]);
+      }
+    }
+    const int slot = turn % 2;
+    if (turn >= 2) barrier_wait(&s.item_empty[slot], turn / 2 - 1 & 1);
+    store_columns<kColumns>(sums, kOfRows ? s.dq_sums[slot] : s.mass_grads[slot]);
+    barrier_arrive(&s.summed[slot]);
+  }
+}
+
 // This warp's 16 rows of a panel, sixteen columns at once, as products lie in registers.
 struct WarpRows {
   uint32_t at;
@@ -194,13 +277,13 @@ struct WarpRows {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     at = warp * 2048 + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
   }
-  __device__ __forceinline__ void load(uint32_t (&x)[4], const uint16_t (&panel)[1][64][64],
+  __device__ __forceinline__ void load(uint32_t (&x)[4], const uint16_t (&panel)[64][64],
                                        int column) const {
-    ldmatrix_x4<false>(x, smem_address(&panel[0][0][0]) + (at ^ column * 2));
+    ldmatrix_x4<false>(x, smem_address(&panel[0][0]) + (at ^ column * 2));
   }
-  __device__ __forceinline__ void store(uint16_t (&panel)[1][64][64], int column,
+  __device__ __forceinline__ void store(uint16_t (&panel)[64][64], int column,
                                         const uint32_t (&x)[4]) const {
-    stmatrix_x4(smem_address(&panel[0][0][0]) + (at ^ column * 2), x[0], x[1], x[2], x[3]);
+    stmatrix_x4(smem_address(&panel[0][0]) + (at ^ column * 2), x[0], x[1], x[2], x[3]);
   }
 };
 
