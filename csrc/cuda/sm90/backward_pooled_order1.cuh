@@ -28,71 +28,68 @@ struct PooledOrder1Sums {
 
   const PooledOrder1Maps& p;
   Shared& s;
-  const WarpRows warp_rows{};
-  // dC transposed; dSigma; gradients of pooled keys and values, transposed.
+  // Transposed, this warp's sixteen columns of sixteen rows: of a panel the first ones' address.
+  const int columns = transposed_columns(threadIdx.x / 32 % 4);
+  // dC, dSigma; gradients of pooled keys and values, transposed.
   float dc[8][4], ds[8][4], dk[kKeys / 8][4], dv[kKeys / 8][4];
 
-  // The `count`th tile: all but the last of its products, which end beside the next tile's.
-  __device__ __forceinline__ void add(int count, bool more) {
+  __device__ __forceinline__ void start_item() {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) dc[i / 4][i % 4] = ds[i / 4][i % 4] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) dk[i / 4][i % 4] = dv[i / 4][i % 4] = 0.f;
+  }
+
+  // The `count`th tile, sixteen rows after sixteen.
+  __device__ __forceinline__ void add(int count) {
     const int stage = uniform(count % Shared::kStages), team = uniform(count % 2);
-    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
     const auto& q = s.rows[stage][0];
     const auto& grad_out = s.rows[stage][1];
+    const auto& row_weights = s.row_weights[team];
+    constexpr int kSteps = kKeys == 32 ? 2 : 1;  // at once, as there are registers
+    const int t = threadIdx.x % 4;
     barrier_wait(&s.weights_full[team], count / 2 & 1);
-    uint32_t kappa[2][4];  // sixteen columns, and the next
-    warp_rows.load(kappa[0], q[0], 0);
-    wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint64_t grads = descriptor(s.weights[team][0], 16, 128 * j);
-      const uint64_t weights =  // in one panel from column 32 on, or in another
-          descriptor(s.weights[team][kKeys / 32 - 1], 16, 128 * j + (kKeys == 32 ? 4 : 0));
-      Wgmma<T, kKeys>::template multiply<true, true>(dk, descriptor(q, 16, 128 * j), grads,
-                                                     more || j > 0);
-      Wgmma<T, kKeys>::template multiply<true, true>(dv, descriptor(grad_out, 16, 128 * j), weights,
-                                                     more || j > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (more) give_back(count - 1);
-    float a[2], b[2];
+    for (int first = 0; first < 4; first += kSteps) {
+      uint32_t kappa[kSteps][4], of_c[kSteps][4], of_sigma[kSteps][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      a[half] = s.row_weights[team][0][row + 8 * half];
-      b[half] = s.row_weights[team][1][row + 8 * half];
-    }
-    group_sync(Shared::kTeams);  // all products with the tile before are made
+      for (int i = 0; i < kSteps; ++i) {
+        const int k = first + i;
+        ldmatrix_x4<true>(kappa[i], smem_address(q) + 2048 * k + columns);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t of_c[4], of_sigma[4];
-      if (k < 3) warp_rows.load(kappa[(k + 1) % 2], q[0], 16 * (k + 1));
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 own = unpack2(kappa[k % 2][j], T{});
-        of_c[j] = Mma<T>::pack(a[j % 2] * own.x, a[j % 2] * own.y);
-        of_sigma[j] = Mma<T>::pack(b[j % 2] * own.x, b[j % 2] * own.y);
+        for (int j = 0; j < 4; ++j) {
+          const int row = 16 * k + j / 2 * 8 + 2 * t;
+          const float2 a = load_pair(&row_weights[0][row]), b = load_pair(&row_weights[1][row]);
+          const float2 own = unpack2(kappa[i][j], T{});
+          of_c[i][j] = Mma<T>::pack(a.x * own.x, a.y * own.y);
+          of_sigma[i][j] = Mma<T>::pack(b.x * own.x, b.y * own.y);
+        }
       }
-      warp_rows.store(s.weighted[0][0], 16 * k, of_c);
-      warp_rows.store(s.weighted[1][0], 16 * k, of_sigma);
+      pin(dc);
+      pin(ds);
+      pin(dk);
+      pin(dv);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int rows = 128 * (first + i);
+        const uint64_t weights =  // in one panel from column 32 on, or in another
+            descriptor(s.weights[team][kKeys / 32 - 1], 16, rows + (kKeys == 32 ? 4 : 0));
+        const uint64_t grads = descriptor(grad_out, 16, rows);
+        Wgmma<T, kKeys>::multiply_pn(dk, kappa[i], descriptor(s.weights[team][0], 16, rows));
+        Wgmma<T, kKeys>::template multiply<true, true>(dv, grads, weights, 1);
+        Wgmma<T, 64>::multiply_pn(dc, of_c[i], grads);
+        Wgmma<T, 64>::multiply_pn(ds, of_sigma[i], descriptor(q, 16, rows));
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(dc);
+      pin(ds);
+      pin(dk);
+      pin(dv);
     }
-    fence_for_copies();
-    group_sync(Shared::kTeams);
-    wgmma_fence();
-    multiply_tn<T>(dc, grad_out[0], s.weighted[0], more);
-    multiply_tn<T>(ds, q[0], s.weighted[1], more);
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void give_back(int count) {
-    barrier_arrive(&s.weights_empty[count % 2]);
-    barrier_arrive(&s.empty[count % Shared::kStages]);
-  }
-  __device__ __forceinline__ void finish(int count) {
-    wgmma_wait<0>();
-    pin(dk);
-    pin(dv);
-    pin(dc);
-    pin(ds);
-    give_back(count);
+    barrier_arrive(&s.weights_empty[team]);
+    barrier_arrive(&s.empty[stage]);
   }
 
   __device__ __forceinline__ void end_item(const PooledOrder1Item& at, int item, int slot,
@@ -150,7 +147,7 @@ struct PooledOrder1Sums {
     }
   }
 
-  // dC, which is transposed here, and dSigma, [2, dim, dim], of which the latter is quadratic.
+  // dC and dSigma, [2, dim, dim], of which the latter is quadratic.
   template <typename Element, class F>
   __device__ __forceinline__ void store_matrices(Element* to, int row, int t, int dim, F element,
                                                  float factor) const {
@@ -164,7 +161,7 @@ struct PooledOrder1Sums {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = 8 * n + 2 * t + e, i = 2 * half + e;
-          to[column * dim + d] = element(dc[n][i], factor);
+          to[d * dim + column] = element(dc[n][i], factor);
           to[(dim + d) * dim + column] = element(ds[n][i], 2 * factor);
         }
       }
@@ -211,9 +208,9 @@ __global__ void __launch_bounds__(PooledOrder1Traits<kKeys>::kThreads, 1)
       const PooledOrder1Item at(p, item);
       const int tiles = uniform(at.tiles), slot = turn % 2;
       barrier_wait(&s.item_full[slot], turn / 2 & 1);
+      sums.start_item();
 #pragma unroll 1
-      for (int tile = 0; tile < tiles; ++tile) sums.add(before + tile, tile > 0);
-      sums.finish(before + tiles - 1);
+      for (int tile = 0; tile < tiles; ++tile) sums.add(before + tile);
       sums.end_item(at, item, slot, turn);
       before += tiles;
     }

@@ -26,30 +26,40 @@ struct PooledOrder1Rows {
     auto& q = s.rows[stage][0];
     auto& grad_out = s.rows[stage][1];
     auto& out = s.rows[stage][2];
-    float x[8][4], w[8][4], c[4][4], dl[4][4];
+    float x[8][4] = {}, w[8][4], c[4][4] = {}, dl[4][4] = {};
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const float2 less = load_pair(&s.centre_sigma[slot][8 * n + 2 * t]);
       w[n][0] = w[n][2] = -less.x, w[n][1] = w[n][3] = -less.y;
     }
-    barrier_wait(&s.numbers_full[stage], phase);
     barrier_wait(&s.full[stage], phase);
+    using Keys = const uint16_t(&)[1][32][64];
+    uint32_t kappa[4][4], grads[4][4];  // the query at first
+    if constexpr (kParts == 1) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) warp_rows.load(kappa[k], q[0], 16 * k);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) warp_rows.load(grads[k], grad_out[0], 16 * k);
+    }
     pin(x);
     pin(w);
+    pin(c);
+    pin(dl);
     wgmma_fence();
-    multiply_matrix<T, true>(x, grad_out, s.moments[slot][0], 0, false);
-    multiply_matrix<T, true>(w, q, s.moments[slot][1], 0, true);
-    wgmma_commit();
-    const auto start_logits = [&](int part) {
-      using Keys = const uint16_t(&)[1][32][64];
-      pin(c);
-      pin(dl);
-      wgmma_fence();
-      multiply_nt<T>(c, q, reinterpret_cast<Keys>(s.k[slot][0][32 * part]));
-      multiply_nt<T>(dl, grad_out, reinterpret_cast<Keys>(s.v[slot][0][32 * part]));
+    if constexpr (kParts == 1) {
+      multiply_pt<T>(w, kappa, s.moments[slot][1]);
+      multiply_pt<T>(c, kappa, s.k[slot]);
+      multiply_pt<T>(x, grads, s.moments[slot][0]);
       wgmma_commit();
-    };
-    start_logits(0);
+      multiply_pt<T>(dl, grads, s.v[slot]);
+    } else {  // too few registers
+      multiply_matrix<T, true>(x, grad_out, s.moments[slot][0], 0, false);
+      multiply_matrix<T, true>(w, q, s.moments[slot][1], 0, true);
+      wgmma_commit();
+      multiply_nt<T>(c, q, reinterpret_cast<Keys>(s.k[slot]));
+      multiply_nt<T>(dl, grad_out, reinterpret_cast<Keys>(s.v[slot]));
+    }
+    wgmma_commit();
     if (count >= 2) {  // the gradient of this team's tile before has left its place
       if (threadIdx.x % 32 == 0) store_wait();
       barrier_arrive(&s.empty[(count - 2) % Shared::kStages]);
@@ -57,20 +67,23 @@ struct PooledOrder1Rows {
     // dO.o: of the products of all rows with all rows of a warp the diagonal.
     float dots[2][4] = {};
 #pragma unroll
-    for (int k = 0; k < 64; k += 16) {
-      Mma<T>::A grads;
+    for (int k = 0; k < 4; ++k) {
       uint32_t outs[4];
-      warp_rows.load(grads.r, grad_out[0], k);
-      warp_rows.load(outs, out[0], k);
-      Mma<T>::product(dots[0], grads, outs[0], outs[2]);
-      Mma<T>::product(dots[1], grads, outs[1], outs[3]);
+      if constexpr (kParts > 1) warp_rows.load(grads[k], grad_out[0], 16 * k);
+      warp_rows.load(outs, out[0], 16 * k);
+      const Mma<T>::A left{{grads[k][0], grads[k][1], grads[k][2], grads[k][3]}};
+      Mma<T>::product(dots[0], left, outs[0], outs[2]);
+      Mma<T>::product(dots[1], left, outs[1], outs[3]);
     }
-    uint32_t kappa[4][4];
+    if constexpr (kParts > 1) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) warp_rows.load(kappa[k], q[0], 16 * k);
+      for (int k = 0; k < 4; ++k) warp_rows.load(kappa[k], q[0], 16 * k);
+    }
+    barrier_wait(&s.numbers_full[stage], phase);
     wgmma_wait<1>();
     pin(x);
     pin(w);
+    if constexpr (kParts == 1) pin(c);
 
     float u[2] = {}, v[2] = {};
 #pragma unroll
@@ -136,7 +149,14 @@ struct PooledOrder1Rows {
     uint32_t scaled[2 * kParts][4];  // gradients of the logits times the scale
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      if (part > 0) start_logits(part);
+      if (part > 0) {
+        pin(c);
+        pin(dl);
+        wgmma_fence();
+        multiply_nt<T>(c, q, reinterpret_cast<Keys>(s.k[slot][0][32 * part]));
+        multiply_nt<T>(dl, grad_out, reinterpret_cast<Keys>(s.v[slot][0][32 * part]));
+        wgmma_commit();
+      }
       wgmma_wait<0>();
       pin(c);
       pin(dl);
@@ -164,12 +184,12 @@ struct PooledOrder1Rows {
           coarse_sum[half] += dl[n][i];
         }
       }
-      uint32_t weights[2][4], grads[2][4];
+      uint32_t weights[2][4], logit_grads[2][4];
       pack<T>(weights, c);
-      pack<T>(grads, dl);
+      pack<T>(logit_grads, dl);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        warp_rows.store(s.weights[team][0], 32 * part + 16 * j, grads[j]);
+        warp_rows.store(s.weights[team][0], 32 * part + 16 * j, logit_grads[j]);
         warp_rows.store(s.weights[team][kParts - 1], (kParts == 1 ? 32 : 32 * part) + 16 * j,
                         weights[j]);
       }
@@ -180,12 +200,7 @@ struct PooledOrder1Rows {
       }
       pack<T>(reinterpret_cast<uint32_t(&)[2][4]>(scaled[2 * part]), dl);
     }
-    group_sync(team);  // the other warps' products with this tile are made
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (kParts > 1) warp_rows.load(kappa[k], out[0], 16 * k);
-      warp_rows.store(q[0], 16 * k, kappa[k]);
-    }
+    if constexpr (kParts > 1) group_sync(team);  // other warps' products with these rows are made
     if (!all) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -203,9 +218,6 @@ struct PooledOrder1Rows {
       s.row_weights[team][0][row + 8 * half] = a[half];
       s.row_weights[team][1][row + 8 * half] = b[half];
     }
-    fence_for_copies();
-    barrier_arrive(&s.weights_full[team]);
-
     const float twice[2] = {2 * b[0], 2 * b[1]};
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -216,6 +228,13 @@ struct PooledOrder1Rows {
     wgmma_fence();
     multiply_pn<T>(x, scaled, s.k[slot]);
     wgmma_commit();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if constexpr (kParts > 1) warp_rows.load(kappa[k], out[0], 16 * k);
+      warp_rows.store(q[0], 16 * k, kappa[k]);
+    }
+    fence_for_copies();
+    barrier_arrive(&s.weights_full[team]);
 
     wgmma_wait<0>();
     pin(x);

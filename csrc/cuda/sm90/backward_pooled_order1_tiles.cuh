@@ -19,10 +19,10 @@ struct PooledOrder1Maps : PooledOrder1 {
 // and sum columns: as many as the launch has.
 template <int kKeys>
 struct PooledOrder1Traits {
-  static constexpr int kStages = kKeys == 32 ? 5 : 4, kTeams = 2;
+  static constexpr int kStages = kKeys == 32 ? 6 : 5, kTeams = 2;
   static constexpr int kThreads = 128 * (kTeams + 2);
-  static constexpr int kRowRegisters = kKeys == 32 ? 168 : 152;
-  static constexpr int kSumRegisters = kKeys == 32 ? 136 : 168, kFewRegisters = 40;
+  static constexpr int kRowRegisters = kKeys == 32 ? 160 : 152;
+  static constexpr int kSumRegisters = kKeys == 32 ? 152 : 168, kFewRegisters = 40;
 };
 
 // A chunk of a query head.
@@ -46,9 +46,8 @@ struct PooledOrder1Shared {
   // Of every other item: C and Sigma, pooled keys and values.
   uint16_t moments[2][2][1][64][64], k[2][1][kKeys][64], v[2][1][kKeys][64];
   uint16_t rows[kStages][3][1][64][64];  // q, then q - centre; dO; o, then dq on its way to memory
-  // Of each team's last tile, side by side: gradients of the logits, weights. Of the last tile, a
-  // (q - centre) and b (q - centre).
-  uint16_t weights[kTeams][kKeys / 32][64][64], weighted[2][1][64][64];
+  // Of each team's last tile, side by side: gradients of the logits, weights.
+  uint16_t weights[kTeams][kKeys / 32][64][64];
   // Of every other item: the centre, its product with Sigma, log2 of the keys' masses.
   alignas(16) float centre[2][64], centre_sigma[2][64], bias[2][64];
   // ... sums over its rows: of dq, of the gradients of each logit.
@@ -206,22 +205,25 @@ __device__ void look_up(const PooledOrder1Maps& p, PooledOrder1Shared<kKeys>& s)
   }
 }
 
+// Where in a panel this lane's eight are, of sixteen rows and the columns from 16 i on, transposed.
+__device__ __forceinline__ int transposed_columns(int i) {
+  const int lane = threadIdx.x % 32;
+  return (lane % 8 + lane / 16 * 8) * 128 + (2 * i + lane / 8 % 2 ^ lane % 8) * 16;
+}
+
 // Adds the sums of kColumns columns of a panel over its 64 rows, by one warp: of columns 16 i + g
 // and 16 i + g + 8 to sums[i][0] and sums[i][2].
 template <int kColumns>
 __device__ __forceinline__ void sum_columns(float (&sums)[kColumns / 16][4],
                                             const uint16_t (&panel)[64][64]) {
   using T = __nv_bfloat16;
-  const int lane = threadIdx.x % 32;
   const uint32_t ones = 0x3f803f80;
-  // Row and first column of this lane's eight: of sixteen rows and columns, transposed.
-  const int row = lane % 8 + lane / 16 * 8, chunk = lane / 8 % 2;
 #pragma unroll
   for (int k = 0; k < 64; k += 16) {
 #pragma unroll
     for (int i = 0; i < kColumns / 16; ++i) {
       Mma<T>::A a;
-      ldmatrix_x4<true>(a.r, smem_address(&panel[k + row][(2 * i + chunk ^ lane % 8) * 8]));
+      ldmatrix_x4<true>(a.r, smem_address(panel) + 128 * k + transposed_columns(i));
       Mma<T>::product(sums[i], a, ones, ones);
     }
   }

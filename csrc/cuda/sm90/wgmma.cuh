@@ -60,7 +60,8 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 }
 
 // N / 8 tiles of accumulators. `a`, `b`: descriptors; `add`: 0 starts from zero.
-// multiply: both from shared memory; multiply_pn: A in registers, B stored [k][n].
+// multiply: both from shared memory; multiply_pn and multiply_pt add, A in registers, B stored
+// [k][n] and [n][k].
 // kLeft: A is stored [k][m] (else [m][k]); kRight: B is stored [k][n] (else [n][k]).
 template <typename T, int N>
 struct Wgmma;
@@ -100,6 +101,13 @@ struct Wgmma;
                                                        const uint32_t (&a)[4], uint64_t b) {      \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
                    "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 1;"                     \
+                   : D(d, 0)                                                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    }                                                                                             \
+    static __device__ __forceinline__ void multiply_pt(float (&d)[N / 8][4],                      \
+                                                       const uint32_t (&a)[4], uint64_t b) {      \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
+                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 0;"                     \
                    : D(d, 0)                                                                      \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
     }                                                                                             \
@@ -145,6 +153,14 @@ __device__ __forceinline__ void multiply_pn(float (&acc)[8 * kPanels][4],
       Wgmma<T, 64 * kEach>::multiply_pn(part, a[j], descriptor(b[i], kRows * 128, 128 * j));
     }
   }
+}
+
+// acc += A B^T: A of 64 rows x 64 in registers, B of as many rows as acc has columns, one panel.
+template <typename T, int kTiles>
+__device__ __forceinline__ void multiply_pt(float (&acc)[kTiles][4], const uint32_t (&a)[4][4],
+                                            const void* b) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) Wgmma<T, 8 * kTiles>::multiply_pt(acc, a[i], descriptor(b) + 2 * i);
 }
 
 // c += A B (kTransposed: A B^T) or, without `add`, c = that: A of 64 rows in panels; B a matrix of
