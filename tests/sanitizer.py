@@ -93,7 +93,8 @@ def cases():
     # more pooled keys than go with order 1 of the rows, and several heads a block of threads
     for D in (32, 64):
         options = dict(D=D, order=1, masks="both", pool="centred")
-        yield torch.bfloat16, options | dict(N=150, M=1100, block_size=32)
+        yield torch.bfloat16, options | dict(N=150, M=2200, block_size=32)
+        yield torch.bfloat16, options | dict(B=36, N=150, M=1100, block_size=32)
         yield torch.bfloat16, options | dict(B=36, N=150, M=200, block_size=64)
     causal = itertools.product(DTYPES, [0, 1], [32, 64, 128, 256], [32, (32, 64), 64, (128, 16)])
     for dtype, order, D, block in causal:
