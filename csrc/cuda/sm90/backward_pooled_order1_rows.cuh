@@ -140,6 +140,7 @@ struct PooledOrder1Rows {
     }
 
     if constexpr (kParts > 1) {  // no registers for them meanwhile
+      __syncwarp();
 #pragma unroll
       for (int k = 0; k < 4; ++k) warp_rows.store(out[0], 16 * k, kappa[k]);
     }
@@ -200,7 +201,11 @@ struct PooledOrder1Rows {
       }
       pack<T>(reinterpret_cast<uint32_t(&)[2][4]>(scaled[2 * part]), dl);
     }
-    if constexpr (kParts > 1) group_sync(team);  // other warps' products with these rows are made
+    if constexpr (kParts > 1) {
+      group_sync(team);  // other warps' products with these rows are made
+    } else {
+      __syncwarp();  // other lanes' reading of them is done
+    }
     if (!all) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
