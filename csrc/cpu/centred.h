@@ -1,208 +1,152 @@
-// What the parts of weighted means on the CPU share (centred.cpp, centred_backward.cpp): one key
-// head at a time, in torch's own operators.
+// What the parts of weighted means on the CPU share (centred.cpp, centred_backward.cpp).
+//
+// Rows of few keys or queries at a time pass through a thread's scratch, in acc. Sums over rows are
+// kept apart by chunks, so that bits don't depend on the number of threads.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
 
 #include <vector>
 
-#include "../common/budget.h"
+#include "parts.h"
 #include "stages_cpu.h"
-#include "views.h"
 
 namespace mra::cpu {
 
-// One key head with the query heads of its group.
-struct Head {
-  Head(const Inputs& in, const Options& o, int64_t item)
-      : s(o.scale),
-        block(o.block_k),
-        Hk(in.key.size(1)),
-        G(in.query.size(1) / Hk),
-        N(in.query.size(2)),
-        M(in.key.size(2)),
-        D(in.query.size(3)),
-        nk(ceil_div(M, block)),
-        block_q(o.block_q),
-        causal(o.causal),
-        units(o.causal ? ceil_div(N, o.block_q) : 1),
-        b(item / Hk),
-        hk(item % Hk),
-        acc(acc_type(in.query.scalar_type())) {
-    if (in.query_mask) valid_query = in.query_mask->select(0, b);
-    if (in.key_mask) valid_key = in.key_mask->select(0, b);
-  }
+// A unit of rows shares a centre and moments: a block of queries under causal, else all. So do
+// blocks of keys share a centre, and gradients of moments.
+template <typename T>
+class CentredHeads {
+ protected:
+  using A = acc_t<T>;
 
-  // [B, H, ...] to this group, [G * N] or [G * N, D]. What is multiplied lies side by side: bits
-  // must not depend on how the inputs lie.
-  Tensor rows(const Tensor& x) const { return view(x).to(acc).reshape({G * N, -1}).contiguous(); }
-  Tensor row(const Tensor& x) const { return view(x).reshape({G * N}); }
-  // The same in place, [G, N] or [G, N, D].
-  Tensor view(const Tensor& x) const { return x.select(0, b).narrow(0, hk * G, G); }
-
-  // Valid queries, zeros for others; keys or values, [nk, block, D], likewise.
-  Tensor queries(const Inputs& in) const {
-    Tensor q = view(in.query).to(acc);
-    if (valid_query.defined()) q = q.masked_fill(valid_query.logical_not().unsqueeze(-1), 0);
-    return q.reshape({G * N, D}).contiguous();
-  }
-  Tensor blocks(const Tensor& x) const {
-    Tensor k = x.select(0, b).select(0, hk).to(acc);
-    if (valid_key.defined()) k = k.masked_fill(valid_key.logical_not().unsqueeze(-1), 0);
-    if (M < nk * block) k = at::constant_pad_nd(k, {0, 0, 0, nk * block - M});
-    return k.reshape({nk, block, D}).contiguous();
-  }
-  // True for what is no key: masked, or behind the last one; undefined where there is none such.
-  Tensor no_key() const {
-    if (!valid_key.defined() && M == nk * block) return {};
-    const Tensor valid =
-        valid_key.defined() ? valid_key : at::ones({M}, at::TensorOptions().dtype(at::kBool));
-    return at::constant_pad_nd(valid, {0, nk * block - M}).logical_not();
-  }
-  // Numbers of the valid ones among the N queries.
-  std::vector<int64_t> valid_queries() const {
-    std::vector<int64_t> found;
-    const Tensor mask = valid_query.defined() ? valid_query.contiguous() : Tensor();
-    const bool* valid = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-    for (int64_t i = 0; i < N; ++i) {
-      if (!valid || valid[i]) found.push_back(i);
+  CentredHeads(const Inputs& in, const Centred& c, const Options& o)
+      : o_(o),
+        B_(in.query.size(0)),
+        H_(in.query.size(1)),
+        Hk_(in.key.size(1)),
+        G_(H_ / Hk_),
+        N_(in.query.size(2)),
+        M_(in.key.size(2)),
+        D_(in.query.size(3)),
+        nq_(ceil_div(N_, o.block_q)),
+        nk_(ceil_div(M_, o.block_k)),
+        units_(o.causal ? nq_ : 1),
+        centres_(o.causal ? nq_ + 1 : 1),
+        s_(static_cast<A>(o.scale)),
+        query_(in.query),
+        key_(in.key),
+        value_(in.value),
+        query_mask_(in.query_mask),
+        key_mask_(in.key_mask),
+        c_(c),
+        options_(c.centre.options()),
+        key_count_(c.pooled.key_count.template const_data_ptr<int32_t>()) {
+    const int32_t* const query_count = c.pooled.query_count.template const_data_ptr<int32_t>();
+    const auto at_least_one = [](int64_t n) { return static_cast<A>(std::max<int64_t>(1, n)); };
+    for (int64_t b = 0; b < B_; ++b) {
+      int64_t n = 0, y = 0;
+      for (int64_t unit = 0; unit < units_; ++unit) {
+        for (; y < blocks_of(unit); ++y) n += key_count_[b * nk_ + y];
+        keys_.push_back(at_least_one(n));
+      }
+      n = 0;
+      for (int64_t x = 0, i = 0; i < centres_; ++i) {
+        for (; x < (o.causal ? i : nq_); ++x) n += query_count[b * nq_ + x] * G_;
+        queries_.push_back(at_least_one(n));
+      }
     }
-    return found;
   }
 
-  // Rows [G * N] or [G * N, D] by units, which share moments and a centre: under causal a block of
-  // queries, filled up with zeros, else all. [units, rows of one(, D)], and back.
-  Tensor by_units(const Tensor& x) const {
-    if (!causal) return x.unsqueeze(0);
-    const bool wide = x.dim() > 1;
-    const int64_t more = units * block_q - N, width = wide ? x.size(1) : 1;
-    const Tensor filled = at::constant_pad_nd(x.reshape({G, N, width}), {0, 0, 0, more});
-    const Tensor result = filled.view({G, units, block_q, width}).transpose(0, 1);
-    return wide ? result.reshape({units, G * block_q, width})
-                : result.reshape({units, G * block_q});
+  // Rows at once, and rows whose sums are one: within a unit; whole blocks of keys, under causal
+  // one.
+  int64_t query_tile() const { return o_.causal ? std::min(o_.block_q, kTileRows) : kTileRows; }
+  int64_t query_chunk() const { return o_.causal ? o_.block_q : std::min(N_, kChunkRows); }
+  int64_t key_tile() const { return whole_blocks(kTileRows); }
+  int64_t key_chunk() const { return whole_blocks(kChunkRows); }
+
+  int64_t unit_of(int64_t row) const { return o_.causal ? row / o_.block_q : 0; }
+  // The centre of a block of keys: under causal that of the first unit that sees all of it.
+  int64_t centre_of_block(int64_t y) const {
+    return o_.causal ? std::min(units_, ceil_div((y + 1) * o_.block_k, o_.block_q)) : 0;
   }
-  Tensor from_units(const Tensor& x) const {
-    if (!causal) return x.squeeze(0);
-    const bool wide = x.dim() > 2;
-    const int64_t width = wide ? x.size(2) : 1;
-    const Tensor rows = x.reshape({units, G, block_q, width}).transpose(0, 1);
-    const Tensor result = rows.reshape({G, units * block_q, width}).narrow(1, 0, N);
-    return wide ? result.reshape({G * N, width}) : result.reshape({G * N});
+  // Blocks of keys in the moments of a unit, and their valid keys, at least 1.
+  int64_t blocks_of(int64_t unit) const { return past_blocks(o_, nk_, unit); }
+  A keys_of(int64_t b, int64_t unit) const { return keys_[b * units_ + unit]; }
+  // Valid queries of a group that a centre is the mean of, at least 1.
+  A queries_of(int64_t b, int64_t centre) const { return queries_[b * centres_ + centre]; }
+
+  const A* of(const Tensor& x) const { return x.template const_data_ptr<A>(); }
+  const A* centre(int64_t key_head, int64_t i) const {
+    return of(c_.centre) + (key_head * centres_ + i) * D_;
   }
-  // Where the queries end whose mean is a centre. Under causal there is one before each unit and
-  // one behind the last; a block of keys has that of the first unit that sees it.
-  Tensor ends() const {
-    return causal ? (at::arange(units + 1) * block_q).clamp_max(N) : at::full({1}, N, at::kLong);
+  // C, then Sigma.
+  const A* moments(int64_t key_head, int64_t row) const {
+    return of(c_.moments) + (key_head * units_ + unit_of(row)) * 2 * D_ * D_;
   }
-  Tensor seen_by() const {
-    const Tensor behind = (at::arange(nk) + 1) * block;
-    return (behind + (block_q - 1)).floor_divide(block_q).clamp_max(units);
+  const A* weights(int64_t key_head) const {
+    return of(c_.pooled.weights) + key_head * nk_ * o_.block_k;
   }
-  Tensor unit_ends() const { return causal ? ends().narrow(0, 0, units) : ends(); }
-  Tensor block_ends() const { return causal ? ends().index_select(0, seen_by()) : ends(); }
-  // How many valid queries of the group there are before each of `ends`, at least 1, [n, 1] acc.
-  Tensor counts_before(const Tensor& ends) const {
-    const Tensor valid =
-        valid_query.defined() ? valid_query.to(at::kLong) : at::ones({N}, at::kLong);
-    const Tensor upto = at::constant_pad_nd(valid.cumsum(0), {1, 0}) * G;
-    return upto.index_select(0, ends).clamp_min(1).to(acc).unsqueeze(1);
-  }
-  // Means of the group's queries (zeros where they don't count) before each of `ends`, [n, D]; and
-  // what each query gets of gradients of these.
-  Tensor means_before(const Tensor& q, const Tensor& ends) const {
-    const Tensor upto = at::constant_pad_nd(q.view({G, N, D}).sum(0).cumsum(0), {0, 0, 1, 0});
-    return upto.index_select(0, ends) / counts_before(ends);
-  }
-  Tensor means_backward(const Tensor& grads, const Tensor& ends) const {
-    const Tensor at_end = at::zeros({N + 1, D}, grads.options());
-    at_end.index_add_(0, ends, grads / counts_before(ends));
-    return at_end.narrow(0, 1, N).flip(0).cumsum(0).flip(0);  // of all ends behind the query
+  // A key in the sums of moments: but for one over the number of keys.
+  A weight_in_sums(int64_t key_head, int64_t j) const {
+    return weights(key_head)[j] * static_cast<A>(key_count_[key_head / Hk_ * nk_ + j / o_.block_k]);
   }
 
-  double s;
-  int64_t block, Hk, G, N, M, D, nk, block_q;
-  bool causal;
-  int64_t units, b, hk;
-  at::ScalarType acc;
-  Tensor valid_query, valid_key;  // [N], [M] or undefined
+  // Queries of a head less their centre; masked ones count as zeros.
+  void less_centre(int64_t head, int64_t first, int64_t rows, A* to) const {
+    const int64_t b = head / H_;
+    const Rows<T> q = query_.head(b, head % H_);
+    for (int64_t i = first; i < first + rows; ++i, to += D_) {
+      if (query_mask_(b, i)) {
+        load_row(q.row(i), D_, to);
+      } else {
+        std::fill_n(to, D_, A(0));
+      }
+      add_scaled(to, centre(head / G_, unit_of(i)), A(-1), D_);
+    }
+  }
+
+  // Keys or values of a key head less their blocks' means, zeros where masked, [rows, D] at `ld`.
+  void deviations(const Heads<T>& x, const Tensor& means, int64_t key_head, int64_t first,
+                  int64_t rows, A* to, int64_t ld) const {
+    const int64_t b = key_head / Hk_;
+    const Rows<T> from = x.head(b, key_head % Hk_);
+    for (int64_t j = first; j < first + rows; ++j, to += ld) {
+      if (!key_mask_(b, j)) {
+        std::fill_n(to, D_, A(0));
+        continue;
+      }
+      load_row(from.row(j), D_, to);
+      add_scaled(to, of(means) + (key_head * nk_ + j / o_.block_k) * D_, A(-1), D_);
+    }
+  }
+
+  // f(key head, row d) for the rows of all matrices; each looks at `chunks` sums.
+  template <typename F>
+  void for_matrix_rows(int64_t chunks, const F& f) const {
+    at::parallel_for(0, B_ * Hk_ * D_, grain(chunks * 2 * D_), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) f(item / D_, item % D_);
+    });
+  }
+  Options o_;
+  int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_, units_, centres_;
+  A s_;
+  Heads<T> query_, key_, value_;
+  Mask query_mask_, key_mask_;
+  const Centred& c_;
+  at::TensorOptions options_;  // of acc
+
+ private:
+  int64_t whole_blocks(int64_t rows) const {
+    return (o_.causal ? 1 : std::max<int64_t>(1, rows / o_.block_k)) * o_.block_k;
+  }
+
+  const int32_t* key_count_;
+  std::vector<A> keys_, queries_;  // keys_of, queries_of
 };
 
-// f(item) for every key head; products stay on one thread, so that bits don't depend on how many.
-template <typename F>
-void for_heads(const Inputs& in, const F& f) {
-  at::parallel_for(0, in.key.size(0) * in.key.size(1), 1, [&](int64_t begin, int64_t end) {
-    const SerialBlas serial;
-    const at::AutoDispatchBelowADInplaceOrView below;  // of this thread
-    // Where backward runs under autocast, products are of acc all the same.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    for (int64_t item = begin; item < end; ++item) f(item);
-  });
-}
-
-inline Tensor pick(const Tensor& x, const Head& at) { return x.select(0, at.b).select(0, at.hk); }
-
-// Centres of the units, [units, D], and of the blocks of keys, [nk, D] or the same for all.
-inline Tensor unit_centres(const Centred& c, const Head& at) {
-  const Tensor all = pick(c.centre, at);
-  return at.causal ? all.narrow(0, 0, at.units) : all.unsqueeze(0);
-}
-inline Tensor block_centres(const Centred& c, const Head& at) {
-  const Tensor all = pick(c.centre, at);
-  return at.causal ? all.index_select(0, at.seen_by()) : all.unsqueeze(0).expand({at.nk, at.D});
-}
-// C and Sigma of the units, [units, 2, D, D].
-inline Tensor moments_of(const Centred& c, const Head& at) {
-  const Tensor all = pick(c.moments, at);
-  return at.causal ? all : all.unsqueeze(0);
-}
-
-// Within-block deviations of keys and values from their weighted means, [nk * block, D], and the
-// weight of each key in the moments, pi_j c_y / n, [nk * block, 1]; without 1 / n under causal.
-struct Deviations {
-  Deviations(const Head& at, const Inputs& in, const Centred& c) {
-    const Tensor count = c.pooled.key_count.select(0, at.b).to(at.acc);
-    const auto deviation = [&](const Tensor& x, const Tensor& mean) {
-      return (at.blocks(x) - pick(mean, at).unsqueeze(1)).reshape({at.nk * at.block, at.D});
-    };
-    key = deviation(in.key, c.pooled.key);
-    value = deviation(in.value, c.pooled.value);
-    const Tensor n = at.causal ? at::ones({}, count.options()) : count.sum().clamp_min(1);
-    const Tensor share = (count / n).unsqueeze(-1);
-    weight = (pick(c.pooled.weights, at).view({at.nk, at.block}) * share).view({-1, 1});
-  }
-  Tensor key, value, weight;
-};
-
-// Under causal: for each unit the number of key blocks before it, [units] long, and one over that
-// of their valid keys, [units, 1, 1].
-struct Past {
-  Past(const Head& at, const Centred& c) {
-    const Tensor count = c.pooled.key_count.select(0, at.b);
-    blocks = at::arange(at.units).mul_(at.block_q).floor_divide_(at.block).clamp_max_(at.nk);
-    const Tensor upto = at::constant_pad_nd(count.to(at::kLong).cumsum(0), {1, 0});
-    over_n = 1 / upto.index_select(0, blocks).clamp_min(1).to(at.acc).view({-1, 1, 1});
-  }
-  Tensor blocks, over_n;
-};
-
-// Order 1 of the rows of a group, by units.
-struct Rows1 {
-  Rows1(const Head& at, const Inputs& in, const Centred& c, const Tensor& share)
-      : q(at.by_units(at.queries(in)) - unit_centres(c, at).unsqueeze(1)),
-        t(at.by_units(at.row(c.pooled.variance))),
-        gamma(1 / (1 + t / 4)),
-        share(at.by_units(at.row(share))),
-        none(this->share == 0),
-        C(moments_of(c, at).select(1, 0)),
-        S(moments_of(c, at).select(1, 1)),
-        u(at::bmm(q, C).mul_(at.s)) {}
-  // Rows without a coarse share may hold anything.
-  Tensor there(const Tensor& x) const {
-    return x.masked_fill(x.dim() > 2 ? none.unsqueeze(-1) : none, 0);
-  }
-  Tensor q, t, gamma, share, none, C, S, u;
-};
+// Log weights of pool = sampled, [B, Hk, nk * block_k] acc.
+Tensor sampled_log_weights(const Inputs& in, const Tensor& centre, const Options& o);
 
 }  // namespace mra::cpu

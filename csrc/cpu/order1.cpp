@@ -13,17 +13,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/budget.h"
+#include "parts.h"
 #include "stages_cpu.h"
-#include "views.h"
 
 namespace mra::cpu {
 namespace {
-
-// Rows of one product, and rows whose sums are kept apart so that a few long heads make work for
-// many threads. Neither depends on how many threads there are.
-constexpr int64_t kTileRows = 128;
-constexpr int64_t kChunkRows = 2048;
 
 template <typename T>
 class Order1 {
@@ -66,15 +60,15 @@ class Order1 {
   Tensor moments() const {
     Tensor sums = at::empty({B_, Hk_, chunks(M_), D_, 2 * D_}, options_);
     A* to = sums.mutable_data_ptr<A>();
-    for_parts(B_ * Hk_, M_, chunk_rows(M_), 2 * tile() * D_,
-              [&](int64_t at, int64_t head, int64_t first, int64_t end, A* pair) {
-                for (int64_t i = first; i < end; i += tile()) {
-                  const int64_t rows = std::min(tile(), end - i);
-                  centred(head, i, rows, pair);
-                  gemm(Op::transpose, Op::none, D_, 2 * D_, rows, A(1), pair + D_, 2 * D_, pair,
-                       2 * D_, A(i > first), to + at * pair_size(), 2 * D_);
-                }
-              });
+    for_parts<A>(B_ * Hk_, M_, chunk_rows(M_), D_, 2 * tile() * D_,
+                 [&](int64_t at, int64_t head, int64_t first, int64_t end, A* pair) {
+                   for (int64_t i = first; i < end; i += tile()) {
+                     const int64_t rows = std::min(tile(), end - i);
+                     centred(head, i, rows, pair);
+                     gemm(Op::transpose, Op::none, D_, 2 * D_, rows, A(1), pair + D_, 2 * D_, pair,
+                          2 * D_, A(i > first), to + at * pair_size(), 2 * D_);
+                   }
+                 });
     combine(to, chunks(M_), 1, false);
     return sums;
   }
@@ -92,22 +86,23 @@ class Order1 {
   void apply(const Tensor& moments, const Tensor& result) const {
     const A* from = moments.const_data_ptr<A>();
     T* out = result.mutable_data_ptr<T>();
-    for_parts(B_ * H_, N_, tile(), 4 * tile() * D_,
-              [&](int64_t, int64_t head, int64_t first, int64_t end, A* scratch) {
-                const int64_t b = head / H_, h = head % H_, rows = end - first;
-                A *both = scratch, *buffer = scratch + 2 * tile() * D_, *sum = buffer + tile() * D_;
-                const auto q = load_rows(query_.head(b, h), first, rows, buffer);
-                gemm(Op::none, Op::none, rows, 2 * D_, D_, A(1), q.data, q.ld,
-                     matrix(from, b, h / G_, 1, chunks(M_), first), 2 * D_, A(0), both, 2 * D_);
-                for (int64_t r = 0; r < rows; ++r) {
-                  const A share = share_[head * N_ + first + r];
-                  if (share == 0) continue;
-                  const A *u = both + r * 2 * D_, gamma = damping(u + D_, q.data + r * q.ld);
-                  T* row = out + b * result.stride(0) + h * result.stride(1) +
-                           (first + r) * result.stride(2);
-                  add_term(row, u, share * gamma * static_cast<A>(o_.scale), sum);
-                }
-              });
+    for_parts<A>(B_ * H_, N_, tile(), D_, 4 * tile() * D_,
+                 [&](int64_t, int64_t head, int64_t first, int64_t end, A* scratch) {
+                   const int64_t b = head / H_, h = head % H_, rows = end - first;
+                   A *both = scratch, *buffer = scratch + 2 * tile() * D_,
+                     *sum = buffer + tile() * D_;
+                   const auto q = load_rows(query_.head(b, h), first, rows, buffer);
+                   gemm(Op::none, Op::none, rows, 2 * D_, D_, A(1), q.data, q.ld,
+                        matrix(from, b, h / G_, 1, chunks(M_), first), 2 * D_, A(0), both, 2 * D_);
+                   for (int64_t r = 0; r < rows; ++r) {
+                     const A share = share_[head * N_ + first + r];
+                     if (share == 0) continue;
+                     const A *u = both + r * 2 * D_, gamma = damping(u + D_, q.data + r * q.ld);
+                     T* row = out + b * result.stride(0) + h * result.stride(1) +
+                              (first + r) * result.stride(2);
+                     add_term(row, u, share * gamma * static_cast<A>(o_.scale), sum);
+                   }
+                 });
   }
 
   Order1Grads backward(const Tensor& grad_out, const Tensor& delta, const Inputs& in) const {
@@ -129,21 +124,6 @@ class Order1 {
   }
   int64_t chunks(int64_t length) const { return ceil_div(length, chunk_rows(length)); }
   int64_t pair_size() const { return 2 * D_ * D_; }
-
-  // f(part of all, head, first row, end row, scratch of `elements`) for all parts of all heads.
-  template <typename F>
-  void for_parts(int64_t heads, int64_t length, int64_t rows, int64_t elements, const F& f) const {
-    const int64_t parts = ceil_div(length, rows), work = rows * D_ * std::max<int64_t>(1, D_ / 8);
-    at::parallel_for(0, heads * parts, grain(work), [&](int64_t begin, int64_t end) {
-      const SerialBlas serial;
-      Scratch<A> scratch(elements, 1);
-      A* room = scratch.take(elements);
-      for (int64_t at = begin; at < end; ++at) {
-        const int64_t first = at % parts * rows;
-        f(at, at / parts, first, std::min(length, first + rows), room);
-      }
-    });
-  }
 
   // The pair of a row, in sums [B, Hk * group, chunks, D, 2D] after `combine`.
   const A* matrix(const A* sums, int64_t b, int64_t hk, int64_t group, int64_t chunks,
@@ -231,8 +211,8 @@ class Order1 {
     T* grad_query = grads.query.mutable_data_ptr<T>();
     const A s = static_cast<A>(o_.scale);
     const int64_t size = tile() * D_;
-    for_parts(
-        B_ * H_, N_, chunk_rows(N_), 7 * size,
+    for_parts<A>(
+        B_ * H_, N_, chunk_rows(N_), D_, 7 * size,
         [&](int64_t at, int64_t head, int64_t first_row, int64_t end, A* scratch) {
           const int64_t b = head / H_, h = head % H_;
           A *x = scratch, *w = x + size, *left = w + size, *pair = left + size;
@@ -281,23 +261,23 @@ class Order1 {
     const A* from = moment_grads.const_data_ptr<A>();
     T *grad_key = grads.key.mutable_data_ptr<T>(), *grad_value = grads.value.mutable_data_ptr<T>();
     const int64_t size = 2 * tile() * D_;
-    for_parts(B_ * Hk_, M_, tile(), 2 * size,
-              [&](int64_t, int64_t head, int64_t first, int64_t end, A* scratch) {
-                const int64_t b = head / Hk_, rows = end - first;
-                A *pair = scratch, *both = scratch + size;
-                const A* c = matrix(from, b, head % Hk_, G_, chunks(N_), first);
-                centred(head, first, rows, pair);
-                gemm(Op::none, Op::none, rows, 2 * D_, D_, A(1), pair + D_, 2 * D_, c, 2 * D_, A(0),
-                     both, 2 * D_);
-                gemm(Op::none, Op::transpose, rows, D_, D_, A(1), pair, 2 * D_, c, 2 * D_, A(1),
-                     both + D_, 2 * D_);
-                for (int64_t r = 0; r < rows; ++r) {
-                  A* row = both + r * 2 * D_;
-                  if (!key_mask_(b, first + r)) std::fill_n(row, 2 * D_, A(0));
-                  store_row(row, D_, grad_value + (head * M_ + first + r) * D_);
-                  store_row(row + D_, D_, grad_key + (head * M_ + first + r) * D_);
-                }
-              });
+    for_parts<A>(B_ * Hk_, M_, tile(), D_, 2 * size,
+                 [&](int64_t, int64_t head, int64_t first, int64_t end, A* scratch) {
+                   const int64_t b = head / Hk_, rows = end - first;
+                   A *pair = scratch, *both = scratch + size;
+                   const A* c = matrix(from, b, head % Hk_, G_, chunks(N_), first);
+                   centred(head, first, rows, pair);
+                   gemm(Op::none, Op::none, rows, 2 * D_, D_, A(1), pair + D_, 2 * D_, c, 2 * D_,
+                        A(0), both, 2 * D_);
+                   gemm(Op::none, Op::transpose, rows, D_, D_, A(1), pair, 2 * D_, c, 2 * D_, A(1),
+                        both + D_, 2 * D_);
+                   for (int64_t r = 0; r < rows; ++r) {
+                     A* row = both + r * 2 * D_;
+                     if (!key_mask_(b, first + r)) std::fill_n(row, 2 * D_, A(0));
+                     store_row(row, D_, grad_value + (head * M_ + first + r) * D_);
+                     store_row(row + D_, D_, grad_key + (head * M_ + first + r) * D_);
+                   }
+                 });
   }
 
   Options o_;
