@@ -35,10 +35,10 @@ class Form:
 
 FORMS = (Form("none"), Form("block"), Form("block", 1), Form("row"), Form("row", 1))
 ROW1 = Form("row", 1)  # of even means
-# Of these the first is the package's default, where levels don't rule it out.
-WEIGHTED_FORMS = (Form("row", 1, pool="centred"), Form("row", 1, pool="sampled"))
+DEFAULT = Form("row", 1, pool="centred")  # the package's, where levels don't rule it out
+WEIGHTED_FORMS = (DEFAULT, Form("row", 1, pool="sampled"))
 # MRA-2 and MRA-2-s are the paper's; then its budget with row selection, and row + order 1.
-PAPER_FORMS = (Form("block", 0, "global"), Form("none", 0, "global"), Form("block"), ROW1)
+PAPER_FORMS = (Form("block", 0, "global"), Form("none", 0, "global"), Form("block"), ROW1, DEFAULT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Case:
     levels: tuple = ()
     picture: tuple = ()  # (H, W) or (T, H, W) of the tokens, for MRA
     inputs: str = "normal"
-    forms: tuple = FORMS
+    forms: tuple = (*FORMS, DEFAULT)
     goal: Goal = Goal(exact=None)
 
     def __post_init__(self):
