@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import formulas, stages, timing  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.backends import Context, Prepared, prepare_mra  # noqa: E402
-from benchmarks.cases import CASES, FORMS, Case, Form  # noqa: E402
+from benchmarks.cases import CASES, DEFAULT, FORMS, Case, Form  # noqa: E402
 from benchmarks.check import check  # noqa: E402
 from benchmarks.environment import plain  # noqa: E402
 from benchmarks.memory import exponent  # noqa: E402
@@ -110,7 +110,7 @@ def test_small_run(capsys, tmp_path):
     assert report["command"] == " ".join(["python -m benchmarks", *SMALL, "--stage", "all"])
     (case,) = report["cases"]
     assert (case["N"], case["block_size"], case["density"]) == (200, [32, 32], 0.25)
-    backends = ["exact torch", "equal pairs", *(f"mra {form.name}" for form in FORMS)]
+    backends = ["exact torch", "equal pairs", *(f"mra {form.name}" for form in (*FORMS, DEFAULT))]
     assert [(row["backend"], row["pass"]) for row in case["rows"]] == [
         (name, which) for name in backends for which in ("forward", "backward")
     ]
@@ -136,7 +136,7 @@ def test_small_run(capsys, tmp_path):
     # The table of what was measured: every form with its two medians.
     table = markdown(report)
     assert report["command"] in table and "abc1234" in table
-    for form in FORMS:
+    for form in (*FORMS, DEFAULT):
         assert len(re.findall(rf"\| {re.escape(form.name)} \| [\d.]+ / [\d.]+ \|", table)) == 1
 
 
