@@ -14,8 +14,8 @@
 
 namespace mra::cpu {
 
-// A unit of rows shares a centre and moments: a block of queries under causal, else all. So do
-// blocks of keys share a centre, and gradients of moments.
+// A unit of rows shares a centre and moments: a block of queries under causal, else all of a head.
+// Under causal a block of keys has a centre, and gradients of the moments, of its own.
 template <typename T>
 class CentredHeads {
  protected:
