@@ -46,15 +46,22 @@ class Forward : CentredHeads<T> {
   // of their logits.
   void weigh(const A* given, A* weights, A* mass, A* bias) const {
     const int64_t block = o_.block_k;
-    for_parts<A>(B_ * Hk_, M_, this->key_tile(), D_, D_ + block,
+    for_parts<A>(B_ * Hk_, M_, this->key_tile(), D_, D_,
                  [&](int64_t, int64_t head, int64_t first, int64_t end, A* buffer) {
                    for (int64_t y = first / block; y * block < end; ++y) {
                      const int64_t at = head * nk_ + y;
                      A* const w = weights + at * block;
                      const Logits of_centre = logits(head, y, w, buffer);
-                     if (bias != nullptr) bias[at] = score_bias(of_centre, w);
-                     if (given != nullptr) std::copy_n(given + at * block, block, w);
-                     mass[at] = normalise(of_centre.count > 0, w);
+                     Softmax made = softmax(of_centre.count > 0, w);
+                     if (bias != nullptr) {
+                       const auto count = static_cast<A>(std::max<int64_t>(1, of_centre.count));
+                       bias[at] = made.log_sum / 4 - of_centre.sum / (2 * count);
+                     }
+                     if (given != nullptr) {
+                       std::copy_n(given + at * block, block, w);
+                       made = softmax(of_centre.count > 0, w);
+                     }
+                     mass[at] = made.entropy;
                    }
                  });
   }
@@ -156,9 +163,7 @@ class Forward : CentredHeads<T> {
                      const int64_t row = head * N_ + first + r;
                      if (share[row] == 0) continue;  // such a row may hold anything
                      T* const at = to.at(head / H_, head % H_, first + r);
-                     load_row(at, D_, sum);
-                     add_scaled(sum, u + r * D_, share[row] / (1 + variance[row] / 4), D_);
-                     store_row(sum, D_, at);
+                     add_scaled_row(at, u + r * D_, share[row] / (1 + variance[row] / 4), D_, sum);
                    }
                  });
   }
@@ -169,7 +174,7 @@ class Forward : CentredHeads<T> {
       Base::units_, Base::value_;
 
   struct Logits {
-    A top = kMinusInf, sum = 0;  // of valid keys
+    A sum = 0;  // of valid keys
     int64_t count = 0;
   };
 
@@ -184,26 +189,23 @@ class Forward : CentredHeads<T> {
       w[i] = kMinusInf;
       if (j >= M_ || !key_mask_(b, j)) continue;
       w[i] = s_ * dot_row(load_rows(keys, j, 1, buffer).data, centre, D_);
-      l.top = std::max(l.top, w[i]);
       l.sum += w[i];
       ++l.count;
     }
     return l;
   }
 
-  A score_bias(const Logits& l, const A* w) const {
-    if (l.count == 0) return 0;
-    A sum = 0;
-    for (int64_t i = 0; i < o_.block_k; ++i) sum += exp_one(w[i] - l.top);
-    return (l.top + std::log(sum)) / 4 - l.sum / static_cast<A>(2 * l.count);
-  }
+  struct Softmax {
+    A log_sum = 0;  // of the exponentials
+    A entropy = kMinusInf;
+  };
 
-  // Logarithms -> weights; returns their entropy, -inf where there are none.
-  A normalise(bool any, A* w) const {
+  // Logarithms -> weights; zeros where there is no key.
+  Softmax softmax(bool any, A* w) const {
     const int64_t block = o_.block_k;
     if (!any) {
       std::fill_n(w, block, A(0));
-      return kMinusInf;
+      return {};
     }
     const A top = *std::max_element(w, w + block);
     A sum = 0, logs = 0;
@@ -214,7 +216,8 @@ class Forward : CentredHeads<T> {
       if (w[i] > 0) logs += w[i] * log;
     }
     for (int64_t i = 0; i < block; ++i) w[i] /= sum;
-    return std::log(sum) - logs / sum;
+    const A log_sum = std::log(sum);
+    return {top + log_sum, log_sum - logs / sum};
   }
 };
 

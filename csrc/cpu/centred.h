@@ -17,21 +17,13 @@ namespace mra::cpu {
 // A unit of rows shares a centre and moments: a block of queries under causal, else all of a head.
 // Under causal a block of keys has a centre, and gradients of the moments, of its own.
 template <typename T>
-class CentredHeads {
+class CentredHeads : protected Sizes {
  protected:
   using A = acc_t<T>;
 
   CentredHeads(const Inputs& in, const Centred& c, const Options& o)
-      : o_(o),
-        B_(in.query.size(0)),
-        H_(in.query.size(1)),
-        Hk_(in.key.size(1)),
-        G_(H_ / Hk_),
-        N_(in.query.size(2)),
-        M_(in.key.size(2)),
-        D_(in.query.size(3)),
-        nq_(ceil_div(N_, o.block_q)),
-        nk_(ceil_div(M_, o.block_k)),
+      : Sizes(in, o),
+        o_(o),
         units_(o.causal ? nq_ : 1),
         centres_(o.causal ? nq_ + 1 : 1),
         s_(static_cast<A>(o.scale)),
@@ -129,8 +121,9 @@ class CentredHeads {
       for (int64_t item = begin; item < end; ++item) f(item / D_, item % D_);
     });
   }
+
   Options o_;
-  int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_, units_, centres_;
+  int64_t units_, centres_;
   A s_;
   Heads<T> query_, key_, value_;
   Mask query_mask_, key_mask_;

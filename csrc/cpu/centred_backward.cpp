@@ -43,10 +43,9 @@ class Backward : CentredHeads<T> {
 
   // What order 1 makes of the rows.
   struct RowGrads {
-    Tensor query;  // [B, H, N, D]: of each query but for the centre's part
-    Tensor sums;   // [B, H, chunks, D] of these
-    Tensor
-        matrices;  // dC and dSigma: [B, Hk, 2, D, D], under causal of blocks [B, Hk, nk, 2, D, D]
+    Tensor query;     // [B, H, N, D]: of each query but for the centre's part
+    Tensor sums;      // [B, H, chunks, D] of these
+    Tensor matrices;  // dC and dSigma of each key head, under causal of its blocks: [-1, 2, D, D]
   };
   RowGrads rows() const {
     const int64_t chunk = this->query_chunk(), chunks = ceil_div(N_, chunk);
@@ -151,10 +150,7 @@ class Backward : CentredHeads<T> {
                      if (order1) add_scaled(sum, of_k + r * D_, weight, D_);
                      store_row(sum, D_, to);
                      if (!order1) continue;
-                     T* const to_value = grad_v.at(b, h, j);
-                     load_row(to_value, D_, sum);
-                     add_scaled(sum, of_v + r * D_, weight, D_);
-                     store_row(sum, D_, to_value);
+                     add_scaled_row(grad_v.at(b, h, j), of_v + r * D_, weight, D_, sum);
                    }
                  });
     return sums;

@@ -15,20 +15,14 @@ namespace mra::cpu {
 namespace {
 
 template <typename T>
-class FineForward {
+class FineForward : Sizes {
  public:
   using A = acc_t<T>;
 
   FineForward(const Inputs& in, const BlockList& rows, const std::optional<CoarseState>& state,
               const std::optional<PooledInputs>& pooled, const Options& o, FineResult& result)
-      : o_(o),
-        H_(in.query.size(1)),
-        G_(H_ / in.key.size(1)),
-        N_(in.query.size(2)),
-        M_(in.key.size(2)),
-        D_(in.query.size(3)),
-        nq_(ceil_div(N_, o.block_q)),
-        nk_(ceil_div(M_, o.block_k)),
+      : Sizes(in, o),
+        o_(o),
         levels_(std::max<int64_t>(1, o.resolutions.size())),
         query_(in.query),
         scores_(in, pooled, o),
@@ -175,7 +169,6 @@ class FineForward {
   }
 
   Options o_;
-  int64_t H_, G_, N_, M_, D_, nq_, nk_;
   int64_t levels_;  // resolutions
   Heads<T> query_;
   Scores<T> scores_;

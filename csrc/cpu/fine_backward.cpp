@@ -30,23 +30,15 @@ std::optional<Heads<T>> optional_heads(const Tensor& t) {
 }
 
 template <typename T>
-class FineGradients {
+class FineGradients : Sizes {
  public:
   using A = acc_t<T>;
 
   FineGradients(const Inputs& in, const BlockList& rows, const BlockList& columns,
                 const std::optional<PooledInputs>& pooled, const FineBackward& grads,
                 const Options& o)
-      : o_(o),
-        B_(in.query.size(0)),
-        H_(in.query.size(1)),
-        Hk_(in.key.size(1)),
-        G_(H_ / Hk_),
-        N_(in.query.size(2)),
-        M_(in.key.size(2)),
-        D_(in.query.size(3)),
-        nq_(ceil_div(N_, o.block_q)),
-        nk_(ceil_div(M_, o.block_k)),
+      : Sizes(in, o),
+        o_(o),
         pooled_(pooled_keys(o, nk_)),
         slices_(std::clamp<int64_t>(kUnits / (B_ * H_), 1, std::min(nq_, kMaxSlices))),
         query_(in.query),
@@ -345,7 +337,6 @@ class FineGradients {
   }
 
   Options o_;
-  int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_;
   int64_t pooled_;  // pooled keys of a head
   int64_t slices_;  // of a head's query blocks, each with its own sums for the pooled keys
   Heads<T> query_, key_;

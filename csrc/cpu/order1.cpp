@@ -20,20 +20,13 @@ namespace mra::cpu {
 namespace {
 
 template <typename T>
-class Order1 {
+class Order1 : Sizes {
   using A = acc_t<T>;
 
  public:
   Order1(const Inputs& in, const PooledInputs& pooled, const Tensor& share, const Options& o)
-      : o_(o),
-        B_(in.query.size(0)),
-        H_(in.query.size(1)),
-        Hk_(in.key.size(1)),
-        G_(H_ / Hk_),
-        N_(in.query.size(2)),
-        M_(in.key.size(2)),
-        D_(in.query.size(3)),
-        nk_(pooled.key.size(2)),
+      : Sizes(in, o),
+        o_(o),
         unit_(std::max(o.block_q, o.block_k)),
         options_(share.options()),
         query_(in.query),
@@ -100,7 +93,7 @@ class Order1 {
                      const A *u = both + r * 2 * D_, gamma = damping(u + D_, q.data + r * q.ld);
                      T* row = out + b * result.stride(0) + h * result.stride(1) +
                               (first + r) * result.stride(2);
-                     add_term(row, u, share * gamma * static_cast<A>(o_.scale), sum);
+                     add_scaled_row(row, u, share * gamma * static_cast<A>(o_.scale), D_, sum);
                    }
                  });
   }
@@ -192,16 +185,6 @@ class Order1 {
     return A(1) / (A(1) + s * s / 4 * dot_row(w, q, D_));
   }
 
-  void add_term(T* row, const A* u, A factor, A* sum) const {
-    if constexpr (std::is_same_v<T, A>) {
-      add_scaled(row, u, factor, D_);
-    } else {
-      load_row(row, D_, sum);
-      add_scaled(sum, u, factor, D_);
-      store_row(sum, D_, row);
-    }
-  }
-
   // The query's gradient, coarse_delta, and dC | 2 dS of every unit.
   Tensor backward_rows(const Tensor& moments, const Heads<T>& grad_out, const Tensor& delta,
                        const Order1Grads& grads) const {
@@ -281,7 +264,7 @@ class Order1 {
   }
 
   Options o_;
-  int64_t B_, H_, Hk_, G_, N_, M_, D_, nk_, unit_;
+  int64_t unit_;
   at::TensorOptions options_;  // of acc
   Heads<T> query_, key_, value_;
   Mask key_mask_;

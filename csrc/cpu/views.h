@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/budget.h"
 #include "../common/stages.h"
 #include "gemm.h"
 #include "vec.h"
@@ -20,6 +21,22 @@ constexpr at::ScalarType kType = c10::CppTypeToScalarType<A>::value;
 inline at::ScalarType acc_type(at::ScalarType t) {
   return t == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// Sizes of a call, in blocks of block_q and block_k.
+struct Sizes {
+  Sizes(const Inputs& in, const Options& o)
+      : B_(in.query.size(0)),
+        H_(in.query.size(1)),
+        Hk_(in.key.size(1)),
+        G_(H_ / Hk_),
+        N_(in.query.size(2)),
+        M_(in.key.size(2)),
+        D_(in.query.size(3)),
+        nq_(ceil_div(N_, o.block_q)),
+        nk_(ceil_div(M_, o.block_k)) {}
+
+  int64_t B_, H_, Hk_, G_, N_, M_, D_, nq_, nk_;
+};
 
 // Rows of one head: row i at data + i * stride, `dim` elements each.
 template <typename T>
@@ -82,6 +99,18 @@ AccRows<T> load_rows(const Rows<T>& rows, int64_t first, int64_t count, acc_t<T>
       load_row(rows.row(first + i), rows.dim, buffer + i * rows.dim);
     }
     return {buffer, rows.dim};
+  }
+}
+
+// y += a x for rows of n, rounded once; `sum` [n] is scratch.
+template <typename T>
+void add_scaled_row(T* y, const acc_t<T>* x, acc_t<T> a, int64_t n, acc_t<T>* sum) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    add_scaled(y, x, a, n);
+  } else {
+    load_row(y, n, sum);
+    add_scaled(sum, x, a, n);
+    store_row(sum, n, y);
   }
 }
 
