@@ -60,8 +60,7 @@ __device__ __forceinline__ void pin(float (&d)[kTiles][4]) {
 }
 
 // N / 8 tiles of accumulators. `a`, `b`: descriptors; `add`: 0 starts from zero.
-// multiply: both from shared memory; multiply_pn and multiply_pt add, A in registers, B stored
-// [k][n] and [n][k].
+// multiply: both from shared memory; multiply_pn adds, A in registers.
 // kLeft: A is stored [k][m] (else [m][k]); kRight: B is stored [k][n] (else [n][k]).
 template <typename T, int N>
 struct Wgmma;
@@ -97,19 +96,13 @@ struct Wgmma;
                    : D(d, 0)                                                                      \
                    : "l"(a), "l"(b), "r"(add), "n"(kLeft), "n"(kRight));                          \
     }                                                                                             \
+    template <bool kRight = true>                                                                 \
     static __device__ __forceinline__ void multiply_pn(float (&d)[N / 8][4],                      \
                                                        const uint32_t (&a)[4], uint64_t b) {      \
       asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
-                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 1;"                     \
+                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, " i5 ";"                \
                    : D(d, 0)                                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
-    }                                                                                             \
-    static __device__ __forceinline__ void multiply_pt(float (&d)[N / 8][4],                      \
-                                                       const uint32_t (&a)[4], uint64_t b) {      \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " REGS       \
-                   "}, {" i0 ", " i1 ", " i2 ", " i3 "}, " i4 ", 1, 1, 1, 0;"                     \
-                   : D(d, 0)                                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kRight));            \
     }                                                                                             \
   };
 #define MRA_WGMMA_TYPE(T, TYPE)                                                       \
@@ -160,7 +153,9 @@ template <typename T, int kTiles>
 __device__ __forceinline__ void multiply_pt(float (&acc)[kTiles][4], const uint32_t (&a)[4][4],
                                             const void* b) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) Wgmma<T, 8 * kTiles>::multiply_pt(acc, a[i], descriptor(b) + 2 * i);
+  for (int i = 0; i < 4; ++i) {
+    Wgmma<T, 8 * kTiles>::template multiply_pn<false>(acc, a[i], descriptor(b) + 2 * i);
+  }
 }
 
 // c += A B (kTransposed: A B^T) or, without `add`, c = that: A of 64 rows in panels; B a matrix of
