@@ -7,11 +7,11 @@ import math
 
 import torch
 
-from benchmarks.cases import WEIGHTED_FORMS, Unsupported
+from benchmarks.cases import DEFAULT, Unsupported
 from mra_attention import MRAConfig, mra_attention
 from mra_attention.head_density import give_out
 
-FORM = WEIGHTED_FORMS[0]
+FORM = DEFAULT
 NAME = f"{FORM.name}, by head"
 TRIED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)  # blocks a row
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.backends import Context, Prepared, prepare_mra
-from benchmarks.cases import DTYPES, PASSES, WEIGHTED_FORMS, Case, Form
+from benchmarks.cases import DEFAULT, DTYPES, PASSES, Case, Form
 from benchmarks.options import add_common, begin, listed
 
-FORMS = (Form("none"), Form("block"), Form("row", 1), WEIGHTED_FORMS[0])
+FORMS = (Form("none"), Form("block"), Form("row", 1), DEFAULT)
 ROUNDS, CALLS = 200, 5  # so few that none waits for the device
 
 
