@@ -130,12 +130,12 @@ struct ScoreTile {
         if (y + 1 < width) to[1] = odd;
       }
     };
-    return each(p, b, h, x0, ring, width, store, [](int) {});
+    return each(p, b, h, x0, ring, width, store, [] {});
   }
 
-  // The same with store(r, y, key, next key) for every two keys, y even, and done(y0) by all
-  // threads once this one has stored its keys of columns y0 .. y0 + kCols. A barrier lies between
-  // done and the next store.
+  // The same with store(r, y, key, next key) once for every two keys, y even, and done() by all
+  // threads once this one has stored its keys of kCols columns. A barrier lies between done and the
+  // next store, and one before the first.
   template <class Store, class Done>
   static __device__ __forceinline__ int each(const PlanParams& p, int b, int h, int x0, float* ring,
                                              int width, const Store& store, const Done& done) {
@@ -212,28 +212,32 @@ struct ScoreTile {
       }
       if (++depth < depths) continue;
       depth = 0;
-      uint32_t highest = kAbsent;
+      uint32_t keys[kColTiles][2 * kRowTiles][2], highest = kAbsent;
 #pragma unroll
       for (int j = 0; j < kColTiles; ++j) {
-        const int y = y0 + col + 8 * j;
-        if (y >= written) break;
 #pragma unroll
         for (int i = 0; i < 2 * kRowTiles; ++i) {
-          const int r = row + 8 * i;
-          if (r >= in.rows) continue;
-          uint32_t key[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const float score = fmaf(p.scale, acc[i / 2][j][i % 2 * 2 + e], bias[j][e]);
-            const bool exists = has_key[j][e] && y + e < seen[i / 2][i % 2];
-            key[e] = exists ? key_of(score) : kAbsent;
-            highest = max(highest, key[e]);
+            const bool exists = has_key[j][e] && y0 + col + 8 * j + e < seen[i / 2][i % 2];
+            keys[j][i][e] = exists ? key_of(score) : kAbsent;
+            highest = max(highest, keys[j][i][e]);
           }
-          store(r, y, key[0], key[1]);
         }
       }
-      if (highest == key_of(NAN)) {
-        // Infinite operands have no low part: once more, sums in the order of the dimensions.
+      if (highest != key_of(NAN)) {
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) {
+          const int y = y0 + col + 8 * j;
+          if (y >= written) break;
+#pragma unroll
+          for (int i = 0; i < 2 * kRowTiles; ++i) {
+            if (row + 8 * i < in.rows) store(row + 8 * i, y, keys[j][i][0], keys[j][i][1]);
+          }
+        }
+      } else {
+        // Infinite operands have no low part: again, sums in the order of the dimensions.
 #pragma unroll 1
         for (int i = 0; i < 2 * kRowTiles * kColTiles; ++i) {
           const int r = row + i % (2 * kRowTiles) * 8, y = y0 + col + i / (2 * kRowTiles) * 8;
@@ -253,7 +257,7 @@ struct ScoreTile {
           store(r, y, key[0], key[1]);
         }
       }
-      done(y0);
+      done();
       y0 += kCols;
     }
     return written;
