@@ -6,8 +6,8 @@
 // and multiplies them with all of the other. Sixteen at a time are a warp's turn: it fetches them
 // into a place of its own and waits for no other warp, and sums are added up at the end, in order.
 // Products are bf16 (mma.sync) of operands split in two, hi hi + hi lo + lo hi: 16 bits.
-#include "coarse_bwd.cuh"
-#include "sm90/coarse_backward.h"
+#include "coarse_pairs.cuh"
+#include "sm90/coarse.h"
 
 namespace mra::cuda {
 namespace {

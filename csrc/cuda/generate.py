@@ -42,7 +42,10 @@ SM90_ORDER1 = {
     "order1_walk_keys": "WalkKeys",
 }
 # Of the coarse part, likewise.
-SM90_COARSE = {"coarse_backward": "CoarseBackwardParams"}
+SM90_COARSE = {
+    "coarse_forward": "CoarseForwardParams",
+    "coarse_backward": "CoarseBackwardParams",
+}
 # Of order 1, up to 64 columns.
 SM90_ORDER1_64 = {
     "backward_columns_order1": "ColumnsOrder1",

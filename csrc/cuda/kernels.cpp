@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "sm90/backward.h"
+#include "sm90/coarse.h"
 #include "sm90/forward.h"
 
 namespace mra::cuda {
@@ -134,6 +135,18 @@ cudaError_t backward_pooled(const BackwardParams& p, Dtype dtype, const Device& 
   });
 }
 
+cudaError_t coarse_forward(const CoarseForwardParams& p, const Device& device,
+                           cudaStream_t stream) {
+#ifdef MRA_SM90A
+  // Fewer blocks fill too little of a tile of 64.
+  if (device.major == 9 && p.D <= 128 && (p.nq > 32 || p.nk > 32)) {
+    return p.D <= 64 ? sm90::launch_coarse_forward<64>(p, device, stream)
+                     : sm90::launch_coarse_forward<128>(p, device, stream);
+  }
+#endif
+  return cudaErrorNotSupported;
+}
+
 cudaError_t cells_forward(const CellsForward& p, Dtype dtype, const Device& device,
                           cudaStream_t stream) {
   return dispatch(dtype, p.D, [&](auto t, auto d) {
@@ -192,6 +205,8 @@ std::vector<KernelInfo> kernel_table() {
       {"coarse", "cells_candidates", "csrc/cuda/sm80/cells_candidates.cuh", "sm_80+", all, dims},
       {"coarse", "cells_columns", "csrc/cuda/sm80/cells_columns.cuh", "sm_80+", all, dims},
 #ifdef MRA_SM90A
+      {"coarse", "coarse_forward", "csrc/cuda/sm90/coarse_forward.cuh", "sm_90a",
+       "float16, bfloat16", "8..128 (64, 128)"},
       {"coarse", "coarse_backward", "csrc/cuda/sm90/coarse_backward.cuh", "sm_90a",
        "float16, bfloat16", "8..128 (64, 128)"},
       {"coarse", "backward_pooled", "csrc/cuda/sm90/backward_pooled.cuh", "sm_90a",

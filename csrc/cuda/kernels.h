@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "coarse_params.h"
 #include "sm80/cells.h"
 #include "sm90/backward.h"
 
@@ -18,6 +19,8 @@ cudaError_t backward_columns(const BackwardParams&, Dtype, const Device&, cudaSt
 // With order 1 of the keys inside; cudaErrorNotSupported where no kernel makes both.
 cudaError_t backward_columns_order1(const sm90::ColumnsOrder1&, const Device&, cudaStream_t);
 cudaError_t backward_pooled(const BackwardParams&, Dtype, const Device&, cudaStream_t);
+// The block-coarse state for half types; cudaErrorNotSupported where `forward` has to make it.
+cudaError_t coarse_forward(const CoarseForwardParams&, const Device&, cudaStream_t);
 // Coarse cells of calls with levels.
 cudaError_t cells_forward(const CellsForward&, Dtype, const Device&, cudaStream_t);
 cudaError_t cells_rows(const CellsBackward&, Dtype, const Device&, cudaStream_t);

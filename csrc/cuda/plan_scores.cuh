@@ -130,12 +130,12 @@ struct ScoreTile {
         if (y + 1 < width) to[1] = odd;
       }
     };
-    return each(p, b, h, x0, ring, width, store, [] {});
+    return each(p, b, h, x0, ring, width, store, [](int) {});
   }
 
-  // The same with store(r, y, key, next key) once for every two keys, y even, and done() by all
-  // threads once this one has stored its keys of kCols columns. A barrier lies between done and the
-  // next store, and one before the first.
+  // The same with store(r, y, key, next key) once for every two keys, y even, and done(y0) by all
+  // threads once this one has stored its keys of columns y0 .. y0 + kCols. A barrier lies between
+  // done and the next store, and one before the first.
   template <class Store, class Done>
   static __device__ __forceinline__ int each(const PlanParams& p, int b, int h, int x0, float* ring,
                                              int width, const Store& store, const Done& done) {
@@ -257,7 +257,7 @@ struct ScoreTile {
           store(r, y, key[0], key[1]);
         }
       }
-      done();
+      done(y0);
       y0 += kCols;
     }
     return written;

@@ -13,10 +13,11 @@ using Tile = ScoreTile<1, 4, 2, 4>;
 constexpr int kRows = Tile::kRows, kChunk = Tile::kCols, kWarps = Tile::kWarps;
 constexpr int kMostBudget = 256, kMostBlocks = 1 << 16;
 
-// A row that has kept more than this is pruned.
+// A row that has kept more than this is pruned: less often, but more is kept meanwhile.
 __host__ __device__ __forceinline__ int most_kept(int budget) {
-  return min(kMostBudget, max(2 * budget, 64));
+  return budget <= 32 ? 64 : min(2 * budget, budget + 128);
 }
+constexpr int kMostKept = kMostBudget + 128;
 
 struct Shared {
   alignas(16) float ring[Tile::kRingWords];
@@ -109,8 +110,10 @@ struct Kept {
   __device__ __forceinline__ void prune_to(int budget, uint32_t* candidates) {
     if (*count <= 128) {
       prune<4>(budget, candidates);
+    } else if (*count <= 256) {
+      prune<8>(budget, candidates);
     } else {
-      prune<(kMostBudget + kChunk) / 32>(budget, candidates);
+      prune<(kMostKept + kChunk) / 32>(budget, candidates);
     }
   }
 
@@ -145,21 +148,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) plan_stream_kernel(const Pl
   const auto store = [&](int r, int y, uint32_t even, uint32_t odd) {
     Kept(s, room, r).add(y, even, odd);
   };
-  const auto prune = [&] {
+  const auto prune = [&](int y0) {
     __syncthreads();
+    const int limit = y0 + kChunk < p.nk ? most : budget;
 #pragma unroll 1
     for (int r = warp; r < rows; r += kWarps) {
       Kept kept(s, room, r);
-      if (*kept.count > most) kept.prune_to(budget, s.candidates[warp]);
+      if (*kept.count > limit) kept.prune_to(budget, s.candidates[warp]);
     }
   };
   Tile::each(p, head / p.H, head % p.H, x0, s.ring, (p.nk + 31) / 32 * 32, store, prune);
 
 #pragma unroll 1
   for (int r = warp; r < rows; r += kWarps) {
-    Kept kept(s, room, r);
-    if (*kept.count > budget) kept.prune_to(budget, s.candidates[warp]);
-    __syncwarp();
+    const Kept kept(s, room, r);
     const int64_t row = int64_t{head} * p.nq + x0 + r;
     const int64_t start = int64_t{x0 + r} * p.row_capacity;
     int32_t* index = p.index + row * p.row_capacity;

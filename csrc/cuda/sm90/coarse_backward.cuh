@@ -3,11 +3,8 @@
 // halves of bf16 and places them, another multiplies by wgmma, hi hi + hi lo + lo hi.
 #pragma once
 
-#include "../coarse_bwd.cuh"
-#include "coarse_backward.h"
-#include "half_pairs.cuh"
-#include "tma.cuh"
-#include "wgmma.cuh"
+#include "coarse.h"
+#include "coarse_tiles.cuh"
 
 namespace mra::cuda::sm90 {
 
@@ -20,12 +17,6 @@ struct CoarseBackwardTraits {
   static constexpr int kMultiplies = DP == 64 ? 184 : 240, kSplits = 72;
 };
 
-// The means of 64 blocks, rounded to bf16, and what that has taken.
-template <int DP>
-struct SplitTile {
-  uint16_t high[DP / 64][64][64], low[DP / 64][64][64];
-};
-
 template <int DP>
 struct CoarseBackwardShared {
   static constexpr int kStages = 2;
@@ -35,152 +26,17 @@ struct CoarseBackwardShared {
   uint32_t selected[1];  // [64][words of the other side], one bit each
 };
 
-// Rows [64, D] of `first` and of `second`, of which `present` are there, by those that split.
-// ready() comes before anything is written, perhaps twice.
-template <int DP, class Ready>
-__device__ __forceinline__ void place_split(SplitTile<DP> (&to)[2], const float* first,
-                                            const float* second, int present, int D,
-                                            const Ready& ready) {
-  using T = __nv_bfloat16;
-  constexpr int kSplitters = CoarseBackwardTraits<DP>::kSplitters;
-  constexpr int kChunks = DP / 8, kEach = 64 * kChunks / kSplitters;  // eight columns each
-  constexpr int kAtOnce = kEach / 2;
-  const int thread = threadIdx.x - 128, chunk = thread % kChunks, d = 8 * chunk;
-#pragma unroll 1
-  for (int r0 = thread / kChunks; r0 < 64; r0 += kAtOnce * kSplitters / kChunks) {
-    float4 x[2][kAtOnce][2];
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int r = r0 + i * kSplitters / kChunks;
-        const float4* from = reinterpret_cast<const float4*>((which ? second : first) + r * D + d);
-        const bool there = r < present && d < D;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          x[which][i][half] = there ? __ldg(from + half) : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-      }
-    }
-    ready();
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int r = r0 + i * kSplitters / kChunks, place = (chunk % 8 ^ r % 8) * 8;
-        const float4 u = x[which][i][0], w = x[which][i][1];
-        const SplitPair<T> a(u.x, u.y), b(u.z, u.w), c(w.x, w.y), d(w.z, w.w);
-        *reinterpret_cast<uint4*>(&to[which].high[chunk / 8][r][place]) =
-            make_uint4(a.high, b.high, c.high, d.high);
-        *reinterpret_cast<uint4*>(&to[which].low[chunk / 8][r][place]) =
-            make_uint4(a.low, b.low, c.low, d.low);
-      }
-    }
-  }
-}
-
-// c = A B^T.
-template <int DP>
-__device__ __forceinline__ void multiply_split(float (&c)[8][4], const SplitTile<DP>& a,
-                                               const SplitTile<DP>& b) {
-  using T = __nv_bfloat16;
-  multiply_nt<T>(c, a.low, b.high);
-  multiply_nt<T>(c, a.high, b.low, true);
-  multiply_nt<T>(c, a.high, b.high, true);
-}
-
-// acc += P B. Starts it; P stays in `high` and `low` until it is done.
-template <int DP>
-__device__ __forceinline__ void multiply_split(float (&acc)[DP / 8][4], uint32_t (&high)[4][4],
-                                               uint32_t (&low)[4][4], const float (&p)[8][4],
-                                               const SplitTile<DP>& b) {
-  using T = __nv_bfloat16;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* pair = &p[2 * j + i / 2][i % 2 * 2];
-      const SplitPair<T> split(pair[0], pair[1]);
-      high[j][i] = split.high;
-      low[j][i] = split.low;
-    }
-  }
-  pin(acc);
-  wgmma_fence();
-  multiply_pn<T>(acc, low, b.high);
-  multiply_pn<T>(acc, high, b.low);
-  multiply_pn<T>(acc, high, b.high);
-  wgmma_commit();
-}
-
-// A tile of 64 blocks. kKeys: key blocks, and the other side are query blocks of all heads of a
-// group.
-template <bool kKeys>
-struct CoarseTile {
-  const CoarseBackwardParams& p;
-  // own_at: of all owned blocks.
-  int owned, others, own_at, b, h, group, own0, present, first_head, words;
-  int first_other, end;  // of the other side's
-
-  __device__ CoarseTile(const CoarseBackwardParams& p, unsigned tile) : p(p) {
-    owned = kKeys ? p.nk : p.nq;
-    others = kKeys ? p.nq : p.nk;
-    group = p.H / p.Hk;
-    const unsigned heads = kKeys ? p.Hk : p.H, tiles = (owned + 63) / 64;
-    const unsigned head = tile / tiles;
-    own0 = (tile - head * tiles) * 64;
-    b = head / heads;
-    h = head - b * heads;
-    present = min(64, owned - own0);
-    own_at = head * owned + own0;
-    first_head = kKeys ? b * p.H + h * group : b * p.Hk + h / group;
-    words = (others + 63) / 64 * 2;
-    first_other = kKeys ? start_of(p, own0) / 64 * 64 : 0;
-    end = kKeys ? others : min(others, end_of(p, own0 + present - 1));
-  }
-  __device__ int passes() const { return kKeys ? group : 1; }
-  // Calls f(turn, pass, first of the other side's blocks).
-  template <class F>
-  __device__ __forceinline__ void for_turns(const F& f) const {
-    int turn = 0;
-#pragma unroll 1
-    for (int pass = 0; pass < passes(); ++pass) {
-#pragma unroll 1
-      for (int o0 = first_other; o0 < end; o0 += 64) f(turn++, pass, o0);
-    }
-  }
-
-  // Marks what the lists of the owned blocks select, by the warpgroup that multiplies.
-  __device__ void mark_selected(uint32_t* selected) const {
-    for (int i = threadIdx.x; i < 64 * passes() * words; i += 128) selected[i] = 0;
-    group_sync();
-    const int r = threadIdx.x / 2;
-#pragma unroll 1
-    for (int pass = 0; r < present && pass < passes(); ++pass) {
-      const int64_t head = static_cast<int64_t>(b) * p.H + (kKeys ? h * group + pass : h);
-      const List list = list_of(kKeys ? p.column_lists : p.row_lists, head, own0 + r);
-      mark_list<2, 8>(selected + (r * passes() + pass) * words, list, threadIdx.x % 2, others);
-    }
-    group_sync();
-  }
-
-  // Which of 32 blocks from `o` on, pass by pass, owned block r sees without having selected them.
-  __device__ uint32_t seen(const uint32_t* selected, int r, int limit, int pass, int o) const {
-    const int n = limit - o;
-    const uint32_t below = n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
-    return ~selected[(r * passes() + pass) * words + o / 32] & (kKeys ? ~below : below);
-  }
-};
-
 // The owned blocks, then the other side's tiles, by those that split.
 template <int DP, bool kKeys>
-__device__ __forceinline__ void place_tiles(const CoarseTile<kKeys>& at,
+__device__ __forceinline__ void place_tiles(const CoarseTile<kKeys, CoarseBackwardParams>& at,
                                             CoarseBackwardShared<DP>& s) {
   const auto& p = at.p;
+  constexpr int kSplitters = CoarseBackwardTraits<DP>::kSplitters;
   const int thread = threadIdx.x - 128;
   const int64_t own = static_cast<int64_t>(at.own_at) * p.D;
-  place_split<DP>(s.own, (kKeys ? p.k_mean : p.q_mean) + own, (kKeys ? p.v_mean : p.grad_out) + own,
-                  at.present, p.D, [] {});
+  place_split<kSplitters>(
+      s.own, {(kKeys ? p.k_mean : p.q_mean) + own, (kKeys ? p.v_mean : p.grad_out) + own},
+      at.present, p.D, thread, [] {});
   at.for_turns([&](int turn, int pass, int o0) {
     const int stage = turn % s.kStages, present = at.others - o0;
     const int64_t first = static_cast<int64_t>(at.first_head + pass) * at.others + o0;
@@ -193,11 +49,13 @@ __device__ __forceinline__ void place_tiles(const CoarseTile<kKeys>& at,
         shift = log2_approx(static_cast<float>(p.k_count[at.b * p.nk + o0 + thread]));
       }
     }
-    place_split<DP>(s.others[stage], (kKeys ? p.q_mean : p.k_mean) + first * p.D,
-                    (kKeys ? p.grad_out : p.v_mean) + first * p.D, present, p.D, [&] {
-                      if (turn < s.kStages) return;
-                      barrier_wait(&s.empty[stage], turn / s.kStages - 1 & 1);
-                    });
+    place_split<kSplitters>(s.others[stage],
+                            {(kKeys ? p.q_mean : p.k_mean) + first * p.D,
+                             (kKeys ? p.grad_out : p.v_mean) + first * p.D},
+                            present, p.D, thread, [&] {
+                              if (turn < s.kStages) return;
+                              barrier_wait(&s.empty[stage], turn / s.kStages - 1 & 1);
+                            });
     if (thread < 64) {
       s.shift[stage][thread] = shift;
       s.delta[stage][thread] = delta;
@@ -209,7 +67,7 @@ __device__ __forceinline__ void place_tiles(const CoarseTile<kKeys>& at,
 
 // What the owned blocks get, by a warpgroup.
 template <int DP, bool kKeys>
-__device__ __forceinline__ void attend_others(const CoarseTile<kKeys>& at,
+__device__ __forceinline__ void attend_others(const CoarseTile<kKeys, CoarseBackwardParams>& at,
                                               CoarseBackwardShared<DP>& s) {
   const auto& p = at.p;
   const int row = 16 * warp_index() + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -310,7 +168,7 @@ template <int DP, bool kKeys>
 __device__ __forceinline__ void run(const CoarseBackwardParams& p, unsigned tile,
                                     CoarseBackwardShared<DP>& s) {
   using Traits = CoarseBackwardTraits<DP>;
-  const CoarseTile<kKeys> at(p, tile);
+  const CoarseTile<kKeys, CoarseBackwardParams> at(p, tile);
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.kStages; ++i) {
       barrier_init(&s.full[i], Traits::kSplitters / 32);

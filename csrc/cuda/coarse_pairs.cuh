@@ -1,17 +1,17 @@
-// What the kernels of coarse_bwd.cu and sm90/coarse_backward.cuh share: which pairs of blocks there
-// are, and the weights of rows.
+// What the kernels of coarse_bwd.cu and sm90/coarse_*.cuh share: which pairs of blocks there are,
+// and the weights of rows.
 #pragma once
 
-#include "coarse_bwd.h"
+#include "coarse_params.h"
 #include "sm80/tile.cuh"
 
 namespace mra::cuda {
 
 // Under causal x sees y where (y + 1) block_k <= x block_q: y < end_of(x), x >= start_of(y).
-__device__ __forceinline__ int end_of(const CoarseBackwardParams& p, int x) {
+__device__ __forceinline__ int end_of(const CoarseProblem& p, int x) {
   return p.causal ? static_cast<int>(int64_t{x} * p.block_q / p.block_k) : p.nk;
 }
-__device__ __forceinline__ int start_of(const CoarseBackwardParams& p, int y) {
+__device__ __forceinline__ int start_of(const CoarseProblem& p, int y) {
   if (!p.causal) return 0;
   return static_cast<int>(((int64_t{y} + 1) * p.block_k + p.block_q - 1) / p.block_q);
 }
