@@ -1,14 +1,15 @@
 // Scores of pairs of blocks, L = scale * q_mean . k_mean, in float32, as keys.
 //
 // A block of threads makes tiles of query blocks against key blocks. Both come through a ring of
-// two stages of kDepth dimensions by cp.async, all of a small head at once. The same pair has the
-// same bits whatever the tile: ScoreTile multiplies on the tensor cores, three TF32 products whose
-// stages are added up as floats; ShortScoreTile, for up to 32 key blocks, sums dimension by
-// dimension, as short heads do for themselves (sm90/head_plan.cuh).
+// stages of kDepth dimensions by cp.async, two ahead, all of a small head at once. The same pair
+// has the same bits whatever the tile: ScoreTile multiplies on the tensor cores, three TF32
+// products whose stages are added up as floats; ShortScoreTile, for up to 32 key blocks, sums
+// dimension by dimension, as short heads do for themselves (sm90/head_plan.cuh).
 #pragma once
 
 #include "plan_select.cuh"
 #include "sm80/async_copy.cuh"
+#include "sm80/mma.cuh"
 
 namespace mra::cuda {
 
@@ -52,52 +53,61 @@ struct ScoreInputs {
 };
 
 // kRowWarps x kColWarps warps, each of 16 kRowTiles rows and 8 kColTiles columns. Of the rows only
-// the first kHeldRows exist.
+// the first kHeldRows exist. A ring of three stages spares a barrier a stage.
 template <int kRowTiles, int kColTiles, int kRowWarps, int kColWarps,
-          int kHeldRows = 16 * kRowTiles* kRowWarps>
+          int kHeldRows = 16 * kRowTiles* kRowWarps, int kStages = 2>
 struct ScoreTile {
   static constexpr int kRows = kHeldRows, kCols = 8 * kColTiles * kColWarps;
   static constexpr int kWarps = kRowWarps * kColWarps, kThreads = 32 * kWarps;
   static constexpr int kRingRows = 16 * kRowTiles * kRowWarps;
   static constexpr int kStageWords = (kRingRows + kCols) * kDepth;
-  static constexpr int kRingWords = 2 * kStageWords;
+  static constexpr int kRingWords = kStages * kStageWords;
 
-  // Where 16 bytes of a row lie in a stage: lanes of four rows that read 8 bytes of each hit all 32
-  // banks.
+  // Where 16 bytes of a row lie in a stage: eight rows' hit all 32 banks.
   static __device__ __forceinline__ int chunk_at(int row, int chunk) {
-    return (chunk ^ 2 * (row % 4)) * 4;
+    return (chunk ^ row % 8) * 4;
   }
 
-  // x = high + low for operands of TF32, of which the tensor cores ignore the low 13 bits.
-  static __device__ __forceinline__ void split(float x, uint32_t& high, uint32_t& low) {
-    high = __float_as_uint(x);
-    low = __float_as_uint(x - __uint_as_float(high & 0xffffe000u));
+  // What x leaves, as an operand of TF32, of which the tensor cores ignore the low 13 bits.
+  static __device__ __forceinline__ uint32_t low_part(uint32_t x) {
+    return __float_as_uint(__uint_as_float(x) - __uint_as_float(x & 0xffffe000u));
   }
 
   // acc += q k^T over one stage, from the first of this warp's rows of both on.
   static __device__ __forceinline__ void add_stage(const float* q, const float* k,
                                                    float (&acc)[kRowTiles][kColTiles][4]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int lane = threadIdx.x % 32;
+    // Where this lane's row of what ldmatrix loads begins at step 0: of four matrices of 8 rows and
+    // 4 dimensions, rows 8 on second and dimensions 4 on third for q, the other way round for k.
+    // Other steps lie 8 step away, by the exclusive or of chunk_at.
+    const int r = lane % 8, m = lane / 8;
+    const int q_at = (m % 2 * 8 + r) * kDepth + chunk_at(r, m / 2);
+    const int k_at = (m / 2 * 8 + r) * kDepth + chunk_at(r, m % 2);
     float part[kRowTiles][kColTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < kDepth / 8; ++step) {
-      // Slots t and t + 4 of a product hold dimensions 2t and 2t + 1.
-      const int at = g * kDepth + chunk_at(g, 2 * step + t / 2) + t % 2 * 2;
       uint32_t qh[kRowTiles][4], ql[kRowTiles][4], kh[kColTiles][2], kl[kColTiles][2];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
+        ldmatrix_x4<false>(qh[i], smem_address(q + (q_at ^ 8 * step) + 16 * i * kDepth));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 u = *reinterpret_cast<const float2*>(q + (16 * i + 8 * half) * kDepth + at);
-          split(u.x, qh[i][half], ql[i][half]);
-          split(u.y, qh[i][2 + half], ql[i][2 + half]);
+        for (int e = 0; e < 4; ++e) ql[i][e] = low_part(qh[i][e]);
+      }
+      if constexpr (kColTiles == 1) {
+        ldmatrix_x2(kh[0], smem_address(k + (k_at ^ 8 * step)));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColTiles; j += 2) {
+          uint32_t both[4];
+          ldmatrix_x4<false>(both, smem_address(k + (k_at ^ 8 * step) + 8 * j * kDepth));
+#pragma unroll
+          for (int e = 0; e < 4; ++e) kh[j + e / 2][e % 2] = both[e];
         }
       }
 #pragma unroll
       for (int j = 0; j < kColTiles; ++j) {
-        const float2 u = *reinterpret_cast<const float2*>(k + 8 * j * kDepth + at);
-        split(u.x, kh[j][0], kl[j][0]);
-        split(u.y, kh[j][1], kl[j][1]);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) kl[j][e] = low_part(kh[j][e]);
       }
       const auto products = [&](const auto& a, const auto& b) {
 #pragma unroll
@@ -186,6 +196,11 @@ struct ScoreTile {
     bool has_key[kColTiles][2];
     float bias[kColTiles][2];
     int y0 = 0, depth = 0;
+    float *here = ring, *ahead = kStages == 2 ? ring : ring + 2 * kStageWords;
+    const auto next_place = [&](float*& at) {
+      at += kStageWords;
+      if (at == ring + kRingWords) at = ring;
+    };
 #pragma unroll 1
     for (int stage = 0; stage < stages; ++stage) {
       if (depth == 0) {
@@ -201,14 +216,19 @@ struct ScoreTile {
         }
       }
       wait_for_stage(stage + 1 < stages);
-      float* const q = ring + stage % 2 * kStageWords;
+      const auto load_ahead = [&] {
+        if (stage + 2 < stages) load(ahead);
+        next_place(ahead);
+      };
+      if constexpr (kStages > 2) load_ahead();
       // Not where all columns of the warp are in the future, or its rows beyond the end.
       if (y0 + warp_col < in.cols && warp_row < in.rows) {
-        add_stage(q + warp_row * kDepth, q + (kRingRows + warp_col) * kDepth, acc);
+        add_stage(here + warp_row * kDepth, here + (kRingRows + warp_col) * kDepth, acc);
       }
-      if (stage + 2 < stages) {
-        __syncthreads();  // no warp reads this stage any more
-        load(q);
+      next_place(here);
+      if constexpr (kStages == 2) {
+        if (stage + 2 < stages) __syncthreads();  // no warp reads this stage any more
+        load_ahead();
       }
       if (++depth < depths) continue;
       depth = 0;

@@ -9,7 +9,7 @@ namespace mra::cuda {
 namespace {
 
 // Two blocks of threads fit on a multiprocessor: one multiplies while the other prunes.
-using Tile = ScoreTile<1, 4, 2, 4>;
+using Tile = ScoreTile<1, 4, 2, 4, 32, 3>;
 constexpr int kRows = Tile::kRows, kChunk = Tile::kCols, kWarps = Tile::kWarps;
 constexpr int kMostBudget = 256, kMostBlocks = 1 << 16;
 

@@ -138,10 +138,10 @@ struct CoarseTile {
 
   // Marks what the lists of its own blocks select, by a warpgroup that multiplies.
   __device__ void mark_selected(uint32_t* selected) const {
-    const int group = kRows == 64 ? 0 : threadIdx.x / 128, thread = threadIdx.x - 128 * group;
-    uint32_t* const own = selected + 64 * group * passes() * words;
+    const int part = kRows == 64 ? 0 : threadIdx.x / 128, thread = threadIdx.x - 128 * part;
+    uint32_t* const own = selected + 64 * part * passes() * words;
     for (int i = thread; i < 64 * passes() * words; i += 128) own[i] = 0;
-    group_sync(group);
+    group_sync(part);
     const int r = threadIdx.x / 2;
 #pragma unroll 1
     for (int pass = 0; r < present && pass < passes(); ++pass) {
@@ -149,7 +149,7 @@ struct CoarseTile {
       const List list = list_of(lists(), head, own0 + r);
       mark_list<2, 8>(selected + (r * passes() + pass) * words, list, threadIdx.x % 2, others);
     }
-    group_sync(group);
+    group_sync(part);
   }
 
   // Which of 32 blocks from `o` on, pass by pass, owned block r sees without having selected them.
