@@ -131,21 +131,24 @@ struct ScoreTile {
   static __device__ int write(const PlanParams& p, int b, int h, int x0, float* ring,
                               uint32_t* keys, int64_t pitch, int width) {
     const bool pairs = pitch % 2 == 0;  // which then lie within 8 bytes
-    const auto store = [&](int r, int y, uint32_t even, uint32_t odd) {
-      uint32_t* const to = keys + r * pitch + y;
-      if (pairs) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(even, odd);
-      } else {
-        to[0] = even;
-        if (y + 1 < width) to[1] = odd;
-      }
+    const auto store = [&](int row) {
+      return [&, row](int i, int y, uint32_t even, uint32_t odd) {
+        uint32_t* const to = keys + (row + 8 * i) * pitch + y;
+        if (pairs) {
+          *reinterpret_cast<uint2*>(to) = make_uint2(even, odd);
+        } else {
+          to[0] = even;
+          if (y + 1 < width) to[1] = odd;
+        }
+      };
     };
     return each(p, b, h, x0, ring, width, store, [](int) {});
   }
 
-  // The same with store(r, y, key, next key) once for every two keys, y even, and done(y0) by all
-  // threads once this one has stored its keys of columns y0 .. y0 + kCols. A barrier lies between
-  // done and the next store, and one before the first.
+  // The same with what store(row) returns for this thread's rows, row + 8 i, and calls with (i, y,
+  // key, next key) once for every two keys, y even; and done(y0) by all threads once this one has
+  // stored its keys of columns y0 .. y0 + kCols. A barrier lies between done and the next store,
+  // and one before the first.
   template <class Store, class Done>
   static __device__ __forceinline__ int each(const PlanParams& p, int b, int h, int x0, float* ring,
                                              int width, const Store& store, const Done& done) {
@@ -209,10 +212,16 @@ struct ScoreTile {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             has_key[j][e] = in.has_key(y0 + col + 8 * j + e);
-            bias[j][e] = in.bias(y0 + col + 8 * j + e);
+            bias[j][e] = 0.f;
           }
 #pragma unroll
           for (int i = 0; i < 4 * kRowTiles; ++i) acc[i / 4][j][i % 4] = 0.f;
+        }
+        if (in.key_bias != nullptr) {
+#pragma unroll
+          for (int j = 0; j < 2 * kColTiles; ++j) {
+            bias[j / 2][j % 2] = in.bias(y0 + col + 8 * (j / 2) + j % 2);
+          }
         }
       }
       wait_for_stage(stage + 1 < stages);
@@ -246,6 +255,7 @@ struct ScoreTile {
           }
         }
       }
+      const auto put = store(row);
       if (highest != key_of(NAN)) {
 #pragma unroll
         for (int j = 0; j < kColTiles; ++j) {
@@ -253,7 +263,7 @@ struct ScoreTile {
           if (y >= written) break;
 #pragma unroll
           for (int i = 0; i < 2 * kRowTiles; ++i) {
-            if (row + 8 * i < in.rows) store(row + 8 * i, y, keys[j][i][0], keys[j][i][1]);
+            if (row + 8 * i < in.rows) put(i, y, keys[j][i][0], keys[j][i][1]);
           }
         }
       } else {
@@ -274,7 +284,7 @@ struct ScoreTile {
             }
             key[e] = key_of(fmaf(p.scale, sum, in.bias(y + e)));
           }
-          store(r, y, key[0], key[1]);
+          put(i % (2 * kRowTiles), y, key[0], key[1]);
         }
       }
       done(y0);

@@ -11,6 +11,7 @@ namespace {
 // Two blocks of threads fit on a multiprocessor: one multiplies while the other prunes.
 using Tile = ScoreTile<1, 4, 2, 4, 32, 3>;
 constexpr int kRows = Tile::kRows, kChunk = Tile::kCols, kWarps = Tile::kWarps;
+constexpr int kRowsEach = kRows / kWarps;  // a warp's: warp + kWarps i
 constexpr int kMostBudget = 256, kMostBlocks = 1 << 16;
 
 // A row that has kept more than this is pruned: less often, but more is kept meanwhile.
@@ -47,9 +48,8 @@ struct Kept {
     blocks = reinterpret_cast<uint16_t*>(of_rows + kRows * room) + r * room;
   }
 
-  // By any thread.
-  __device__ __forceinline__ void add(int y, uint32_t even, uint32_t odd) {
-    const uint32_t low = *lowest;
+  // Those of two keys that are above `low`, by any thread.
+  __device__ __forceinline__ void add(int y, uint32_t even, uint32_t odd, uint32_t low) {
     const bool has_even = even > low, has_odd = odd > low;
     if (!has_even && !has_odd) return;
     int at = atomicAdd(count, has_even + has_odd);
@@ -145,16 +145,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) plan_stream_kernel(const Pl
     s.lowest[threadIdx.x] = kAbsent;
   }
 
-  const auto store = [&](int r, int y, uint32_t even, uint32_t odd) {
-    Kept(s, room, r).add(y, even, odd);
+  const auto store = [&](int row) {
+    return [&, row, low0 = s.lowest[row], low1 = s.lowest[row + 8]](int i, int y, uint32_t even,
+                                                                    uint32_t odd) {
+      Kept(s, room, row + 8 * i).add(y, even, odd, i == 0 ? low0 : low1);
+    };
   };
   const auto prune = [&](int y0) {
     __syncthreads();
     const int limit = y0 + kChunk < p.nk ? most : budget;
-#pragma unroll 1
-    for (int r = warp; r < rows; r += kWarps) {
-      Kept kept(s, room, r);
-      if (*kept.count > limit) kept.prune_to(budget, s.candidates[warp]);
+    const bool full = lane < kRowsEach && s.count[warp + kWarps * (lane % kRowsEach)] > limit;
+    for (unsigned left = __ballot_sync(kFullWarp, full); left != 0; left &= left - 1) {
+      Kept(s, room, warp + kWarps * (__ffs(left) - 1)).prune_to(budget, s.candidates[warp]);
     }
   };
   Tile::each(p, head / p.H, head % p.H, x0, s.ring, (p.nk + 31) / 32 * 32, store, prune);
