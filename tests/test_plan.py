@@ -124,13 +124,28 @@ def test_long_rows(device, dtype, masks):
     seed = new_seed()
     for M in (16 * 1025, 16 * 2600 + 8):
         for m in (1, 16, 100, 256, 300):
-            for forced in ({}, {"first_blocks": 2}):
+            for forced in ({}, {"first_blocks": 2}, {"first_blocks": 40, "diagonal_blocks": 5}):
                 *inputs, options = integer_case(
                     device, dtype, seed, M=M, masks=masks, block_size=(32, 16), blocks_per_row=m,
                     **forced,
                 )  # fmt: skip
                 plan = mra.make_plan(*inputs, **options).to_dense()
                 assert torch.equal(plan, reference_plan(*inputs, options)[0]), (seed, M, m, forced)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("device, dtype", BEST)
+def test_long_causal_rows(device, dtype, masks):
+    """Rows that grow beyond that: what the diagonal crosses is there, then what else is forced."""
+    seed = new_seed()
+    for budget in ({"blocks_per_row": 1}, {"blocks_per_row": 20}, {"density": 0.1}):
+        for forced in ({}, {"first_blocks": 3, "diagonal_blocks": 4}):
+            *inputs, options = integer_case(
+                device, dtype, seed, N=16 * 1100, H=2, masks=masks, block_size=(128, 16),
+                is_causal=True, **budget, **forced,
+            )  # fmt: skip
+            plan = mra.make_plan(*inputs, **options).to_dense()
+            assert torch.equal(plan, reference_plan(*inputs, options)[0]), (seed, budget, forced)
 
 
 @pytest.mark.parametrize("device, dtype", BEST)
