@@ -78,6 +78,14 @@ def cases():
     # many key blocks: wide score tiles, and a map that one block of threads can't hold
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
+    # more than a row of scores holds: selection as they come, the block-coarse state by itself
+    long = dict(B=1, H=2, N=300, block_size=(32, 16), coarse="block", order=0, long=True)
+    for D, nk in ((64, 1100), (40, 8300), (128, 1100), (128, 2300)):
+        for m, forced in ((16, {}), (100, dict(first_blocks=2, diagonal_blocks=3))):
+            yield torch.bfloat16, long | dict(M=16 * nk, D=D, blocks_per_row=m) | forced
+    for forced in ({}, dict(first_blocks=2, diagonal_blocks=3)):
+        options = dict(N=17_600, M=17_600, block_size=(128, 16), is_causal=True, density=0.01)
+        yield torch.float16, long | options | forced
     # and of either side more than the coarse part's backward takes at once
     for D, is_causal in itertools.product([64, 128], [False, True]):
         options = dict(N=2140, M=2140, D=D, block_size=(32, 16), coarse="block", order=0)
@@ -121,7 +129,7 @@ def main():
         return not wanted or wanted & names
 
     for dtype, options in itertools.islice(filter(called, cases()), turn - 1, None, of):
-        case = Case("cuda", dtype, **options)
+        case = Case("cuda", dtype, **{n: x for n, x in options.items() if n != "long"})
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         out, lse = mra.mra_attention(
             *inputs, case.key_mask, case.query_mask, return_lse=True, **case.options

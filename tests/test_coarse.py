@@ -159,7 +159,18 @@ def test_block_gradients_of_many_blocks(device, dtype, D, H, Hk, is_causal):
             device, dtype, B=1, H=H, Hk=Hk, N=2140, M=2140 if is_causal else 1090, D=D,
             block_size=block, masks=masks, coarse="block", order=0, density=0.1,
             is_causal=is_causal, spread=0.5,
-        ).check()  # fmt: skip
+        ).check(staged=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("H, Hk", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("D, N, nk", [(64, 2200, 1100), (40, 300, 8300), (128, 600, 2300)])
+@pytest.mark.parametrize("device, dtype", CUDA_DTYPES[1:])
+def test_block_state_of_many_keys(device, dtype, D, N, nk, H, Hk):
+    """More key blocks than the plan makes the state of, and than the bits of two tiles hold."""
+    Case(
+        device, dtype, B=1, H=H, Hk=Hk, N=N, M=16 * nk, D=D, block_size=(32, 16),
+        coarse="block", order=0, blocks_per_row=4, spread=0.5,
+    ).check(staged=True)  # fmt: skip
 
 
 @pytest.mark.gpu
