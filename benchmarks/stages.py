@@ -28,8 +28,8 @@ KERNELS = {
     "causal_centres causal_weights key_weights_backward centre_grad causal_centre_grad "
     "shift_queries",
     "plan": "plan_row plan_stream plan_map global_scores global_select plan_transpose plan_level",
-    "coarse": "delta_and_block_rows block_rows coarse_backward share_sums backward_pooled "
-    "cells_forward cells_rows cells_columns levels_forward levels_combine levels_rows "
+    "coarse": "delta_and_block_rows block_rows coarse_forward coarse_backward share_sums "
+    "backward_pooled cells_forward cells_rows cells_columns levels_forward levels_combine levels_rows "
     "levels_columns spread_levels merge_block_rows split_shares spread_shares cells_candidates "
     "cells_sum",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "

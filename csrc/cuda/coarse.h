@@ -1,5 +1,5 @@
-// The block-coarse stage on CUDA: see Stages in common/stages.h. Forward, and backward where
-// coarse_bwd.cu doesn't serve, it runs the attention kernels of the fine stage in float32 on block
+// The block-coarse stage on CUDA: see Stages in common/stages.h. Where sm90/coarse_forward.cuh and
+// coarse_bwd.cu don't serve, it runs the attention kernels of the fine stage in float32 on block
 // means, each query block a row with its own list to leave out.
 #pragma once
 
