@@ -29,9 +29,9 @@ KERNELS = {
     "shift_queries",
     "plan": "plan_row plan_stream plan_map global_scores global_select plan_transpose plan_level",
     "coarse": "delta_and_block_rows block_rows coarse_forward coarse_backward share_sums "
-    "backward_pooled cells_forward cells_rows cells_columns levels_forward levels_combine levels_rows "
-    "levels_columns spread_levels merge_block_rows split_shares spread_shares cells_candidates "
-    "cells_sum",
+    "backward_pooled cells_forward cells_rows cells_columns levels_forward levels_combine "
+    "levels_rows levels_columns spread_levels merge_block_rows split_shares spread_shares "
+    "cells_candidates cells_sum",
     "fine": "delta row_sums forward forward_short backward_rows backward_rows_short "
     "backward_rows_wide backward_columns backward_columns_short backward_columns_wide",
     "order1": "round row_weights shift causal_products order1_walk_rows order1_walk_keys "
