@@ -100,15 +100,8 @@ __device__ __forceinline__ void attend_others(const CoarseTile<kKeys, CoarseBack
     wgmma_commit();
     multiply_split<DP>(ds, s.own[1], s.others[stage][1]);
     wgmma_commit();
-    uint32_t seen[2][2];  // this thread's columns are 2 t and 2 t + 1 of each eight
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        seen[half][word] =
-            at.seen(s.selected, row + 8 * half, limit[half], pass, o0 + 32 * word) >> 2 * t;
-      }
-    }
+    uint32_t seen[2][2];
+    at.find_seen(seen, s.selected, row, limit, pass, o0);
     wgmma_wait<1>();
     pin(c);
 #pragma unroll

@@ -84,15 +84,9 @@ __device__ __forceinline__ void attend_keys(const QueryTile<kGroups>& at,
     wgmma_fence();
     multiply_split<DP>(c, own, s.others[stage][0]);
     wgmma_commit();
-    uint32_t seen[2][2];  // this thread's columns are 2 t and 2 t + 1 of each eight
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int word = 0; word < 2; ++word) {
-        const int end = min(limit[half], at.others);
-        seen[half][word] = at.seen(s.selected, row + 8 * half, end, 0, y0 + 32 * word) >> 2 * t;
-      }
-    }
+    uint32_t seen[2][2];
+    at.find_seen(seen, s.selected, row, {min(limit[0], at.others), min(limit[1], at.others)}, 0,
+                 y0);
     wgmma_wait<0>();
     pin(c);
     float highest[2] = {top[0], top[1]};

@@ -158,6 +158,19 @@ struct CoarseTile {
     const uint32_t below = n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
     return ~selected[(r * passes() + pass) * words + o / 32] & (kKeys ? ~below : below);
   }
+  // The same of owned blocks r and r + 8 and of 64 blocks from o on, beginning with the first of
+  // this thread's columns: 2 t and 2 t + 1 of each eight.
+  __device__ __forceinline__ void find_seen(uint32_t (&found)[2][2], const uint32_t* selected,
+                                            int r, const int (&limit)[2], int pass, int o) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int word = 0; word < 2; ++word) {
+        found[half][word] =
+            seen(selected, r + 8 * half, limit[half], pass, o + 32 * word) >> 2 * (threadIdx.x % 4);
+      }
+    }
+  }
 };
 
 }  // namespace mra::cuda::sm90
