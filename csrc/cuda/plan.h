@@ -54,8 +54,7 @@ PlanRowConfig plan_row_config(const PlanParams& params, const Device& device);
 cudaError_t plan_row(const PlanParams& params, const PlanRowConfig& config, void* workspace,
                      cudaStream_t stream);
 
-// Row selection from rows of more than a warp holds in registers, where nothing is forced; makes no
-// coarse state.
+// Row selection from rows of more than a warp holds in registers; makes no coarse state.
 bool plan_stream_fits(const PlanParams& params, const Device& device);
 cudaError_t plan_stream(const PlanParams& params, cudaStream_t stream);
 
