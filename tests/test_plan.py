@@ -4,63 +4,16 @@ import math
 
 import pytest
 import torch
-from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, new_seed, tiers
+from helpers import BEST, DEVICE_DTYPES, DEVICES, Case, new_seed
+from integer_plans import integer_case, reference_plan
 
 import mra_attention as mra
-from mra_attention.reference import head_budgets, pool
-from mra_attention.reference import plan as plan_reference
 
 BLOCKS = [(32, 16), (32, 32), (32, 128), (64, 32), (64, 64), (128, 16), (128, 128)]
 FORCED = [
     {}, {"diagonal_blocks": 1}, {"diagonal_blocks": 2}, {"diagonal_blocks": 5, "first_blocks": 2},
     {"first_blocks": 1}, {"first_blocks": 4},
 ]  # fmt: skip
-
-
-def integer_case(device, dtype, seed, *, N=416, M=288, H=4, Hk=2, D=8, masks=False, **options):
-    """Small integers, whose block means and scores float32 holds exactly (counts are powers of
-    two, the scale is 1/4): the plan is then one set, ties included, on every device."""
-    bq, bk = options["block_size"]
-    M = N if options.get("is_causal") else M
-    # A short last block of, say, 96 rows has means that no binary number holds: ties would be
-    # broken by how each side happens to round.
-    assert all((L % block).bit_count() <= 1 for L, block in ((N, bq), (M, bk)))
-    g = torch.Generator().manual_seed(seed)
-
-    def integers(*shape):
-        return torch.randint(-2, 3, shape, generator=g).to(device, dtype)
-
-    def mask(L, block):
-        keep = torch.arange(L) % block < block // 2  # half of each block
-        keep[block : 2 * block] = False  # and nothing of one
-        return torch.stack([keep, torch.ones(L, dtype=torch.bool)]).to(device)
-
-    q, k = integers(2, H, N, D), integers(2, Hk, M, D)
-    masks = (mask(M, bk), mask(N, bq)) if masks else (None, None)
-    return q, k, *masks, {"scale": 0.25, "pool": "even", **options}
-
-
-def reference_plan(q, k, key_mask, query_mask, options):
-    """(dense plan, scores, tiers, budget list) of the reference in float64."""
-    o = {"density": None, "blocks_per_row": None, "selection": "row", "diagonal_blocks": 0,
-         "first_blocks": 0, "is_causal": False, "scale": q.shape[-1] ** -0.5}  # fmt: skip
-    o.update(options)
-    bq, bk = o["block_size"]
-    N = q.shape[2]
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    q_mean, q_count = pool(q.double(), query_mask, bq)
-    k_mean, k_count = pool(k.double(), key_mask, bk)
-    L = o["scale"] * q_mean @ k_mean.mT
-    m = head_budgets(L.shape[-2:], bq, bk, o["density"], o["blocks_per_row"], o["is_causal"])
-    dense = plan_reference(
-        L, q_count, k_count, m, bq, bk, N, o["selection"], o["diagonal_blocks"],
-        o["first_blocks"], o["is_causal"],
-    )  # fmt: skip
-    tier = tiers(*L.shape[-2:], bq, bk, N, o["diagonal_blocks"], o["first_blocks"],
-                 o["selection"], o["is_causal"]).to(L.device)  # fmt: skip
-    exists = (q_count > 0)[:, None, :, None] & (k_count > 0)[:, None, None, :]
-    tier = tier.expand_as(L).masked_fill(~exists, -math.inf)
-    return dense, L, tier, m
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -115,54 +68,6 @@ def test_selection_is_a_top_m_within_rounding(device, dtype, is_causal, selectio
                 for p in (plan, expected)
             )
             assert (chosen - best).abs().max() <= tolerance, (case.seed, block, masks)
-
-
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("device, dtype", BEST)
-def test_long_rows(device, dtype, masks):
-    """More key blocks than are looked at in one go: exact, ties included."""
-    seed = new_seed()
-    for M in (16 * 1025, 16 * 2600 + 8):
-        for m in (1, 16, 100, 256, 300):
-            for forced in ({}, {"first_blocks": 2}, {"first_blocks": 40, "diagonal_blocks": 5}):
-                *inputs, options = integer_case(
-                    device, dtype, seed, M=M, masks=masks, block_size=(32, 16), blocks_per_row=m,
-                    **forced,
-                )  # fmt: skip
-                plan = mra.make_plan(*inputs, **options).to_dense()
-                assert torch.equal(plan, reference_plan(*inputs, options)[0]), (seed, M, m, forced)
-
-
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("device, dtype", BEST)
-def test_long_causal_rows(device, dtype, masks):
-    """Rows that grow beyond that: what the diagonal crosses is there, then what else is forced."""
-    seed = new_seed()
-    for budget in ({"blocks_per_row": 1}, {"blocks_per_row": 20}, {"density": 0.1}):
-        for forced in ({}, {"first_blocks": 3, "diagonal_blocks": 4}):
-            *inputs, options = integer_case(
-                device, dtype, seed, N=16 * 1100, H=2, masks=masks, block_size=(128, 16),
-                is_causal=True, **budget, **forced,
-            )  # fmt: skip
-            plan = mra.make_plan(*inputs, **options).to_dense()
-            assert torch.equal(plan, reference_plan(*inputs, options)[0]), (seed, budget, forced)
-
-
-@pytest.mark.parametrize("device, dtype", BEST)
-def test_long_rows_in_the_worst_order(device, dtype):
-    """Scores that rise, or fall, from block to block: every one, or none, is higher than all that
-    came before."""
-    q = torch.ones(1, 1, 70, 8, dtype=dtype, device=device)
-    for sign in (1, -1):
-        k = sign * torch.arange(3000, dtype=dtype, device=device).repeat_interleave(16)
-        k = k.reshape(1, 1, -1, 1).expand(-1, -1, -1, 8).contiguous()
-        for m in (7, 64, 256):
-            options = {"block_size": (32, 16), "blocks_per_row": m, "scale": 1 / 8,
-                       "pool": "even"}  # fmt: skip
-            plan = mra.make_plan(q, k, **options).to_dense()
-            expected = torch.arange(3000, device=device)
-            expected = expected >= 3000 - m if sign > 0 else expected < m
-            assert torch.equal(plan, expected.expand_as(plan)), (sign, m)
 
 
 @pytest.mark.parametrize("device, dtype", BEST)
