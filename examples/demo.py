@@ -13,6 +13,7 @@
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import platform
 import statistics
@@ -216,6 +217,8 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="a small run that touches everything")
     args = parser.parse_args(argv)
     missing = have_minilm()
+    if importlib.util.find_spec("matplotlib") is None:
+        missing.append("matplotlib")
     if missing:
         sys.exit(f"The demo needs packages that are not installed: pip install {' '.join(missing)}")
     from examples.picture import draw

