@@ -32,24 +32,33 @@ def integer_case(device, dtype, seed, *, N=416, M=288, H=4, Hk=2, D=8, masks=Fal
     return q, k, *masks, {"scale": 0.25, "pool": "even", **options}
 
 
-def reference_plan(q, k, key_mask, query_mask, options):
-    """(dense plan, scores, tiers, budget list) of the reference in float64."""
+def _scores(q, k, key_mask, query_mask, options):
     o = {"density": None, "blocks_per_row": None, "selection": "row", "diagonal_blocks": 0,
          "first_blocks": 0, "is_causal": False, "scale": q.shape[-1] ** -0.5}  # fmt: skip
     o.update(options)
     bq, bk = o["block_size"]
-    N = q.shape[2]
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     q_mean, q_count = pool(q.double(), query_mask, bq)
     k_mean, k_count = pool(k.double(), key_mask, bk)
-    L = o["scale"] * q_mean @ k_mean.mT
+    return o, o["scale"] * q_mean @ k_mean.mT, q_count, k_count
+
+
+def reference_plan(q, k, key_mask, query_mask, options):
+    """The plan of the reference in float64, bool (B, H, nq, nk)."""
+    o, L, q_count, k_count = _scores(q, k, key_mask, query_mask, options)
+    bq, bk = o["block_size"]
     m = head_budgets(L.shape[-2:], bq, bk, o["density"], o["blocks_per_row"], o["is_causal"])
-    dense = plan_reference(
-        L, q_count, k_count, m, bq, bk, N, o["selection"], o["diagonal_blocks"],
+    return plan_reference(
+        L, q_count, k_count, m, bq, bk, q.shape[2], o["selection"], o["diagonal_blocks"],
         o["first_blocks"], o["is_causal"],
     )  # fmt: skip
-    tier = tiers(*L.shape[-2:], bq, bk, N, o["diagonal_blocks"], o["first_blocks"],
-                 o["selection"], o["is_causal"]).to(L.device)  # fmt: skip
+
+
+def reference_tiers(q, k, key_mask, query_mask, options):
+    """(scores in float64, how strongly each pair is forced, -inf where there is none); slow, in
+    plain loops."""
+    o, L, q_count, k_count = _scores(q, k, key_mask, query_mask, options)
+    tier = tiers(*L.shape[-2:], *o["block_size"], q.shape[2], o["diagonal_blocks"],
+                 o["first_blocks"], o["selection"], o["is_causal"]).to(L.device)  # fmt: skip
     exists = (q_count > 0)[:, None, :, None] & (k_count > 0)[:, None, None, :]
-    tier = tier.expand_as(L).masked_fill(~exists, -math.inf)
-    return dense, L, tier, m
+    return L, tier.expand_as(L).masked_fill(~exists, -math.inf)
