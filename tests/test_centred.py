@@ -95,6 +95,7 @@ def test_many_heads_and_parts_of_few(device, dtype, pool, order, D):
     for B, H, Hk, N, M in ((72, 4, 4, 50, 90), (45, 6, 6, 250, 300), (40, 8, 2, 130, 200),
                            (1, 1, 1, 5000, 700), (1, 4, 2, 2500, 1000), (40, 4, 4, 200, 1100),
                            (35, 4, 2, 50, 2048), (1, 4, 2, 2500, 1900)):  # fmt: skip
+        B = B if device == "cuda" else min(B, 3)  # a CPU has no use for as many
         Case(device, dtype, B=B, H=H, Hk=Hk, N=N, M=M, **options).check()
     for block_size, M in (
         (64, 500),
