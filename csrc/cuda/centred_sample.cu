@@ -18,12 +18,7 @@ struct Ranks {
     const int begin = min(nq, static_cast<int>(threadIdx.x) * run), end = min(nq, begin + run);
     int own = 0;
     for (int x = begin; x < end; ++x) own += counts[x];
-    int upto = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int lower = __shfl_up_sync(kFullWarp, upto, step);
-      if (lane >= step) upto += lower;
-    }
+    int upto = sum_up_to_lane(own, lane);
     if (lane == 31) totals[warp] = upto;
     __syncthreads();
     int n = 0;

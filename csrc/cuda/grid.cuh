@@ -10,6 +10,17 @@ namespace mra::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// What lanes 0 .. this one have, of which the first kLanes count; by a whole warp.
+template <int kLanes = 32>
+__device__ __forceinline__ int sum_up_to_lane(int x, int lane) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int before = __shfl_up_sync(kFullWarp, x, step);
+    if (lane >= step) x += before;
+  }
+  return x;
+}
+
 // A kernel may start while the one launched before it still runs, if it is launched `beside` that
 // one and does not depend on it: it then starts once every block of threads of the other has called
 // let_next_start or has ended. Its own block 0 ends with wait_for_previous, so that whatever is

@@ -117,22 +117,14 @@ struct Place {
 __device__ __forceinline__ Place place_of_warp(int higher, int equal, const Cut& cut,
                                                BlockReduce& reduce) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const auto sum_up_to_lane = [&](int v) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, v, step);
-      if (lane >= step) v += other;
-    }
-    return v;
-  };
   uint32_t higher_of = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(higher));
   uint32_t equal_of = __reduce_add_sync(kFullWarp, static_cast<uint32_t>(equal));
   reduce.exchange(higher_of, equal_of);  // now of warp `lane`
   higher = static_cast<int>(higher_of);
   equal = static_cast<int>(equal_of);
-  const int ties = max(cut.ties - (sum_up_to_lane(equal) - equal), 0);
+  const int ties = max(cut.ties - (sum_up_to_lane(equal, lane) - equal), 0);
   const int taken = higher + min(equal, ties);
-  const int taken_sum = sum_up_to_lane(taken);
+  const int taken_sum = sum_up_to_lane(taken, lane);
   return {__shfl_sync(kFullWarp, taken_sum - taken, warp), __shfl_sync(kFullWarp, taken_sum, 31),
           __shfl_sync(kFullWarp, ties, warp)};
 }

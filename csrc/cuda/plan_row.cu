@@ -61,12 +61,7 @@ __device__ __forceinline__ int select_row(const PlanParams& p, int x, int budget
       const unsigned taken = __ballot_sync(kFullWarp, key >= cut.key);
       if (lane == t) mine = taken;
     });
-    int end = __popc(mine);
-#pragma unroll
-    for (int step = 1; step < kSteps; step *= 2) {
-      const int before = __shfl_up_sync(kFullWarp, end, step);
-      if (lane >= step) end += before;
-    }
+    const int end = sum_up_to_lane<kSteps>(__popc(mine), lane);
     at = __shfl_sync(kFullWarp, end, kSteps - 1);
     for (int to = end - __popc(mine); mine != 0 && to < p.row_capacity; ++to, mine &= mine - 1) {
       index[to] = lane * 32 + __ffs(static_cast<int>(mine)) - 1;

@@ -115,12 +115,7 @@ __device__ Cut find_row_cut(const Row<kSteps>& row, const Boundary& edge, uint32
   const uint32_t range = search.hi - search.lo;
   int own = 0;
   row.each([&](int, uint32_t key) { own += key - search.lo <= range; });
-  int at = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int before = __shfl_up_sync(kFullWarp, at, step);
-    if (lane >= step) at += before;
-  }
+  int at = sum_up_to_lane(own, lane);
   if (lane >= __shfl_sync(kFullWarp, at, 31)) candidates[lane] = kAbsent;
   at -= own;
   row.each([&](int, uint32_t key) {

@@ -199,7 +199,7 @@ struct ScoreTile {
     bool has_key[kColTiles][2];
     float bias[kColTiles][2];
     int y0 = 0, depth = 0;
-    float *here = ring, *ahead = kStages == 2 ? ring : ring + 2 * kStageWords;
+    float *here = ring, *ahead = ring + 2 % kStages * kStageWords;
     const auto next_place = [&](float*& at) {
       at += kStageWords;
       if (at == ring + kRingWords) at = ring;

@@ -168,13 +168,7 @@ struct Kept {
     const int begin = min(lane * each, words), end = min(begin + each, words);
     int own = 0;
     for (int i = begin; i < end; ++i) own += __popc(bits[i]);
-    int at = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(kFullWarp, at, step);
-      if (lane >= step) at += before;
-    }
-    at -= own;
+    int at = sum_up_to_lane(own, lane) - own;
     for (int i = begin; i < end; ++i) {
       for (uint32_t left = bits[i]; left != 0; left &= left - 1) {
         index[at++] = 32 * i + __ffs(left) - 1;

@@ -100,12 +100,7 @@ __global__ void plan_transpose_kernel(const TransposeParams p, int columns, int 
     for (int w = 0; w < words; w += 32) {
       uint32_t word = w + lane < words ? bits[c * words + w + lane] : 0;
       const int mine = __popc(word);
-      int sum = mine;  // of the words up to this lane's
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, sum, step);
-        if (lane >= step) sum += other;
-      }
+      const int sum = sum_up_to_lane(mine, lane);
       for (int t = at + sum - mine; word != 0; ++t) {
         if (t < count) to[t] = (w + lane) * 32 + __ffs(static_cast<int>(word)) - 1;
         word &= word - 1;

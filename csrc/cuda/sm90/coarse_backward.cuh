@@ -8,15 +8,6 @@
 
 namespace mra::cuda::sm90 {
 
-// Threads that split, and the registers that these and the warpgroup that multiplies have. All
-// start with 128 registers: what is left of a multiprocessor is for a second block of threads (D
-// 64) or for the kernel that runs beside.
-template <int DP>
-struct CoarseBackwardTraits {
-  static constexpr int kSplitters = DP == 64 ? 128 : 256, kThreads = 128 + kSplitters;
-  static constexpr int kMultiplies = DP == 64 ? 184 : 240, kSplits = 72;
-};
-
 template <int DP>
 struct CoarseBackwardShared {
   static constexpr int kStages = 2;
@@ -31,7 +22,7 @@ template <int DP, bool kKeys>
 __device__ __forceinline__ void place_tiles(const CoarseTile<kKeys, CoarseBackwardParams>& at,
                                             CoarseBackwardShared<DP>& s) {
   const auto& p = at.p;
-  constexpr int kSplitters = CoarseBackwardTraits<DP>::kSplitters;
+  constexpr int kSplitters = CoarseTraits<DP>::kSplitters;
   const int thread = threadIdx.x - 128;
   const int64_t own = static_cast<int64_t>(at.own_at) * p.D;
   place_split<kSplitters>(
@@ -160,7 +151,7 @@ __device__ __forceinline__ void attend_others(const CoarseTile<kKeys, CoarseBack
 template <int DP, bool kKeys>
 __device__ __forceinline__ void run(const CoarseBackwardParams& p, unsigned tile,
                                     CoarseBackwardShared<DP>& s) {
-  using Traits = CoarseBackwardTraits<DP>;
+  using Traits = CoarseTraits<DP>;
   const CoarseTile<kKeys, CoarseBackwardParams> at(p, tile);
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.kStages; ++i) {
@@ -202,8 +193,8 @@ cudaError_t launch_coarse_backward(const CoarseBackwardParams& p, const Device& 
   if (p.D % 8 != 0 || bytes > device.max_smem) return cudaErrorNotSupported;
   const int64_t keys = int64_t{p.B} * p.Hk * ((p.nk + 63) / 64);
   const int64_t queries = int64_t{p.B} * p.H * ((p.nq + 63) / 64);
-  return launch_grid(coarse_backward_kernel<DP>, keys + queries, CoarseBackwardTraits<DP>::kThreads,
-                     bytes, stream, p, static_cast<unsigned>(keys));
+  return launch_grid(coarse_backward_kernel<DP>, keys + queries, CoarseTraits<DP>::kThreads, bytes,
+                     stream, p, static_cast<unsigned>(keys));
 }
 
 }  // namespace mra::cuda::sm90

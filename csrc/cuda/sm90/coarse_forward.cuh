@@ -9,15 +9,6 @@
 
 namespace mra::cuda::sm90 {
 
-// All threads start with 128 registers.
-template <int DP, int kGroups>
-struct CoarseForwardTraits {
-  static constexpr int kSplitters = DP == 64 ? 128 : 256, kMultipliers = 128 * kGroups;
-  static constexpr int kThreads = kMultipliers + kSplitters, kSplits = 72;
-  static constexpr int kLeft = (128 * kThreads - kSplits * kSplitters) / kMultipliers / 8 * 8;
-  static constexpr int kMultiplies = kLeft < 240 ? kLeft : 240;
-};
-
 template <int DP, int kGroups>
 struct CoarseForwardShared {
   static constexpr int kStages = 2;
@@ -34,7 +25,7 @@ using QueryTile = CoarseTile<false, CoarseForwardParams, 64 * kGroups>;
 template <int DP, int kGroups>
 __device__ __forceinline__ void place_means(const QueryTile<kGroups>& at,
                                             CoarseForwardShared<DP, kGroups>& s) {
-  using Traits = CoarseForwardTraits<DP, kGroups>;
+  using Traits = CoarseTraits<DP, kGroups>;
   const auto& p = at.p;
   const int thread = threadIdx.x - Traits::kMultipliers;
 #pragma unroll 1
@@ -104,10 +95,7 @@ __device__ __forceinline__ void attend_keys(const QueryTile<kGroups>& at,
     float offset[2], factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        highest[half] = fmaxf(highest[half], __shfl_xor_sync(0xffffffffu, highest[half], step));
-      }
+      highest[half] = quad_max(highest[half]);
       offset[half] = highest[half] == -INFINITY ? 0.f : highest[half];
       factor[half] = exp2_approx(top[half] - offset[half]);
       top[half] = highest[half];
@@ -136,10 +124,7 @@ __device__ __forceinline__ void attend_keys(const QueryTile<kGroups>& at,
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = row + 8 * half;
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], step);
-    }
+    sum[half] = quad_sum(sum[half]);
     if (r >= at.present) continue;
     const bool none = sum[half] == 0.f;
     const float share = none ? 0.f : 1.f / sum[half];
@@ -158,7 +143,7 @@ template <int DP, int kGroups>
 __global__ void __launch_bounds__(512, 1)
     coarse_forward_kernel(const __grid_constant__ CoarseForwardParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Traits = CoarseForwardTraits<DP, kGroups>;
+  using Traits = CoarseTraits<DP, kGroups>;
   let_next_start();
   extern __shared__ char raw[];
   auto& s = aligned<CoarseForwardShared<DP, kGroups>>(raw);
@@ -190,7 +175,7 @@ cudaError_t launch_coarse_forward(const CoarseForwardParams& p, const Device& de
     if (p.D % 8 != 0 || bytes > device.max_smem) return cudaErrorNotSupported;
     const int64_t tiles = int64_t{p.B} * p.H * ((p.nq + kRows - 1) / kRows);
     return launch_grid(coarse_forward_kernel<DP, kGroups>, tiles,
-                       CoarseForwardTraits<DP, kGroups>::kThreads, bytes, stream, p);
+                       CoarseTraits<DP, kGroups>::kThreads, bytes, stream, p);
   };
   const cudaError_t error = launch(std::integral_constant<int, 2>{});
   return error == cudaErrorNotSupported ? launch(std::integral_constant<int, 1>{}) : error;

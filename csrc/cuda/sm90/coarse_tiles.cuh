@@ -9,6 +9,17 @@
 
 namespace mra::cuda::sm90 {
 
+// Threads that split, and that multiply, 64 owned blocks a warpgroup; and the registers that these
+// have. All start with 128: what is left of a multiprocessor is for a second block of threads or
+// for the kernel that runs beside.
+template <int DP, int kGroups = 1>
+struct CoarseTraits {
+  static constexpr int kSplitters = DP == 64 ? 128 : 256, kMultipliers = 128 * kGroups;
+  static constexpr int kThreads = kMultipliers + kSplitters, kSplits = 72;
+  static constexpr int kLeft = (128 * kThreads - kSplits * kSplitters) / kMultipliers / 8 * 8;
+  static constexpr int kMultiplies = kLeft < 240 ? kLeft : 240;
+};
+
 // The means of 64 blocks, rounded to bf16, and what that has taken.
 template <int DP>
 struct SplitTile {

@@ -112,12 +112,8 @@ struct SampledQuery {
   template <class Shared>
   __device__ __forceinline__ SampledQuery(const Shared& s, int runs) {
     const int lane = threadIdx.x % 32, t = lane - kMeanRows;
-    int upto = lane < runs ? __popc(s.queries_there[lane]) : 0;  // valid ones to the run's end
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int lower = __shfl_up_sync(kFullWarp, upto, step);
-      if (lane >= step) upto += lower;
-    }
+    // Valid ones to the run's end.
+    const int upto = sum_up_to_lane(lane < runs ? __popc(s.queries_there[lane]) : 0, lane);
     const int n = __shfl_sync(kFullWarp, upto, 31), r = min(n, kSampledQueries);
     const bool there = 0 <= t && t < r;
     const int rank = !there ? 0 : n > r ? (2 * t + 1) * n / (2 * r) : t;
