@@ -202,6 +202,11 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def missing_packages():
+    """The packages that the demo misses here, as pip names them."""
+    return have_minilm() + ["matplotlib"] * (importlib.util.find_spec("matplotlib") is None)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__.split("\n")[0]
@@ -216,9 +221,7 @@ def main(argv=None):
     )
     parser.add_argument("--quick", action="store_true", help="a small run that touches everything")
     args = parser.parse_args(argv)
-    missing = have_minilm()
-    if importlib.util.find_spec("matplotlib") is None:
-        missing.append("matplotlib")
+    missing = missing_packages()
     if missing:
         sys.exit(f"The demo needs packages that are not installed: pip install {' '.join(missing)}")
     from examples.picture import draw

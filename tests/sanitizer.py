@@ -79,7 +79,7 @@ def cases():
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
     yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
     # more than a row of scores holds: selection as they come, the block-coarse state by itself
-    long = dict(B=1, H=2, N=300, block_size=(32, 16), coarse="block", order=0, long=True)
+    long = dict(B=1, H=2, N=300, block_size=(32, 16), coarse="block", order=0)
     for D, nk in ((64, 1100), (40, 8300), (128, 1100), (128, 2300)):
         for m, forced in ((16, {}), (100, dict(first_blocks=2, diagonal_blocks=3))):
             yield torch.bfloat16, long | dict(M=16 * nk, D=D, blocks_per_row=m) | forced
@@ -129,7 +129,7 @@ def main():
         return not wanted or wanted & names
 
     for dtype, options in itertools.islice(filter(called, cases()), turn - 1, None, of):
-        case = Case("cuda", dtype, **{n: x for n, x in options.items() if n != "long"})
+        case = Case("cuda", dtype, **options)
         inputs = [x.requires_grad_() for x in (case.q, case.k, case.v)]
         out, lse = mra.mra_attention(
             *inputs, case.key_mask, case.query_mask, return_lse=True, **case.options

