@@ -75,9 +75,13 @@ def cases():
     for dtype, D, block, is_causal in walks:
         options = dict(N=461, M=461, D=D, block_size=block, coarse="row", order=1, masks="both")
         yield dtype, options | dict(is_causal=is_causal)
-    # many key blocks: wide score tiles, and a map that one block of threads can't hold
+    # many key blocks: wide score tiles
     yield torch.bfloat16, dict(N=200, M=5000, block_size=(32, 16), density=0.1)
-    yield torch.bfloat16, dict(N=2100, M=5000, block_size=(32, 16), density=0.1, selection="global")
+    # maps that a cluster of blocks of threads holds, up to 128 and more key blocks, and larger ones
+    large = dict(H=2, block_size=(32, 16), coarse="block", order=0, density=0.1, selection="global")
+    for N, M in ((2100, 5000), (4200, 2000), (6000, 9000), (16_000, 17_600)):
+        for forced in ({}, dict(first_blocks=2, diagonal_blocks=3)):
+            yield torch.bfloat16, large | dict(N=N, M=M) | forced
     # more than a row of scores holds: selection as they come, the block-coarse state by itself
     long = dict(B=1, H=2, N=300, block_size=(32, 16), coarse="block", order=0)
     for D, nk in ((64, 1100), (40, 8300), (128, 1100), (128, 2300)):

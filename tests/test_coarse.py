@@ -82,7 +82,7 @@ def test_nothing_selected_is_attention_to_pooled_keys(device, dtype, coarse):
 @pytest.mark.parametrize("device, dtype", BEST)
 def test_state_made_along_with_the_plan(device, dtype, selection):
     """A plan made inside may bring the block-coarse state along; the same plan, given, cannot."""
-    sizes = [(150, 203), (500, 1000), (2100, 4000), (5000, 5000)]  # the last: a map of 157 x 157
+    sizes = [(150, 203), (500, 1000), (2100, 4000), (5000, 5000), (12000, 8000)]
     for N, M in sizes if device == "cuda" else sizes[:2]:
         for options in ({}, {"diagonal_blocks": 3, "first_blocks": 1, "is_causal": True}):
             case = Case(

@@ -215,7 +215,7 @@ cudaError_t centre_products(const CentreProductsParams& p, cudaStream_t stream) 
       if (p.sums == nullptr && 2 * p.dim > threads()) return cudaErrorInvalidValue;
       const auto kernel =
           p.sums == nullptr ? centre_term_kernel<S, threads()> : shift_kernel<S, threads()>;
-      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, Beside{p.beside}, p);
+      return launch_grid(kernel, int64_t{p.B} * p.Hk, threads(), 0, stream, Together{p.beside}, p);
     });
   };
   if (p.dtype == Dtype::f32) return launch(float{});

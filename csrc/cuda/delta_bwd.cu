@@ -278,7 +278,7 @@ struct LaunchDelta {
   template <typename T, int kLanes>
   cudaError_t operator()() const {
     const unsigned grid = grid_of((p.N + 31) / 32 * p.B * p.H);
-    return launch_grid(delta_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, Beside{p.beside}, p);
+    return launch_grid(delta_kernel<T, kLanes>, grid, kWarps * 32, 0, stream, Together{p.beside}, p);
   }
 };
 
@@ -302,7 +302,7 @@ struct LaunchDeltaAndBlockRows {
   cudaError_t operator()() const {
     const unsigned grid = grid_of(int64_t{p.B} * p.H * p.nq);
     return launch_grid(delta_and_block_rows_kernel<T, kLanes>, grid, kWarps * 32, 0, stream,
-                       Beside{d.beside}, d, p);
+                       Together{d.beside}, d, p);
   }
 };
 
@@ -312,7 +312,7 @@ cudaError_t row_sums(const RowSumsParams& p, cudaStream_t stream) {
   constexpr int kRunsOfBlock = kWarps * kRuns;
   const int64_t blocks = (p.heads * p.chunks + kRunsOfBlock - 1) / kRunsOfBlock;
   const int64_t first = order_blocks(p.columns);
-  return launch_grid(row_sums_kernel, first + blocks, kWarps * 32, 0, stream, Beside{p.beside}, p,
+  return launch_grid(row_sums_kernel, first + blocks, kWarps * 32, 0, stream, Together{p.beside}, p,
                      static_cast<int>(first));
 }
 

@@ -21,12 +21,14 @@ __device__ __forceinline__ int sum_up_to_lane(int x, int lane) {
   return x;
 }
 
-// A kernel may start while the one launched before it still runs, if it is launched `beside` that
-// one and does not depend on it: it then starts once every block of threads of the other has called
-// let_next_start or has ended. Its own block 0 ends with wait_for_previous, so that whatever is
-// launched behind it finds both done. Compute capability 9.0.
-struct Beside {
-  bool previous = false;
+// How blocks of threads run together. Compute capability 9.0.
+struct Together {
+  // A kernel may start while the one launched before it still runs, if it is launched `beside` that
+  // one and does not depend on it: it then starts once every block of threads of the other has
+  // called let_next_start or has ended. Its own block 0 ends with wait_for_previous, so that
+  // whatever is launched behind it finds both done.
+  bool beside = false;
+  int cluster = 1;  // blocks of threads of a cluster, a divisor of their number (cluster.cuh)
 };
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -51,7 +53,7 @@ cudaError_t allow_shared(const void* kernel, int bytes);
 // launch.
 template <class... Params, class... Arguments>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
-                        cudaStream_t stream, Beside beside, const Arguments&... arguments) {
+                        cudaStream_t stream, Together together, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   if (bytes > 0) {
@@ -59,22 +61,29 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, 
         allow_shared(reinterpret_cast<const void*>(kernel), static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (together.beside) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (together.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(together.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = beside.previous ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(arguments)...);
 }
 template <class... Params, class... Arguments>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, int threads, size_t bytes,
                         cudaStream_t stream, const Arguments&... arguments) {
-  return launch_grid(kernel, blocks, threads, bytes, stream, Beside{}, arguments...);
+  return launch_grid(kernel, blocks, threads, bytes, stream, Together{}, arguments...);
 }
 
 }  // namespace mra::cuda

@@ -18,8 +18,8 @@ constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 }  // namespace
 
 // query.mean [B, H, nq, D], key.mean [B, Hk, nk, D] -> row lists, as reference.py::plan selects.
-// Scores stay on chip, but for rows that are too long and for global selection from more than one
-// block of threads can hold, which takes a workspace of B * H * nq * nk floats. Where they stay,
+// Scores stay on chip, but for rows that are too long and for global selection from more than
+// plan_map holds, which takes a workspace of B * H * nq * nk floats. Where they stay,
 // the block-coarse state comes with them.
 Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledInputs>& pooled,
              int64_t N, const Options& options) {
@@ -67,11 +67,12 @@ Planned plan(const Pooled& query, const Pooled& key, const std::optional<PooledI
   const int64_t budget = map_budget(options, N, nk);
   if (plan_map_fits(p, launch.device)) {
     with_coarse();
-    launch.check(plan_map(p, budget, launch.stream));
+    launch.check(plan_map(p, launch.device, budget, launch.stream));
     return planned;
   }
   const Tensor map = allocate({B, H, nq, nk}, ints);
-  launch.check(plan_global(p, budget, reinterpret_cast<uint32_t*>(map.mutable_data_ptr<int32_t>()),
+  launch.check(plan_global(p, launch.device, budget,
+                           reinterpret_cast<uint32_t*>(map.mutable_data_ptr<int32_t>()),
                            launch.stream));
   return planned;
 }

@@ -59,12 +59,14 @@ bool plan_stream_fits(const PlanParams& params, const Device& device);
 cudaError_t plan_stream(const PlanParams& params, cudaStream_t stream);
 
 // Global selection, `budget` the pairs that a head may take. A map that one block of threads can
-// hold is one launch, plan_map, which makes the block-coarse state too. Others go through a
-// workspace `map` of [B, H, nq, nk] 4-byte words, nq * nk <= 2^30, and make no coarse state.
+// hold, or on Hopper a cluster of them, is one launch, plan_map, which makes the block-coarse state
+// too. Others go through a workspace `map` of [B, H, nq, nk] 4-byte words, nq * nk <= 2^30, and
+// make no coarse state.
 bool plan_map_fits(const PlanParams& params, const Device& device);
-cudaError_t plan_map(const PlanParams& params, int64_t budget, cudaStream_t stream);
-cudaError_t plan_global(const PlanParams& params, int64_t budget, uint32_t* map,
-                        cudaStream_t stream);
+cudaError_t plan_map(const PlanParams& params, const Device& device, int64_t budget,
+                     cudaStream_t stream);
+cudaError_t plan_global(const PlanParams& params, const Device& device, int64_t budget,
+                        uint32_t* map, cudaStream_t stream);
 
 struct TransposeParams {
   const int32_t* row_start;  // [B * H, nq]

@@ -40,28 +40,6 @@ __device__ __forceinline__ float finish_weights(float sum, float offset, float* 
   return weight ? 1.f / sum : 0.f;
 }
 
-// A row of scores [32 * steps], -inf for what isn't left -> weights, in place, by one warp.
-// `offset` is added to the lse; returns what finish_weights does.
-__device__ __forceinline__ float weigh_row(const PlanParams& p, int b, float* row, int steps,
-                                           float offset, float* lse) {
-  const int lane = threadIdx.x % 32;
-  const int32_t* k_count = p.k_count + int64_t{b} * p.nk;
-  float top = -INFINITY;
-#pragma unroll 4
-  for (int t = 0; t < steps; ++t) top = fmaxf(top, row[t * 32 + lane]);
-  top = top_score(__reduce_max_sync(kFullWarp, key_of(top)));
-  float sum = 0.f;
-#pragma unroll 4
-  for (int t = 0; t < steps; ++t) {
-    const int y = t * 32 + lane;
-    const auto count = static_cast<float>(y < p.nk ? k_count[y] : 0);
-    const float weight = weight_of(row[y], top, count);
-    row[y] = weight_operand(weight, p.tf32);
-    sum += weight;
-  }
-  return finish_weights(sum, offset + top, lse);
-}
-
 // The products of kSteps steps of 8 keys with 16 columns and kTiles times 8 rows: c += v^T
 // weights^T. `weights`: in shared memory, this lane's first, [.., pitch]; v[i]: of step i this
 // lane's two columns of two keys.

@@ -1,10 +1,11 @@
-// Global selection for maps that one block of threads can't hold (see plan_map.cu): of a head's
-// whole map, the pairs with the highest scores relative to their row.
+// Global selection for maps that shared memory can't hold (see plan_map.cu): of a head's whole map,
+// the pairs with the highest scores relative to their row.
 //
 // The first kernel writes the map of keys of `score - row maximum`. The second gives each head to
-// one block of threads: each warp owns a run of the flat map, so that the lists of all rows, which
-// lie one behind the other, come out of one ordered compaction.
+// one block of threads, on Hopper to a cluster of eight: each warp owns a run of the flat map, so
+// that the lists of all rows, which lie one behind the other, come out of one ordered compaction.
 #include <algorithm>
+#include <type_traits>
 
 #include "plan_block.cuh"
 #include "plan_scores.cuh"
@@ -29,35 +30,47 @@ __global__ void __launch_bounds__(Tile::kThreads)
     uint32_t* row = keys + int64_t{r} * p.nk;
     uint32_t highest = kAbsent;
     for (int y = lane; y < written; y += 32) highest = max(highest, row[y]);
-    highest = __reduce_max_sync(kFullWarp, highest);
+    const float top = relative_to(__reduce_max_sync(kFullWarp, highest));
     for (int y = lane; y < p.nk; y += 32) {
-      row[y] = y < written ? relative_key(row[y], highest) : kAbsent;
+      row[y] = y < written ? relative_key(row[y], top) : kAbsent;
     }
   }
 }
 
-constexpr int kCandidates = 8192;  // keys that fit in shared memory once the search has narrowed
+// Warps of a block of threads. Of a cluster's two blocks have room on a multiprocessor, as eight
+// whole ones next to each other are hard to find.
+template <bool kMany>
+constexpr int kWarpsOf = kMany ? 16 : 32;
 
-__global__ void __launch_bounds__(1024, 1)
+constexpr int kListed = 8192;  // candidates of the search that are kept in shared memory
+
+template <bool kMany>
+__global__ void __launch_bounds__(kWarpsOf<kMany> * 32, kMany ? 2 : 1)
     global_select_kernel(const PlanParams p, int64_t budget, uint32_t* maps) {
-  extern __shared__ __align__(16) uint32_t candidates[];  // [kCandidates]
-  __shared__ uint32_t reduce_buffer[BlockReduce::kWords];
-  __shared__ int cursor;
-  const int head = blockIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  extern __shared__ __align__(16) uint32_t list[];  // [kListed]
+  constexpr int kWarps = kWarpsOf<kMany>;
+  using Reduce = MapReduce<kMany, kWarps>;
+  __shared__ typename Reduce::Parts parts;
+  __shared__ __align__(16) uint32_t ranked[kRanked];
+  __shared__ int cursor[2];
+  const Cluster<kMany> cluster;
+  const int head = static_cast<int>(blockIdx.x) / cluster.blocks;
+  const int lane = threadIdx.x % 32, warps = cluster.blocks * kWarps;
+  const int thread = cluster.rank * (kWarps * 32) + static_cast<int>(threadIdx.x);
   const int size = p.nq * p.nk;
   uint32_t* map = maps + int64_t{head} * size;
   int32_t* start = p.start + int64_t{head} * p.nq;
   int32_t* count = p.count + int64_t{head} * p.nq;
   const int64_t capacity = int64_t{p.nq} * p.row_capacity;
   int32_t* index = p.index + head * capacity;
-  BlockReduce reduce(reduce_buffer);
+  Reduce reduce(parts, cluster);
 
-  // This warp's run of the map: steps of 32 elements, none for the last warps of a small map; their
-  // product may not fit in 32 bits.
-  const int steps = ((size + warps - 1) / warps + 31) / 32;
-  const auto first = static_cast<int>(min(int64_t{warp} * steps * 32, int64_t{size}));
+  // This warp's run of the map: steps of 32 elements, a multiple of four of them, none for the last
+  // warps of a small map; their product may not fit in 32 bits.
+  const int steps = ((size + warps - 1) / warps + 127) / 128 * 4;
+  const auto first = static_cast<int>(min(int64_t{reduce.warp()} * steps * 32, int64_t{size}));
   clear_queues(p.queues);
+  if (kMany) cluster.meet();  // every block has started
 
   // f(element, key) in order, by whole warps; elements outside of the map are kAbsent.
   const auto elements = [&](const auto& f) {
@@ -67,7 +80,20 @@ __global__ void __launch_bounds__(1024, 1)
       f(i, i < size ? map[i] : kAbsent);
     }
   };
-  const auto keys = [&](const auto& f) { elements([&](int, uint32_t key) { f(key); }); };
+  // f(key), four neighbouring ones a lane where the map begins at a multiple of 16 bytes.
+  const auto keys = [&](const auto& f) {
+    if (size % 4 != 0) return elements([&](int, uint32_t key) { f(key); });
+#pragma unroll 4
+    for (int t = 0; t < steps; t += 4) {
+      const int i = first + t * 32 + 4 * lane;
+      uint4 four = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
+      if (i < size) four = *reinterpret_cast<const uint4*>(map + i);
+      f(four.x);
+      f(four.y);
+      f(four.z);
+      f(four.w);
+    }
+  };
   const auto tier = [&](int i) {
     const int x = i / p.nk;
     return tier_of<true>(p, x, i - x * p.nk);
@@ -84,25 +110,13 @@ __global__ void __launch_bounds__(1024, 1)
   sum_tiers(pairs, has_tiers(p), reduce);
 
   const Boundary edge = find_boundary(pairs, budget);
-  Cut cut{kForced, 0};  // nothing
-  if (edge.take > 0) {  // the same for the whole block
-    if (has_tiers(p)) {
-      elements([&](int i, uint32_t key) {
-        if (key != kAbsent) map[i] = key_in_tier(key, tier(i), edge.tier);
-      });
-    }
-    // Each round reads the whole run, until the candidates fit in shared memory.
-    Search search = start_search(edge, reduce, keys);
-    narrow(search, kCandidates, reduce, 0, keys);
-    if (!search.done()) {
-      gather(search, candidates, &cursor, keys);
-      const int n = search.candidates();
-      narrow(search, 0, reduce, search.above, [&](const auto& f) {
-        for (int i = threadIdx.x; i < n; i += blockDim.x) f(candidates[i]);
-      });
-    }
-    cut = search.cut();
+  if (has_tiers(p) && edge.take > 0) {
+    elements([&](int i, uint32_t key) {
+      if (key != kAbsent) map[i] = key_in_tier(key, tier(i), edge.tier);
+    });
+    __syncwarp();  // other lanes read them
   }
+  Cut cut = find_cut(cluster, edge, reduce, list, kListed, ranked, cursor, keys);
 
   int equal = 0, higher = 0;
   keys([&](uint32_t key) {
@@ -119,9 +133,9 @@ __global__ void __launch_bounds__(1024, 1)
     append(taken, y, index, position, capacity);
     position += __popc(taken);
   });
-  for (int64_t i = place.total + threadIdx.x; i < capacity; i += blockDim.x) index[i] = 0;
-  __syncthreads();  // start is written, and this block reads it
-  for (int x = threadIdx.x; x < p.nq; x += blockDim.x) {
+  for (int64_t i = place.total + thread; i < capacity; i += warps * 32) index[i] = 0;
+  cluster.meet();  // start is written, and others read it
+  for (int x = thread; x < p.nq; x += warps * 32) {
     count[x] = (x + 1 < p.nq ? start[x + 1] : place.total) - start[x];
   }
 }
@@ -136,12 +150,19 @@ cudaError_t launch_scores(const PlanParams& p, uint32_t* map, cudaStream_t strea
 
 }  // namespace
 
-cudaError_t plan_global(const PlanParams& p, int64_t budget, uint32_t* map, cudaStream_t stream) {
+cudaError_t plan_global(const PlanParams& p, const Device& device, int64_t budget, uint32_t* map,
+                        cudaStream_t stream) {
   const cudaError_t error = p.nk <= 128 ? launch_scores<ScoreTile<1, 4, 2, 4>>(p, map, stream)
                                         : launch_scores<ScoreTile<2, 4, 1, 8>>(p, map, stream);
   if (error != cudaSuccess) return error;
-  constexpr int kSmem = kCandidates * sizeof(uint32_t);
-  return launch_grid(global_select_kernel, p.B * p.H, 1024, kSmem, stream, p, budget, map);
+  constexpr int kSmem = kListed * sizeof(uint32_t);
+  const auto select = [&](auto many) {
+    const int cluster = many ? kMostOfCluster : 1;
+    return launch_grid(global_select_kernel<many>, int64_t{p.B} * p.H * cluster,
+                       kWarpsOf<many> * 32, kSmem, stream, Together{false, cluster}, p, budget,
+                       map);
+  };
+  return device.major == 9 ? select(std::true_type{}) : select(std::false_type{});
 }
 
 }  // namespace mra::cuda

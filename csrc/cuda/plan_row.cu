@@ -189,7 +189,7 @@ cudaError_t launch_row(const PlanParams& p, const PlanRowConfig& config, void* w
   const int tiles = p.B * p.H * ((p.nq + Tile::kRows - 1) / Tile::kRows);
   const auto launch = [&](auto coarse) {
     return launch_grid(plan_row_kernel<Tile, kSteps, kWorkspace, coarse>, config.ctas,
-                       Tile::kThreads, words * sizeof(float), stream, Beside{p.beside}, p,
+                       Tile::kThreads, words * sizeof(float), stream, Together{p.beside}, p,
                        config.pitch, tiles, static_cast<uint32_t*>(workspace));
   };
   if constexpr (kSteps > 0) {

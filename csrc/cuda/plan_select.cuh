@@ -107,6 +107,15 @@ __device__ __forceinline__ Boundary whole_boundary(int pairs, int64_t budget) {
   return {static_cast<int>(min(budget, int64_t{pairs})), 0, 0, pairs};
 }
 
+// What the keys of a row with this highest one are made relative to, as scores: NaN where one of
+// them is NaN, and as the reference -inf stays -inf in a row of nothing else.
+__device__ __forceinline__ float relative_to(uint32_t highest) {
+  return highest == key_of(NAN) ? NAN : fmaxf(score_of(highest), -FLT_MAX);
+}
+__device__ __forceinline__ uint32_t relative_key(uint32_t key, float to) {
+  return key == kAbsent ? kAbsent : key_of(score_of(key) - to);
+}
+
 // The key under the boundary: higher tiers are forced, lower ones absent.
 __device__ __forceinline__ uint32_t key_in_tier(uint32_t key, int tier, int boundary) {
   return tier == boundary ? key : tier > boundary ? kForced : kAbsent;

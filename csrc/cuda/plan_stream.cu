@@ -250,7 +250,7 @@ cudaError_t plan_stream(const PlanParams& p, cudaStream_t stream) {
   const int64_t tiles = int64_t{p.B} * p.H * ((p.nq + kRows - 1) / kRows);
   const auto kernel = has_tiers(p) ? plan_stream_kernel<true> : plan_stream_kernel<false>;
   return launch_grid(kernel, tiles, Tile::kThreads, shared_bytes(p.row_capacity), stream,
-                     Beside{p.beside}, p);
+                     Together{p.beside}, p);
 }
 
 }  // namespace mra::cuda

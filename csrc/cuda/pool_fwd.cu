@@ -48,7 +48,7 @@ struct LaunchPool {
       ctas += p.ctas[i];
     }
     const auto kernel = p.weighted ? pool_kernel<T, kLanes, true> : pool_kernel<T, kLanes, false>;
-    return launch_grid(kernel, ctas, kWarps * 32, 0, stream, Beside{p.beside}, p);
+    return launch_grid(kernel, ctas, kWarps * 32, 0, stream, Together{p.beside}, p);
   }
 };
 
@@ -80,7 +80,7 @@ cudaError_t round_pooled(const float* key, const float* value, void* out, int64_
   const int64_t blocks = (2 * n + 2047) / 2048;
   const auto launch = [&](auto* to) {
     return launch_grid(round_pooled_kernel<std::remove_pointer_t<decltype(to)>>, blocks, 256, 0,
-                       stream, Beside{beside}, key, value, to, n);
+                       stream, Together{beside}, key, value, to, n);
   };
   return dtype == Dtype::f16 ? launch(static_cast<__half*>(out))
                              : launch(static_cast<__nv_bfloat16*>(out));

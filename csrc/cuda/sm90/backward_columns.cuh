@@ -252,7 +252,7 @@ cudaError_t launch_backward_columns(const BackwardParams& params, const Device& 
   if (error != cudaSuccess) return error;
   using Traits = BackwardColumnsTraits<DP>;
   return launch_teams<BackwardColumnsShared<DP>, Traits, Traits::kTeams>(
-      backward_columns_kernel<T, DP>, p, device, stream, Beside{p.beside});
+      backward_columns_kernel<T, DP>, p, device, stream, Together{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

@@ -286,7 +286,7 @@ cudaError_t launch_backward_columns_order1(const ColumnsOrder1& params, const De
     using Shared = ColumnsOrder1Shared<weighted()>;
     static_assert(Traits::kTeams * team_pitch<Shared>() <= 226 * 1024);
     return launch_teams<Shared, Traits, Traits::kTeams>(backward_columns_order1_kernel<weighted()>,
-                                                        p, device, stream, Beside{p.beside});
+                                                        p, device, stream, Together{p.beside});
   };
   return p.of.weights != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
 }

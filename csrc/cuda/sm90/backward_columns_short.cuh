@@ -273,7 +273,7 @@ cudaError_t launch_backward_columns_short(const BackwardParams& params, const De
   const auto kernel = p.D <= 32   ? backward_columns_short_kernel < T, DP,
              DP == 64 ? 32 : DP > : backward_columns_short_kernel<T, DP, DP>;
   return launch_teams<BackwardColumnsShortShared<DP>, Traits>(kernel, p, device, stream,
-                                                              Beside{p.beside});
+                                                              Together{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

@@ -98,7 +98,7 @@ cudaError_t launch_backward_columns_wide(const BackwardParams& params, const Dev
   const cudaError_t error = p.set(kDtype<T>);
   if (error != cudaSuccess) return error;
   return launch_teams<BackwardColumnsShared<DP>, BackwardColumnsWideTraits>(
-      backward_columns_wide_kernel<T, DP>, p, device, stream, Beside{p.beside});
+      backward_columns_wide_kernel<T, DP>, p, device, stream, Together{p.beside});
 }
 
 }  // namespace mra::cuda::sm90

@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t select_blocks(const HeadParams& p, Shared& s
   int64_t known = 0;
   if constexpr (kGlobal) known = at.head;
   const auto head = [&]() -> int64_t { return kGlobal ? known : at.head; };
-  if (kGlobal) key = relative_key(key, __reduce_max_sync(kFullWarp, key));
+  if (kGlobal) key = relative_key(key, relative_to(__reduce_max_sync(kFullWarp, key)));
   uint32_t taken;
   if constexpr (kGlobal) {
     const int take = pairs_of_map(p, s, x, key);

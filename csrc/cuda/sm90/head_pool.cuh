@@ -4,7 +4,7 @@
 
 #include "../centred.h"
 #include "../head.h"
-#include "../plan_block.cuh"
+#include "../plan_select.cuh"
 #include "../sm80/tile.cuh"
 #include "tma.cuh"
 #include "warp_products.cuh"

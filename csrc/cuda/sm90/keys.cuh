@@ -46,7 +46,7 @@ __host__ __device__ inline int bitmap_bytes(const Problem& p) {
 template <class Shared, class Traits, int kTeams = 1, class Maps>
 cudaError_t launch_tiles(void (*kernel)(Maps), const Maps& p, const Device& device,
                          cudaStream_t stream) {
-  return launch_teams<Shared, Traits, kTeams>(kernel, p, device, stream, Beside{}, bitmap_bytes(p));
+  return launch_teams<Shared, Traits, kTeams>(kernel, p, device, stream, Together{}, bitmap_bytes(p));
 }
 
 // A tile of kRows rows, which share list x, and the keys that it attends, 64 a tile. kByHead: heads

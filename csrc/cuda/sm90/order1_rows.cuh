@@ -330,7 +330,7 @@ cudaError_t launch_order1_rows(const Order1Rows& params, const Device& device,
     static_assert(Traits::kBlocks * (kBytes + 1024) <= 228 * 1024);
     if (kBytes > device.max_smem) return cudaErrorNotSupported;
     return launch_grid(order1_rows_kernel<DP, centred(), narrow()>, blocks, Traits::kThreads,
-                       kBytes, stream, Beside{p.beside}, p);
+                       kBytes, stream, Together{p.beside}, p);
   };
   const auto launch = [&](auto narrow) {
     return p.centre != nullptr ? launch_form(std::true_type{}, narrow)

@@ -50,12 +50,12 @@ __host__ __device__ constexpr int team_pitch(int more = 0) {
 // behind the Shared of each team.
 template <class Shared, class Traits, int kTeams = 1, class Maps>
 cudaError_t launch_teams(void (*kernel)(Maps), const Maps& p, const Device& device,
-                         cudaStream_t stream, Beside beside = {}, int more = 0) {
+                         cudaStream_t stream, Together together = {}, int more = 0) {
   // Panels start on multiples of 1024 bytes.
   const size_t bytes = 1024 + (kTeams - 1) * team_pitch<Shared>(more) + sizeof(Shared) + more;
   if (bytes > static_cast<size_t>(device.max_smem)) return cudaErrorNotSupported;
   const int blocks = std::min(p.items, Traits::kBlocks * device.sms);
-  return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, beside, p);
+  return launch_grid(kernel, blocks, Traits::kThreads, bytes, stream, together, p);
 }
 
 }  // namespace mra::cuda::sm90
